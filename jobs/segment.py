@@ -1,0 +1,100 @@
+"""Segments every photo below a URI: masks and per-class IoU as Parquet.
+
+    python jobs/segment.py --images s3://photos/2024 --results s3://masks --checkpoint FILE
+
+Exits 0 when every planned photo has its row, 1 when the run stopped (the same command continues
+it), 2 on arguments that cannot be right. The last line is for log readers: `key=value` pairs.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from jobs.display import Display, size
+from pipeline.bulk import lease
+from pipeline.bulk.plan import Plan
+from pipeline.bulk.progress import Progress
+from pipeline.bulk.run import Ended, run
+from pipeline.bulk.settings import Settings
+from pipeline.bulk.waves import RunStoppedError
+from pipeline.data.storage import StorageError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the job with the command line `argv`; its exit code."""
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    try:
+        settings = tyro.cli(tyro.conf.OmitArgPrefixes[Settings], args=argv, description=__doc__)
+    except ValueError as error:
+        return _failed(2, error)
+    try:
+        with Display() as display:
+            ended = run(settings, _Announced(display))
+    except ValueError as error:
+        return _failed(2, error)
+    except (StorageError, RunStoppedError, lease.HeldError) as error:
+        return _failed(1, error)
+    except KeyboardInterrupt:
+        return _failed(1, "interrupted; the same command continues the run")
+    print(_last_line(settings, ended))
+    return 0
+
+
+class _Announced:
+    """Says once what the run will do, then shows how far it is."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self._said = False
+
+    def __call__(self, plan: Plan, progress: Progress) -> None:
+        if not self._said:
+            self._said = True
+            print("\n".join(_plan_lines(plan, progress)), flush=True)
+        self._display(plan, progress)
+
+
+def _plan_lines(plan: Plan, progress: Progress) -> list[str]:
+    counts = plan.counts
+    lines = [
+        f"run {plan.run_id}: {counts.images} images ({size(counts.bytes)}) in "
+        f"{counts.shards} shards"
+    ]
+    if plan.identity["labels"] is not None:
+        lines.append(f"  labels: {counts.labels} of the images have one")
+    if plan.identity["only_new"]:
+        lines.append(f"  done by earlier runs: {counts.done_before} images")
+    if progress.images_before:
+        lines.append(f"  done already: about {progress.images_before} images")
+    if counts.left_out:
+        lines.append(f"  left out: {counts.left_out} objects that --include does not take")
+    return lines
+
+
+def _last_line(settings: Settings, ended: Ended) -> str:
+    facts: dict[str, object] = {"run": ended.plan.run_id, "images": ended.plan.counts.images}
+    if ended.outcome is not None:
+        facts |= {"ok": ended.outcome.ok, "errors": ended.outcome.errors}
+        facts |= {"label_errors": ended.outcome.label_errors}
+    facts |= {"shards": ended.plan.counts.shards, "seconds": f"{ended.seconds:.1f}"}
+    if ended.images_per_second is not None:
+        facts["images_per_second"] = f"{ended.images_per_second:.2f}"
+    state = "planned" if settings.dry_run else "finished"
+    state = "was finished before:" if ended.nothing_to_do else state
+    pairs = " ".join(f"{name}={shlex.quote(str(value))}" for name, value in facts.items())
+    return f"segment {state} {pairs} results={shlex.quote(settings.results)}"
+
+
+def _failed(code: int, error: object) -> int:
+    line = " ".join(str(error).split())
+    print(f"segment failed exit={code} reason={shlex.quote(line)}", flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Shards whose process died, photo by photo: who kills its process alone, twice, is condemned.
+
+Each photo is the only thing on its actor, so a death names it exactly; a death with its node is
+nobody's fault and does not count. A photo's row is kept under `singles/`, outside of what readers
+glob, until the shard's one file is made of them: an interrupted shard is not begun again.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from pipeline.bulk.listing import Listed
+from pipeline.bulk.rows import RowMaker
+from pipeline.bulk.segmenter import Segmenter, Summary, Work
+from pipeline.bulk.waves import Pool, RunStoppedError
+from pipeline.data import storage
+from pipeline.results import tables
+
+DEATHS = 2
+"""Deaths of a process with the photo alone on it that condemn the photo."""
+
+TRIES = 10
+"""Processes that are started for one photo at most, those that nodes took with them included."""
+
+DEADLINE_S = 900.0
+"""Seconds for one photo alone, the model's loading included."""
+
+logger = logging.getLogger(__name__)
+
+
+class AloneStage:
+    """The actor: a segmenter that is given one photo at a time."""
+
+    def __init__(self, work: Work) -> None:
+        self._segmenter = Segmenter(work)
+
+    def node(self) -> str:
+        """The id of the node that this process runs on."""
+        node: str = ray.get_runtime_context().get_node_id()
+        return node
+
+    def file_of(self, shard: int, photo: Listed) -> bytes:
+        """A Parquet file of the photo's row."""
+        return self._segmenter.rows_of(shard, [photo])[0]
+
+
+class Alone:
+    """Segments shards photo by photo, and creates their files."""
+
+    def __init__(self, work: Work, pool: Pool, rows: RowMaker) -> None:
+        self._work = work
+        self._rows = rows
+        self._schema = tables.with_footer(tables.IMAGES, rows.classes)
+        self._actor: Any = None
+        self._stage = ray.remote(AloneStage).options(
+            num_cpus=pool.cpus, num_gpus=pool.gpus, max_restarts=0, max_task_retries=0
+        )
+
+    def close(self) -> None:
+        """Ends the actor."""
+        if self._actor is not None:
+            ray.kill(self._actor)
+            self._actor = None
+
+    def segment(self, shard: int, photos: Sequence[Listed]) -> Summary:
+        """Creates the shard's file of its photos' rows, each segmented alone."""
+        files = [self._single(shard, i, photo) for i, photo in enumerate(photos)]
+        table = pa.concat_tables(pq.read_table(io.BytesIO(file)) for file in files)
+        data = tables.table_to_parquet(table.cast(self._schema))
+        summary = Summary(shard=shard, images=len(photos))
+        summary.errors.update(kind for kind in table["error_kind"].to_pylist() if kind)
+        summary.committed = storage.create(self._work.layout.shard(shard), data)
+        singles = range(len(photos))
+        storage.delete([self._work.layout.single(shard, i) for i in singles])
+        return summary
+
+    def _single(self, shard: int, position: int, photo: Listed) -> bytes:
+        uri = self._work.layout.single(shard, position)
+        if storage.exists(uri):
+            return storage.read(uri)
+        data = self._file_of(shard, photo)
+        storage.create(uri, data)
+        return data
+
+    def _file_of(self, shard: int, photo: Listed) -> bytes:
+        deaths = 0
+        for _ in range(TRIES):
+            if self._actor is None:
+                self._actor = self._stage.remote(self._work)
+            node = None
+            try:
+                node = ray.get(self._actor.node.remote())
+                data: bytes = ray.get(self._actor.file_of.remote(shard, photo), timeout=DEADLINE_S)
+            except ray.exceptions.GetTimeoutError:
+                self.close()
+                return self._condemned(shard, photo, "timeout", f"no mask within {DEADLINE_S:g} s")
+            except ray.exceptions.RayActorError as error:
+                self._actor = None
+                if node is not None and _is_alive(node):
+                    deaths += 1
+                    logger.warning("the process died with %s alone on it: %s", photo.uri, error)
+                if deaths == DEATHS:
+                    message = f"its process died {DEATHS} times with nothing else on it"
+                    return self._condemned(shard, photo, "worker_died", message)
+            else:
+                return data
+        raise RunStoppedError(f"no process lives long enough to segment {photo.uri}")
+
+    def _condemned(self, shard: int, photo: Listed, kind: str, message: str) -> bytes:
+        return tables.to_parquet([self._rows.error(shard, photo, kind, message)], self._schema)
+
+
+def _is_alive(node: str) -> bool:
+    return any(each["NodeID"] == node and each["Alive"] for each in ray.nodes())  # type: ignore[no-untyped-call]

@@ -1,0 +1,161 @@
+"""What a run writes at its end, from the committed `images` files alone: `classes`, `done`, record.
+
+Each is a pure function of those files (the record's times aside), so a run that was killed here
+is ended by the next driver with the same bytes. The sort spills to local disk under a memory
+limit. The record comes last: a run with a record is finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.bulk.plan import Plan
+from pipeline.data import storage
+from pipeline.data.labels import Classes
+from pipeline.results import files, tables
+from pipeline.results.layout import RunLayout
+
+PART_BYTES = 64 * 2**20
+"""Bytes of a `classes` file from which on the next one is begun."""
+
+_MEMORY_LIMIT = "2GB"
+_ROW_GROUP = 100_000  # rows; a class over a million photos lies in few of them
+
+_COUNTS = """
+    select count(*) as images, count(*) filter (status = 'ok') as ok,
+           count(*) filter (status = 'error') as errors, count(label_error) as label_errors
+    from images
+"""
+_KINDS = """
+    select error_kind as kind, count(*) as images from images
+    where status = 'error' group by all order by images desc, kind
+"""
+_CLASSES = """
+    with rows as (select uri, run_id, unnest(classes, max_depth := 2) from images)
+    select * from rows order by class_id, fraction desc, uri
+"""
+_SCORES = """
+    with scores as (select unnest(classes, max_depth := 2) from images)
+    select class_id, any_value(class_name) as class_name, sum(tp)::bigint as tp,
+           sum(fp)::bigint as fp, sum(fn)::bigint as fn,
+           sum(tp) / nullif(sum(tp + fp + fn), 0) as iou
+    from scores where tp is not null group by class_id order by class_id
+"""
+
+_SCORE_NAMES = ("class_id", "class_name", "tp", "fp", "fn", "iou")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What the files of a run hold."""
+
+    images: int
+    ok: int
+    errors: int
+    label_errors: int
+    errors_by_kind: tuple[tuple[str, int], ...]
+
+
+class Finish:
+    """The end of one run, over its committed files."""
+
+    def __init__(self, layout: RunLayout, plan: Plan, classes: Classes) -> None:
+        self._layout = layout
+        self._plan = plan
+        self._classes = classes
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """DuckDB with the run's rows as the view `images`."""
+        shards = list(storage.list_objects(self._layout.images))
+        with files.connect(self._layout.results, shards, memory_limit=_MEMORY_LIMIT) as con:
+            con.execute(f"create view images as {files.select(con, tables.IMAGES, shards)}")
+            yield con
+
+    def outcome(self) -> Outcome:
+        """Counts over all of the run's rows."""
+        with self._connection() as con:
+            [counts] = con.execute(_COUNTS).fetchall()
+            kinds = tuple(con.execute(_KINDS).fetchall())
+        return Outcome(
+            images=counts[0],
+            ok=counts[1],
+            errors=counts[2],
+            label_errors=counts[3],
+            errors_by_kind=kinds,
+        )
+
+    def write_classes(self) -> None:
+        """`classes/`: a row an image and class, sorted by class and falling fraction."""
+        schema = tables.with_footer(tables.CLASSES, self._classes)
+        with self._connection() as con:
+            reader = con.execute(_CLASSES).to_arrow_reader(_ROW_GROUP)
+            for number, part in enumerate(_files(reader, schema)):
+                storage.create(self._layout.class_part(number), part)
+
+    def write_done(self) -> None:
+        """`done/`: the keys of what later runs may leave out."""
+        names = ", ".join(tables.DONE.names)
+        with self._connection() as con:
+            found = con.execute(f"select {names} from images order by uri")
+            [file] = _files(found.to_arrow_reader(_ROW_GROUP), tables.DONE, whole=True)
+        storage.write(self._layout.done, file)
+
+    def write_record(self, outcome: Outcome, facts: dict[str, Any]) -> None:
+        """`runs/`: the run's record. `facts` are those that the files do not hold."""
+        with self._connection() as con:
+            scores = con.execute(_SCORES).fetchall()
+        ious = [iou for *_, iou in scores if iou is not None]
+        row = {
+            "run_id": self._plan.run_id,
+            "started_at": datetime.fromisoformat(self._plan.started_at),
+            "finished_at": datetime.now(UTC),
+            "arguments": json.dumps(self._plan.identity),
+            "model": self._plan.model,
+            "settings": self._plan.settings,
+            "images": outcome.images,
+            "ok": outcome.ok,
+            "errors": outcome.errors,
+            "label_errors": outcome.label_errors,
+            "shards": self._plan.counts.shards,
+            "errors_by_kind": [
+                {"kind": kind, "images": count} for kind, count in outcome.errors_by_kind
+            ],
+            "mean_iou": sum(ious) / len(ious) if ious else None,
+            "class_iou": [dict(zip(_SCORE_NAMES, score, strict=True)) for score in scores],
+            **facts,
+        }
+        schema = tables.with_footer(tables.RUNS, self._classes)
+        storage.write(self._layout.record, tables.to_parquet([row], schema))
+
+
+def _files(
+    reader: pa.RecordBatchReader, schema: pa.Schema, *, whole: bool = False
+) -> Iterator[bytes]:
+    """Parquet files of at least `PART_BYTES`, the last one smaller; none without rows.
+
+    With `whole`, one file of all rows.
+    """
+    buffer = io.BytesIO()
+    writer = None
+    for batch in reader:
+        if writer is None:
+            writer = pq.ParquetWriter(buffer, schema, compression="zstd")
+        writer.write_table(pa.Table.from_batches([batch]).cast(schema))
+        if buffer.tell() >= PART_BYTES and not whole:
+            writer.close()
+            yield buffer.getvalue()
+            buffer, writer = io.BytesIO(), None
+    if writer is not None:
+        writer.close()
+        yield buffer.getvalue()

@@ -1,0 +1,143 @@
+"""One driver a run: an object with a heartbeat that says who works on it.
+
+The lease saves work; put-if-absent keeps the results correct without it. Clocks of different
+machines are never compared: a lease is stale when its holder is known to be dead, or when it does
+not change while the one who wants it watches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+from pipeline.data import storage
+
+HEARTBEAT_S = 10.0
+STALE_S = 35.0
+
+logger = logging.getLogger(__name__)
+
+
+class HeldError(RuntimeError):
+    """Another driver works on the run."""
+
+
+class Lease:
+    """The lease of one run, held from `acquire` to `release`; `lost` is set if another took it."""
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        self._uri = uri
+        self._run_id = run_id
+        self._token = secrets.token_hex(8)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self.lost = threading.Event()
+
+    def acquire(self) -> None:
+        """Takes the lease, from a holder that died if need be. Raises HeldError, StorageError."""
+        if not storage.create(self._uri, self._content()):
+            self._take_over()
+        self._thread.start()
+
+    def release(self) -> None:
+        """Ends the heartbeat, and gives the lease back unless another has it."""
+        self._ended.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        with contextlib.suppress(storage.StorageError):
+            if _read(self._uri).get("token") == self._token:
+                storage.delete([self._uri])
+
+    def _take_over(self) -> None:
+        holder = _read(self._uri)
+        name = f"{holder.get('host')}:{holder.get('pid')}"
+        if not _is_dead(holder):
+            logger.warning(
+                "run %s is being worked on by %s; watching for %g s whether it still lives",
+                self._run_id,
+                name,
+                STALE_S,
+            )
+            deadline = time.monotonic() + STALE_S
+            while time.monotonic() < deadline:
+                time.sleep(HEARTBEAT_S / 10)
+                now = _read(self._uri)
+                if now and now != holder:
+                    raise HeldError(f"run {self._run_id} is being worked on by {name}")
+                if not now:
+                    break  # it was given back
+        storage.write(self._uri, self._content())
+        time.sleep(0.5)  # of several that take over at once, the last writer has it
+        if _read(self._uri).get("token") != self._token:
+            raise HeldError(f"run {self._run_id} was taken over by another driver")
+
+    def _beat(self) -> None:
+        while not self._ended.wait(HEARTBEAT_S):
+            try:
+                if _read(self._uri).get("token", self._token) != self._token:
+                    self.lost.set()
+                    return
+                storage.write(self._uri, self._content())
+            except storage.StorageError as error:
+                logger.warning("the lease could not be renewed: %s", error)
+
+    def _content(self) -> bytes:
+        return json.dumps(
+            {
+                "run_id": self._run_id,
+                "token": self._token,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "boot": _boot(),
+                "heartbeat": datetime.now(UTC).isoformat(),
+            }
+        ).encode()
+
+
+@contextlib.contextmanager
+def held(uri: str, run_id: str) -> Iterator[Lease]:
+    """The run's lease, while the block runs."""
+    lease = Lease(uri, run_id)
+    lease.acquire()
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+def _read(uri: str) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(storage.read(uri))
+    except storage.StorageError as error:
+        if error.kind == "vanished":
+            return {}
+        raise
+    return content
+
+
+def _boot() -> str:
+    """Tells this machine, since it was started, from every other one."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+
+
+def _is_dead(holder: dict[str, Any]) -> bool:
+    """Whether the holder ran on this machine and runs no more; of others nothing is known."""
+    if holder.get("boot") != _boot() or holder.get("host") != socket.gethostname():
+        return not holder
+    try:
+        os.kill(int(holder["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False

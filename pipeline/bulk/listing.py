@@ -1,0 +1,182 @@
+"""A bucket's photos, with their labels, without what earlier runs have done, in one order.
+
+Listings are spooled to local disk a page at a time; DuckDB joins and sorts them there, so memory
+is bounded by its limit and not by the bucket.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.bulk.settings import Settings
+from pipeline.data import storage
+from pipeline.data.pairs import stem
+from pipeline.results import files, tables
+from pipeline.results.layout import run_of
+
+MEMORY_LIMIT = "1GB"
+MAX_RUNS_TRIED = 3
+"""Runs in which a photo that failed for a passing reason is tried, with --only-new."""
+
+_SPOOLED = pa.schema(
+    [("uri", pa.string()), ("etag", pa.string()), ("bytes", pa.int64()), ("stem", pa.string())]
+)
+_SPOOL_ROWS = 50_000
+_LABEL_ENDINGS = (".png", ".bmp", ".gif", ".tif", ".tiff")
+
+_IS_DONE = f"""
+    select uri, etag, label_etag from seen
+    where model = $model and settings = $settings
+    group by all
+    having bool_or(status = 'ok' or error_kind in ({
+    ", ".join(f"'{kind}'" for kind in sorted(tables.PERMANENT_ERRORS))
+})) or count(distinct run_id) >= {MAX_RUNS_TRIED}
+"""
+
+
+class Listed(NamedTuple):
+    """A photo as the plan holds it."""
+
+    uri: str
+    etag: str
+    bytes: int
+    label_uri: str | None
+    label_etag: str | None
+
+
+class Listing:
+    """The photos that `settings` ask for; as a context manager, since it spools to disk.
+
+    `left_out` counts the objects that --include does not take, `done_before` the photos that
+    --only-new leaves out. Raises ValueError where there are no photos, or labels are ambiguous.
+    """
+
+    def __init__(self, settings: Settings, *, model: str, settings_print: str) -> None:
+        self._settings = settings
+        self._key = {"model": model, "settings": settings_print}
+        self.left_out = 0
+        self.done_before = 0
+
+    def __enter__(self) -> Listing:
+        self._folder = tempfile.TemporaryDirectory(prefix="deeplab-plan-")
+        self._done, self._shards = self._done_before() if self._settings.only_new else ([], [])
+        self._con = files.connect(
+            self._settings.results, [*self._done, *self._shards], memory_limit=MEMORY_LIMIT
+        )
+        self._spool("photo", self._photos())
+        self._spool("label", self._labels())
+        self._check_labels()
+        self._con.execute(
+            "create view listed as select photo.uri, photo.etag, photo.bytes, "
+            "label.uri as label_uri, label.etag as label_etag from photo left join label "
+            "using (stem)"
+        )
+        self._con.execute("create view wanted as " + self._wanted())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._con.close()
+        self._folder.cleanup()
+
+    def images(self) -> Iterator[Listed]:
+        """The photos in the order of their URIs' bytes, at most `limit`."""
+        limit = "" if self._settings.limit is None else f" limit {self._settings.limit}"
+        found = self._con.execute(f"select * from wanted order by uri{limit}")
+        while rows := found.fetchmany(10_000):
+            yield from map(Listed._make, rows)
+
+    def _photos(self) -> Iterator[tuple[str, str, int, str]]:
+        prefix, included = self._settings.images, self._settings.included
+        found = False
+        for item in storage.list_objects(prefix):
+            name = storage.relative(prefix, item.uri)
+            if included.match(name):
+                found = True
+                yield (*_row(item), stem(name))
+            else:
+                self.left_out += 1
+        if not found:
+            raise ValueError(
+                f"no photos below {prefix}: --include takes none of {self.left_out} objects there"
+                if self.left_out
+                else f"no photos below {prefix}: nothing is there"
+            )
+
+    def _labels(self) -> Iterator[tuple[str, str, int, str]]:
+        prefix = self._settings.labels
+        for item in storage.list_objects(prefix) if prefix is not None else ():
+            if item.uri.lower().endswith(_LABEL_ENDINGS):
+                yield (*_row(item), stem(storage.relative(prefix or "", item.uri)))
+
+    def _spool(self, name: str, rows: Iterable[tuple[str, str, int, str]]) -> None:
+        path = Path(self._folder.name) / f"{name}.parquet"
+        with pq.ParquetWriter(path, _SPOOLED, compression="zstd") as writer:
+            for batch in _batches(rows):
+                columns = [list(column) for column in zip(*batch, strict=True)]
+                writer.write_table(pa.table(columns, schema=_SPOOLED))
+        self._con.execute(f"create view {name} as from read_parquet({files.quoted(str(path))})")
+
+    def _check_labels(self) -> None:
+        for what, rows in (
+            ("labels", "label"),
+            ("photos share one label", "photo semi join label using (stem)"),
+        ):
+            twice = self._con.execute(
+                f"select min(uri), max(uri) from {rows} group by stem having count(*) > 1 "
+                "order by 1 limit 1"
+            ).fetchone()
+            if twice is not None:
+                raise ValueError(
+                    f"two {what}: {twice[0]} and {twice[1]} differ only in their extension; "
+                    "rename one, or narrow --include"
+                )
+
+    def _wanted(self) -> str:
+        """A query of what is listed, with --only-new without what is done."""
+        if not self._settings.only_new:
+            return "from listed"
+        self._con.execute("create table seen as " + self._seen())
+        self._con.execute(f"create table done as {_IS_DONE}", self._key)
+        is_done = (
+            "listed.uri = done.uri and listed.etag = done.etag "
+            "and listed.label_etag is not distinct from done.label_etag"
+        )
+        counted = self._con.execute(f"select count(*) from listed semi join done on {is_done}")
+        [(self.done_before,)] = counted.fetchall()
+        return f"from listed anti join done on {is_done}"
+
+    def _seen(self) -> str:
+        """A query of the keys that earlier runs have left."""
+        done = files.select(self._con, tables.DONE, self._done)
+        return f"{done} union all {files.select(self._con, tables.DONE, self._shards)}"
+
+    def _done_before(self) -> tuple[list[storage.Object], list[storage.Object]]:
+        """The `done/` files of finished runs, and the shards of unfinished ones."""
+        results = self._settings.results
+        done = list(storage.list_objects(storage.join(results, "done")))
+        finished = {run_of(results, item.uri) for item in done}
+        shards = storage.list_objects(storage.join(results, "images"))
+        return done, [item for item in shards if run_of(results, item.uri) not in finished]
+
+
+def _row(item: storage.Object) -> tuple[str, str, int]:
+    return item.uri, item.etag, item.size
+
+
+def _batches(
+    rows: Iterable[tuple[str, str, int, str]],
+) -> Iterator[list[tuple[str, str, int, str]]]:
+    batch: list[tuple[str, str, int, str]] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == _SPOOL_ROWS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,225 @@
+"""What a run will do, decided once: a listing, cut into shards, written put-if-absent.
+
+The listing is spooled to local disk page by page and joined there by DuckDB within a memory
+limit, so a bucket of any size is planned in bounded memory. The plan is `plan.json`, which names
+its parts: Parquet files of at most a wave of shards each, one row a shard. A part's name holds a
+hash of its bytes, so of two drivers that plan at once the first `plan.json` wins and is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.bulk.listing import Listed, Listing
+from pipeline.bulk.settings import Settings, fingerprint
+from pipeline.data import storage
+from pipeline.results.layout import RunLayout
+
+WAVE_SHARDS = 10_000
+"""Shards a part, and so a wave: what a driver's memory holds for one data set."""
+
+WAVE_IMAGES = 500_000
+"""Images a part at most: its file must fit one put."""
+
+_IMAGE = pa.struct(
+    [
+        pa.field("uri", pa.string()),
+        pa.field("etag", pa.string()),
+        pa.field("bytes", pa.int64()),
+        pa.field("label_uri", pa.string()),
+        pa.field("label_etag", pa.string()),
+    ]
+)
+SHARDS = pa.schema([pa.field("shard", pa.int32()), pa.field("images", pa.list_(_IMAGE))])
+"""A part's schema: one row a shard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A file of the plan: shards `first_shard` to `first_shard + shards - 1`."""
+
+    name: str
+    first_shard: int
+    shards: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What the plan holds, and what it leaves out."""
+
+    images: int = 0
+    bytes: int = 0
+    shards: int = 0
+    labels: int = 0  # images that have one
+    left_out: int = 0  # objects that --include does not take
+    done_before: int = 0  # images that earlier runs have done
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The content of `plan.json`."""
+
+    run_id: str
+    started_at: str  # ISO 8601, UTC
+    fingerprint: str  # of `identity`
+    identity: dict[str, Any]
+    model: str  # fingerprint of the checkpoint
+    settings: str  # fingerprint of the inference settings
+    counts: Counts
+    parts: list[Part] = field(default_factory=list)
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Plan:
+        values = json.loads(data)
+        values["counts"] = Counts(**values["counts"])
+        values["parts"] = [Part(**part) for part in values["parts"]]
+        return cls(**values)
+
+
+def run_id_of(settings: Settings, identity: dict[str, Any]) -> str:
+    """The run id given, or else an unfinished run of the same arguments, or else today's."""
+    if settings.run_id is not None:
+        return settings.run_id
+    ending = fingerprint({**identity, "checkpoint": settings.checkpoint})[:8]
+    today = RunLayout(results=settings.results, run_id=f"{datetime.now(UTC):%Y-%m-%d}-{ending}")
+    if not storage.exists(f"{today.plan}/plan.json"):
+        for run in _runs_planned(settings.results):
+            layout = RunLayout(results=settings.results, run_id=run)
+            if run.endswith(f"-{ending}") and not storage.exists(layout.record):
+                return run
+    return today.run_id
+
+
+def _runs_planned(results: str) -> Iterator[str]:
+    plans = storage.join(results, "plans")
+    for item in storage.list_objects(plans):
+        folder, _, name = storage.relative(plans, item.uri).partition("/")
+        if name == "plan.json":
+            yield folder.removeprefix("run=")
+
+
+def load(layout: RunLayout) -> Plan | None:
+    """The run's plan, None where it has none yet."""
+    try:
+        return Plan.from_json(storage.read(f"{layout.plan}/plan.json"))
+    except storage.StorageError as error:
+        if error.kind == "vanished":
+            return None
+        raise
+
+
+def check_same(plan: Plan, identity: dict[str, Any]) -> None:
+    """Raises ValueError where the plan was made for other settings or another checkpoint."""
+    changed = sorted(name for name in identity if plan.identity.get(name) != identity[name])
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"run id {plan.run_id} belongs to a run with another {name.replace('_', '-')} "
+            f"({plan.identity.get(name)}, now {identity[name]}); take another --run-id"
+        )
+
+
+def make(
+    settings: Settings, layout: RunLayout, identity: dict[str, Any], *, write: bool = True
+) -> Plan:
+    """Lists, cuts and (unless `write` is off) writes the plan; if another was first, that one.
+
+    Raises ValueError where nothing is to be segmented or labels are ambiguous, StorageError.
+    """
+    values: dict[str, Any] = {
+        "run_id": layout.run_id,
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "fingerprint": fingerprint(identity),
+        "identity": identity,
+        "model": identity["model"],
+        "settings": fingerprint(asdict(settings.inference)),
+    }
+    with Listing(settings, model=values["model"], settings_print=values["settings"]) as listing:
+        counted, parts = _write_parts(settings, layout, listing.images(), write=write)
+        counts = Counts(**counted, left_out=listing.left_out, done_before=listing.done_before)
+    plan = Plan(**values, counts=counts, parts=parts)
+    if write and not storage.create(f"{layout.plan}/plan.json", plan.to_json()):
+        first = load(layout)
+        assert first is not None
+        check_same(first, identity)
+        return first
+    return plan
+
+
+def _write_parts(
+    settings: Settings, layout: RunLayout, images: Iterator[Listed], *, write: bool
+) -> tuple[dict[str, int], list[Part]]:
+    counts = dict.fromkeys(("images", "bytes", "shards", "labels"), 0)
+    parts: list[Part] = []
+    for first, shards in _waves(cut(images, settings)):
+        flat = [image for shard in shards for image in shard]
+        counts["images"] += len(flat)
+        counts["bytes"] += sum(image.bytes for image in flat)
+        counts["labels"] += sum(image.label_uri is not None for image in flat)
+        counts["shards"] += len(shards)
+        data = _part_bytes(first, shards)
+        name = f"part-{len(parts):05d}-{hashlib.sha256(data).hexdigest()[:16]}.parquet"
+        parts.append(Part(name=name, first_shard=first, shards=len(shards)))
+        if write:
+            storage.create(f"{layout.plan}/{name}", data)
+    return counts, parts
+
+
+def cut(images: Iterator[Listed], settings: Settings) -> Iterator[list[Listed]]:
+    """Shards of at most `shard_images` images and `shard_bytes` bytes, in order.
+
+    An object over `max_object_bytes` is never fetched, so it counts as no bytes.
+    """
+    shard: list[Listed] = []
+    held = 0
+    for image in images:
+        size = image.bytes if image.bytes <= settings.inference.max_object_bytes else 0
+        full = len(shard) == settings.shard_images or held + size > settings.shard_bytes
+        if shard and full:
+            yield shard
+            shard, held = [], 0
+        shard.append(image)
+        held += size
+    if shard:
+        yield shard
+
+
+def _waves(shards: Iterator[list[Listed]]) -> Iterator[tuple[int, list[list[Listed]]]]:
+    """Shards in groups of a wave, each with the number of its first."""
+    wave: list[list[Listed]] = []
+    first = images = 0
+    for shard in shards:
+        if len(wave) == WAVE_SHARDS or images + len(shard) > WAVE_IMAGES:
+            yield first, wave
+            first, wave, images = first + len(wave), [], 0
+        wave.append(shard)
+        images += len(shard)
+    if wave:
+        yield first, wave
+
+
+def _part_bytes(first: int, shards: list[list[Listed]]) -> bytes:
+    rows = [
+        {"shard": first + i, "images": [image._asdict() for image in shard]}
+        for i, shard in enumerate(shards)
+    ]
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SHARDS), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def read_part(layout: RunLayout, part: Part) -> pa.Table:
+    """The part's shards, one row each."""
+    return pq.read_table(io.BytesIO(storage.read(f"{layout.plan}/{part.name}")))

@@ -1,0 +1,57 @@
+"""How far a run is, how fast it goes, and how long it will take."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+
+from pipeline.bulk.segmenter import Summary
+
+_WINDOW_S = 60.0
+
+
+class Progress:
+    """Counts of one driver's work on a run; shards that were done before count as done."""
+
+    def __init__(
+        self, *, images: int, images_before: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.images = images
+        self.images_before = images_before
+        self.images_now = 0
+        self.errors: Counter[str] = Counter()  # images of this driver, by kind
+        self.bytes_read = 0
+        self._clock = clock
+        self._started = clock()
+        self._recent: deque[tuple[float, int]] = deque([(self._started, 0)])
+
+    def add(self, summary: Summary) -> None:
+        """Counts a shard that is done."""
+        self.images_now += summary.images
+        self.errors.update(summary.errors)
+        self.bytes_read += summary.bytes_read
+        self._recent.append((self._clock(), self.images_now))
+        # two points at least, so that slow shards still give a rate
+        while len(self._recent) > 2 and self._clock() - self._recent[0][0] > _WINDOW_S:
+            self._recent.popleft()
+
+    @property
+    def images_done(self) -> int:
+        return self.images_before + self.images_now
+
+    @property
+    def seconds(self) -> float:
+        return self._clock() - self._started
+
+    @property
+    def images_per_second(self) -> float:
+        """Over the last minute, or since the start."""
+        (since, before), (until, now) = self._recent[0], self._recent[-1]
+        return (now - before) / (until - since) if until > since else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None until a shard is done."""
+        rate = self.images_per_second
+        return (self.images - self.images_done) / rate if rate else None

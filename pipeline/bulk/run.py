@@ -1,0 +1,245 @@
+"""A bulk run from its settings to its record: check, plan, waves, reconcile, finish.
+
+Whatever stops a run leaves whole files behind and nothing else; the same command continues it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.bulk import lease, plan, waves
+from pipeline.bulk.alone import Alone
+from pipeline.bulk.finish import Finish, Outcome
+from pipeline.bulk.plan import Plan
+from pipeline.bulk.progress import Progress
+from pipeline.bulk.rows import RowMaker
+from pipeline.bulk.segmenter import Summary, Work, checkpoint_fingerprint
+from pipeline.bulk.settings import Settings
+from pipeline.bulk.waves import Pool, RunStoppedError, photos_of
+from pipeline.data import storage
+from pipeline.data.labels import Classes
+from pipeline.model import weights
+from pipeline.results.layout import RunLayout, shard_number
+
+logger = logging.getLogger(__name__)
+
+_GPU_BATCH, _CPU_BATCH = 8, 1  # on a CPU batches only push each other out of its caches
+
+Watch = Callable[[Plan, Progress], None]
+"""Is told how far the run is: once when it begins, and after every shard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a run ended."""
+
+    plan: Plan
+    outcome: Outcome | None  # None after a dry run, or when all was done before
+    seconds: float
+    images_per_second: float | None
+    nothing_to_do: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Checkpoint:
+    """The model that a run uses, known by its bytes."""
+
+    sha256: str
+    fingerprint: str
+    classes: Classes
+
+
+def run(settings: Settings, watch: Watch) -> Ended:
+    """Does what the settings ask, or what is left of it.
+
+    Raises ValueError or StorageError for what the settings name and cannot be used,
+    lease.HeldError where another driver works on the run, RunStoppedError where it cannot go on.
+    """
+    checkpoint = _check(settings)
+    identity = settings.identity(model=checkpoint.fingerprint)
+    layout = RunLayout(results=settings.results, run_id=plan.run_id_of(settings, identity))
+    known = plan.load(layout)
+    if known is not None:
+        plan.check_same(known, identity)
+    if settings.dry_run:
+        known = known or plan.make(settings, layout, identity, write=False)
+        watch(known, _progress(known, _shards_done(layout), settings))
+        return Ended(plan=known, outcome=None, seconds=0.0, images_per_second=None)
+    if known is not None and storage.exists(layout.record):
+        return Ended(
+            plan=known, outcome=None, seconds=0.0, images_per_second=None, nothing_to_do=True
+        )
+    with lease.held(layout.lease, layout.run_id) as held:
+        known = known or plan.make(settings, layout, identity)
+        return _Run(settings, layout, known, checkpoint, watch, held).to_its_end()
+
+
+def _check(settings: Settings) -> _Checkpoint:
+    """Looks at what the settings name, before anything is written or started."""
+    data = storage.read(settings.checkpoint)
+    model, classes = weights.load(settings.checkpoint)
+    if settings.inference.output_stride is not None:
+        model.set_output_stride(settings.inference.output_stride)
+    for prefix in filter(None, (settings.images, settings.labels)):
+        if not any(storage.list_pages(prefix)):
+            raise ValueError(f"nothing lies below {prefix}")
+    return _Checkpoint(
+        sha256=hashlib.sha256(data).hexdigest(),
+        fingerprint=checkpoint_fingerprint(data),
+        classes=classes,
+    )
+
+
+def _shards_done(layout: RunLayout) -> set[int]:
+    numbers = (shard_number(item.uri) for item in storage.list_objects(layout.images))
+    return {number for number in numbers if number is not None}
+
+
+def _progress(known: Plan, done: set[int], settings: Settings) -> Progress:
+    # shards are equal but for the last, or where bytes cut them: good enough for a display
+    share = len(done) / known.counts.shards if known.counts.shards else 0.0
+    return Progress(images=known.counts.images, images_before=round(known.counts.images * share))
+
+
+class _Run:
+    """One driver's work on one run."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        layout: RunLayout,
+        known: Plan,
+        checkpoint: _Checkpoint,
+        watch: Watch,
+        held: lease.Lease,
+    ) -> None:
+        self._settings = settings
+        self._layout = layout
+        self._plan = known
+        self._checkpoint = checkpoint
+        self._watch = watch
+        self._held = held
+        self._progress = _progress(known, _shards_done(layout), settings)
+        self._pool = _pool(settings)
+        self._work = Work(
+            layout=layout,
+            checkpoint=settings.checkpoint,
+            model=known.model,
+            settings=known.settings,
+            inference=settings.inference,
+            batch_images=settings.batch_images or (_GPU_BATCH if self._pool.gpus else _CPU_BATCH),
+            cpus=self._pool.cpus,
+            gpu=self._pool.gpus > 0,
+        )
+
+    def to_its_end(self) -> Ended:
+        self._watch(self._plan, self._progress)
+        for part in self._plan.parts:
+            self._wave(part)
+        finish = Finish(self._layout, self._plan, self._checkpoint.classes)
+        outcome = finish.outcome() if self._plan.counts.images else _NOTHING
+        self._check_outcome(outcome)
+        if self._plan.counts.images:
+            finish.write_classes()
+            finish.write_done()
+        seconds = self._progress.seconds
+        rate = self._progress.images_now / seconds if self._progress.images_now else None
+        finish.write_record(
+            outcome,
+            {
+                "checkpoint": self._settings.checkpoint,
+                "checkpoint_sha256": self._checkpoint.sha256,
+                "code_version": importlib.metadata.version("deeplab-pipeline"),
+                "bytes_read": self._progress.bytes_read,
+                "seconds": seconds,
+                "images_per_second": rate,
+            },
+        )
+        return Ended(plan=self._plan, outcome=outcome, seconds=seconds, images_per_second=rate)
+
+    def _wave(self, part: plan.Part) -> None:
+        """The part's shards, until none is missing."""
+        numbers = range(part.first_shard, part.first_shard + part.shards)
+        if not self._missing(numbers):
+            return
+        shards = plan.read_part(self._layout, part)
+        waves.connect(self._pool)
+        if self._pool.max_actors > 1 and not self._progress.images_done:
+            # one shard by one actor, before the pool grows: what fails at once costs little
+            first = Pool(min_actors=1, max_actors=1, cpus=self._pool.cpus, gpus=self._pool.gpus)
+            self._send(shards.slice(0, 1), first)
+        for one_at_a_time in (False, True):
+            missing = self._missing(numbers)
+            if missing:
+                if one_at_a_time:
+                    logger.warning("%d shards came back from no process; again", len(missing))
+                indices = [number - part.first_shard for number in missing]
+                self._send(shards.take(indices), self._pool, one_at_a_time=one_at_a_time)
+        if missing := self._missing(numbers):
+            self._photo_by_photo(shards.take([number - part.first_shard for number in missing]))
+
+    def _missing(self, numbers: range) -> list[int]:
+        done = _shards_done(self._layout)
+        return [number for number in numbers if number not in done]
+
+    def _send(self, shards: pa.Table, pool: Pool, *, one_at_a_time: bool = False) -> None:
+        summaries = waves.run(self._work, shards, pool, one_at_a_time=one_at_a_time)
+        # closed at once when something is raised here, so that the actors stop
+        with contextlib.closing(summaries):
+            for summary in summaries:
+                self._count(summary)
+
+    def _photo_by_photo(self, shards: pa.Table) -> None:
+        logger.warning("%d shards kill their process; photo by photo now", len(shards))
+        rows = RowMaker(
+            run_id=self._layout.run_id,
+            model=self._plan.model,
+            settings=self._plan.settings,
+            classes=self._checkpoint.classes,
+        )
+        with contextlib.closing(Alone(self._work, self._pool, rows)) as alone:
+            for row in shards.to_pylist():
+                self._count(alone.segment(row["shard"], photos_of(row["images"])))
+
+    def _count(self, summary: Summary) -> None:
+        """Counts a shard, tells who watches, and stops the run by the rules."""
+        self._progress.add(summary)
+        self._watch(self._plan, self._progress)
+        if self._held.lost.is_set():
+            raise RunStoppedError("another driver took the run over")
+        self._check_errors(self._progress.errors.total(), self._progress.errors.most_common(1))
+
+    def _check_outcome(self, outcome: Outcome) -> None:
+        if outcome.images != self._plan.counts.images:
+            raise RunStoppedError(
+                f"{outcome.images} rows for {self._plan.counts.images} planned photos below "
+                f"{self._layout.images}: did something else write or delete there?"
+            )
+        self._check_errors(outcome.errors, outcome.errors_by_kind)
+
+    def _check_errors(self, errors: int, kinds: Any) -> None:
+        allowed = self._settings.max_error_fraction * self._plan.counts.images
+        if errors > allowed:
+            raise RunStoppedError(
+                f"{errors} of {self._plan.counts.images} photos are errors (mostly "
+                f"{kinds[0][0]}), over --max-error-fraction {self._settings.max_error_fraction:g}"
+            )
+
+
+_NOTHING = Outcome(images=0, ok=0, errors=0, label_errors=0, errors_by_kind=())
+
+
+def _pool(settings: Settings) -> Pool:
+    """The actors asked for; without a word on CPUs they share those of this machine."""
+    low, high = settings.actors
+    cpus = settings.cpus_per_actor or max(1, len(os.sched_getaffinity(0)) // high)
+    return Pool(min_actors=low, max_actors=high, cpus=cpus, gpus=settings.gpus_per_actor)

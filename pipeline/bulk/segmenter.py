@@ -1,0 +1,243 @@
+"""One shard of the plan becomes its file: fetch, decode, infer, encode, create.
+
+A plain class without Ray: it can be called in a loop, and two threads may call it at once, so
+that one shard's photos are fetched and decoded while the other's are in the network. Whatever is
+wrong with a photo becomes its row; what is wrong with everything is a `SystemicError`, and the
+shard is not committed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.bulk.decode import Decoders, Limits, Pixels
+from pipeline.bulk.listing import Listed
+from pipeline.bulk.load import AHEAD_BYTES, Loaded, Loader
+from pipeline.bulk.rows import RowMaker
+from pipeline.bulk.settings import Inference
+from pipeline.data import storage
+from pipeline.model import predict, weights
+from pipeline.results import tables
+from pipeline.results.layout import RunLayout
+
+FAILURES_IN_A_ROW = 50
+"""So many photos in a row that fail in one way which is not theirs are a fault of the system."""
+
+
+class SystemicError(RuntimeError):
+    """Nothing is to be gained by going on: the run stops, and can be continued."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What every shard of a run shares; small, so that it travels to actors as it is."""
+
+    layout: RunLayout
+    checkpoint: str
+    model: str  # fingerprint that the checkpoint must have
+    settings: str  # fingerprint of `inference`
+    inference: Inference
+    batch_images: int
+    cpus: int
+    gpu: bool
+
+
+@dataclass(kw_only=True)
+class Summary:
+    """What a shard came to, for progress and the run's record. Times in seconds."""
+
+    shard: int
+    images: int = 0
+    errors: Counter[str] = field(default_factory=Counter)  # images by kind
+    label_errors: int = 0
+    bytes_read: int = 0
+    wait_s: float = 0.0  # the network waited for pixels
+    infer_s: float = 0.0
+    committed: bool = False  # False: another writer was first
+
+
+def checkpoint_fingerprint(data: bytes) -> str:
+    """16 hexadecimal digits of the checkpoint's sha256."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+class Segmenter:
+    """Segments shards with one model, its decoder processes and its threads."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        data = storage.read(work.checkpoint)
+        if checkpoint_fingerprint(data) != work.model:
+            raise SystemicError(f"{work.checkpoint} was replaced after the run was planned")
+        torch.set_num_threads(work.cpus)
+        model, self.classes = weights.load(work.checkpoint)
+        # the children start before CUDA does
+        limits = Limits(max_pixels=work.inference.max_pixels)
+        self.decoders = Decoders(work.cpus, limits, self.classes)
+        self._loader = Loader(
+            self.decoders, work.cpus, max_object_bytes=work.inference.max_object_bytes
+        )
+        self._network = _Network(model, work)
+        self._rows = RowMaker(
+            run_id=work.layout.run_id,
+            model=work.model,
+            settings=work.settings,
+            classes=self.classes,
+        )
+        self._schema = tables.with_footer(tables.IMAGES, self.classes)
+        self._streak = _Streak()
+
+    def close(self) -> None:
+        """Ends the decoder processes and the threads."""
+        self._loader.close()
+        self.decoders.close()
+
+    def segment(self, shard: int, photos: Sequence[Listed]) -> Summary:
+        """Segments the shard and creates its file; a file that is there already stays.
+
+        Raises SystemicError, and StorageError where the results cannot be written.
+        """
+        data, summary = self.rows_of(shard, photos)
+        summary.committed = storage.create(self._work.layout.shard(shard), data)
+        return summary
+
+    def rows_of(self, shard: int, photos: Sequence[Listed]) -> tuple[bytes, Summary]:
+        """The bytes of the shard's file, not written anywhere, and their summary."""
+        summary = Summary(shard=shard, images=len(photos))
+        rows: dict[str, dict[str, Any]] = {}
+        for batch in self._batches(photos, summary):
+            for loaded, row in zip(batch, self._rows_of_batch(shard, batch, summary), strict=True):
+                rows[loaded.listed.uri] = row
+        ordered = [rows[photo.uri] for photo in photos]
+        summary.errors.update(row["error_kind"] for row in ordered if row["status"] == "error")
+        summary.label_errors = sum(row.get("label_error") is not None for row in ordered)
+        return tables.to_parquet(ordered, self._schema), summary
+
+    def _batches(self, photos: Sequence[Listed], summary: Summary) -> Iterator[list[Loaded]]:
+        """Photos of one size together, failed ones alone; a function of the plan's order only."""
+        by_size: dict[tuple[int, ...], list[Loaded]] = {}
+        held = 0
+        for loaded in _timed(self._loader.stream(photos), summary):
+            self._streak.count(loaded)
+            summary.bytes_read += loaded.fetched_bytes
+            if loaded.image is None:
+                yield [loaded]
+                continue
+            same_size = by_size.setdefault(loaded.image.shape, [])
+            same_size.append(loaded)
+            held += loaded.image.nbytes
+            if len(same_size) < self._work.batch_images:
+                if held <= AHEAD_BYTES:
+                    continue
+                same_size = max(by_size.values(), key=_held)
+            held -= _held(same_size)
+            yield by_size.pop(_shape(same_size))
+        yield from by_size.values()
+
+    def _rows_of_batch(
+        self, shard: int, batch: list[Loaded], summary: Summary
+    ) -> Iterator[dict[str, Any]]:
+        images = [loaded.image for loaded in batch if loaded.image is not None]
+        if not images:
+            for loaded in batch:
+                assert loaded.error_kind is not None
+                yield self._rows.error(shard, loaded.listed, loaded.error_kind, loaded.error or "")
+            return
+        started = time.perf_counter()
+        results = self._network.segment(images)
+        summary.infer_s += time.perf_counter() - started
+        for loaded, result in zip(batch, results, strict=True):
+            if result is None:
+                message = "the network does not fit into memory with this photo"
+                yield self._rows.error(shard, loaded.listed, "out_of_memory", message)
+            else:
+                yield self._rows.ok(shard, loaded, *result)
+
+
+class _Network:
+    """The model on its device, used by one thread at a time."""
+
+    def __init__(self, model: Any, work: Work) -> None:
+        inference = work.inference
+        self._model = model.to("cuda" if work.gpu else "cpu").eval()
+        if inference.output_stride is not None:
+            self._model.set_output_stride(inference.output_stride)
+        self._how: dict[str, Any] = {
+            "scales": inference.scales,
+            "flip": inference.flip,
+            "window": predict.Window(
+                size=inference.window,
+                overlap=inference.window_overlap,
+                threshold_pixels=inference.window_above,
+            ),
+        }
+        self._one_at_a_time = threading.Lock()
+
+    def segment(self, images: list[Pixels]) -> list[tuple[Any, Any] | None]:
+        """(mask, confidence) of each image of one size; None where memory does not suffice."""
+        with self._one_at_a_time:
+            try:
+                masks, confidences = predict.segment(self._model, np.stack(images), **self._how)
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                # below: outside of the handler, whose traceback holds the tensors
+            else:
+                return list(zip(masks.numpy(), confidences.numpy(), strict=True))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return [None] if len(images) == 1 else [self.segment([image])[0] for image in images]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "DefaultCPUAllocator" in str(error)  # torch's own type exists for GPUs alone
+
+
+class _Streak:
+    """Counts failures in a row of one kind that is not the photo's own fault."""
+
+    def __init__(self) -> None:
+        self._kind: str | None = None
+        self._length = 0
+
+    def count(self, loaded: Loaded) -> None:
+        """Raises SystemicError at `FAILURES_IN_A_ROW`."""
+        kind = loaded.error_kind
+        if kind is None or kind in tables.PERMANENT_ERRORS:
+            self._kind, self._length = None, 0
+            return
+        self._length = self._length + 1 if kind == self._kind else 1
+        self._kind = kind
+        if self._length >= FAILURES_IN_A_ROW:
+            raise SystemicError(f"{self._length} photos in a row failed ({kind}): {loaded.error}")
+
+
+def _timed(stream: Iterator[Loaded], summary: Summary) -> Iterator[Loaded]:
+    """The stream, with the time that its consumer waited added to the summary."""
+    while True:
+        started = time.perf_counter()
+        loaded = next(stream, None)
+        summary.wait_s += time.perf_counter() - started
+        if loaded is None:
+            return
+        yield loaded
+
+
+def _shape(same_size: list[Loaded]) -> tuple[int, ...]:
+    assert same_size[0].image is not None
+    return same_size[0].image.shape
+
+
+def _held(same_size: list[Loaded]) -> int:
+    return sum(loaded.image.nbytes for loaded in same_size if loaded.image is not None)

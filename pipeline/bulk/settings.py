@@ -1,0 +1,144 @@
+"""What a person says about a bulk run, checked before anything starts."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field, fields
+
+from pipeline.data import storage
+from pipeline.results.layout import check_run_id
+
+IMAGE_PATTERNS = tuple(
+    f"*.{ending}" for ending in ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inference:
+    """What decides a mask, given the photo and the checkpoint: together, the fingerprint."""
+
+    scales: tuple[float, ...] = (1.0,)
+    """Scales whose probabilities are averaged; the paper's are 0.5 0.75 1.0 1.25 1.5 1.75."""
+    flip: bool = False
+    """Average over the mirrored photo too."""
+    output_stride: int | None = None
+    """4, 8, 16 or 32; the checkpoint's own by default."""
+    window: int = 1025
+    """Side of the sliding window for large photos, px."""
+    window_overlap: int = 257
+    """Pixels that neighbouring windows share."""
+    window_above: int = 4_000_000
+    """Photos of more pixels than this are segmented through the window."""
+    max_pixels: int = 100_000_000
+    """A photo of more pixels is an error row, refused before it is decoded."""
+    max_object_bytes: int = 256 * 2**20
+    """A larger object is an error row, and never fetched."""
+
+    def __post_init__(self) -> None:
+        if not self.scales or any(not 0 < scale <= 8 for scale in self.scales):
+            raise ValueError(
+                f"--scales {' '.join(map(str, self.scales))}: each must be over 0 and at most 8"
+            )
+        if self.output_stride not in (None, 4, 8, 16, 32):
+            raise ValueError(f"--output-stride {self.output_stride}: take 4, 8, 16 or 32")
+        if not 0 <= self.window_overlap < self.window:
+            raise ValueError(
+                f"--window-overlap {self.window_overlap} must be at least 0 "
+                f"and under the --window of {self.window}"
+            )
+        _check_positive(self, "window", "window_above", "max_pixels", "max_object_bytes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Segment every photo below a URI with DeepLabv3; masks and per-class IoU become Parquet."""
+
+    images: str
+    """Where the photos are: s3://bucket/prefix or a folder."""
+    results: str
+    """Where the tables go: s3://bucket/prefix or a folder."""
+    checkpoint: str
+    """The model: our .safetensors, a .pth in torchvision's layout, or the TensorFlow zoo's .npz."""
+    labels: str | None = None
+    """Ground truth below this URI, matched by relative path without extension; gives IoU."""
+    include: tuple[str, ...] = IMAGE_PATTERNS
+    """Patterns of the photos' relative paths, upper and lower case alike; '*' takes everything."""
+    run_id: str | None = None
+    """Name of the run. By default it follows from the arguments and the date."""
+    only_new: bool = False
+    """Leave out what earlier runs have done with the same model and settings."""
+    limit: int | None = None
+    """Segment only the first so many photos."""
+    shard_images: int = 64
+    """Photos a shard, which is one file of results and the unit that is done again."""
+    shard_bytes: int = 64 * 2**20
+    """Bytes of photos a shard, at most."""
+    actors: tuple[int, int] = (1, 1)
+    """How many processes segment at once: MIN and MAX."""
+    gpus_per_actor: float = 0.0
+    """GPUs for each; 0 runs on the CPU."""
+    cpus_per_actor: int | None = None
+    """CPUs, decoder processes and torch threads for each; by default they share this machine."""
+    batch_images: int | None = None
+    """Photos of one size that go through the network together; 8 on a GPU, 1 on a CPU."""
+    max_error_fraction: float = 0.05
+    """The run stops when more than this part of its photos are errors."""
+    dry_run: bool = False
+    """Say what would be done, and do nothing."""
+    inference: Inference = field(default_factory=Inference)
+
+    def __post_init__(self) -> None:
+        for name in ("images", "results", "checkpoint", "labels"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, storage.normalise(given))
+        if self.run_id is not None:
+            check_run_id(self.run_id)
+        if not self.include:
+            raise ValueError("--include needs at least one pattern; '*' takes everything")
+        if not 1 <= self.actors[0] <= self.actors[1]:
+            raise ValueError(f"--actors {self.actors[0]} {self.actors[1]}: take 1 <= MIN <= MAX")
+        if not 0 <= self.max_error_fraction <= 1:
+            raise ValueError(f"--max-error-fraction {self.max_error_fraction} is not in 0 to 1")
+        if self.gpus_per_actor < 0:
+            raise ValueError(f"--gpus-per-actor {self.gpus_per_actor} is negative")
+        _check_positive(
+            self, "limit", "shard_images", "shard_bytes", "cpus_per_actor", "batch_images"
+        )
+
+    @property
+    def included(self) -> re.Pattern[str]:
+        """Matches the relative paths that `include` takes."""
+        return re.compile("|".join(map(fnmatch.translate, self.include)), re.IGNORECASE)
+
+    def identity(self, *, model: str) -> dict[str, object]:
+        """What makes a run this run: other values under the same run id are refused."""
+        return {
+            "images": self.images,
+            "labels": self.labels,
+            "include": sorted(self.include),
+            "only_new": self.only_new,
+            "limit": self.limit,
+            "shard_images": self.shard_images,
+            "shard_bytes": self.shard_bytes,
+            "model": model,
+            **asdict(self.inference),
+            "scales": list(self.inference.scales),
+        }
+
+
+def fingerprint(values: dict[str, object]) -> str:
+    """16 hexadecimal digits that differ where the values do."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _check_positive(settings: Inference | Settings, *names: str) -> None:
+    known = {each.name for each in fields(settings)}
+    for name in names:
+        assert name in known
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")

@@ -1,0 +1,145 @@
+"""Shards stream through one stage of actors: Ray Data, a wave at a time.
+
+One row is one shard, and one row a block, so that nothing can split or merge shards; a row's
+result is a small summary. What is expected to go wrong is in the summary; a process that dies
+takes its shards with it (they are missing afterwards, and the caller runs them again), and
+everything else is a bug that ends the run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import traceback
+from collections import Counter
+from collections.abc import Generator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+
+from pipeline.bulk.listing import Listed
+from pipeline.bulk.segmenter import Segmenter, Summary, SystemicError, Work
+from pipeline.data.storage import StorageError
+
+_CONCURRENT_SHARDS = 2  # one is fetched and decoded while the other is in the network
+_SHARDS_IN_FLIGHT = 3  # and one more waits at the actor
+
+
+class RunStoppedError(RuntimeError):
+    """The run cannot go on now; what is done stays, and the same command continues it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """How many actors there are, and what each of them takes."""
+
+    min_actors: int
+    max_actors: int
+    cpus: int
+    gpus: float
+
+
+def connect(pool: Pool) -> None:
+    """Joins the Ray of RAY_ADDRESS, or starts one on this machine that is large enough."""
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+        return
+    # the actors, and one that someone may add by hand; Ray's own tasks need one more
+    wanted = pool.max_actors * pool.cpus + 1
+    ray.init(
+        address="local",
+        num_cpus=max(wanted, os.cpu_count() or 1),
+        include_dashboard=False,
+        **quiet,
+    )
+
+
+def photos_of(images: list[dict[str, Any]]) -> list[Listed]:
+    """The photos in a plan row's list."""
+    return [Listed(**image) for image in images]
+
+
+class Stage:
+    """The actor: a segmenter, and its words to the driver. No exception leaves it."""
+
+    def __init__(self, work: Work) -> None:
+        self._fatal: str | None = None
+        try:
+            self._segmenter = Segmenter(work)
+        except (SystemicError, StorageError, ValueError) as error:
+            self._fatal = f"the segmenter does not start: {error}"
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """A batch of one shard -> its summary."""
+        [row] = batch.to_pylist()
+        return pa.Table.from_pylist([self._segment(row["shard"], photos_of(row["images"]))])
+
+    def _segment(self, shard: int, photos: list[Listed]) -> dict[str, Any]:
+        summary, fatal = Summary(shard=shard), self._fatal
+        if fatal is None:
+            try:
+                summary = self._segmenter.segment(shard, photos)
+            except (SystemicError, StorageError) as error:
+                fatal = str(error)
+            except Exception as error:  # a bug: said to the driver, which ends the run
+                fatal = f"a bug, {type(error).__name__}: {error}\n{traceback.format_exc()}"
+        packed = asdict(replace(summary, errors=Counter()))
+        return {**packed, "errors": json.dumps(summary.errors), "fatal": fatal or ""}
+
+
+def run(
+    work: Work,
+    shards: pa.Table,
+    pool: Pool,
+    *,
+    one_at_a_time: bool = False,
+) -> Generator[Summary, None, None]:
+    """Sends the shards through the pool; the summaries of those that come back, as they come.
+
+    With `one_at_a_time` nothing is queued on an actor behind another shard, so that a death
+    costs no other shard. Raises RunStoppedError.
+    """
+    _set_context(len(shards))
+    rows = [shards.take([i]) for i in range(len(shards))]  # one block each
+    in_flight = 1 if one_at_a_time else _SHARDS_IN_FLIGHT
+    summaries = ray.data.from_arrow(rows).map_batches(
+        Stage,
+        fn_constructor_args=(work,),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            min_size=min(pool.min_actors, len(rows)),
+            max_size=min(pool.max_actors, len(rows)),
+            max_tasks_in_flight_per_actor=in_flight,
+            max_concurrent_calls_per_actor=min(in_flight, _CONCURRENT_SHARDS),
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus or None,
+        max_restarts=-1,
+        max_task_retries=0,
+    )
+    try:
+        for row in summaries.iter_rows():
+            fatal = row.pop("fatal")
+            if fatal:
+                raise RunStoppedError(fatal)
+            yield Summary(**{**row, "errors": Counter(json.loads(row["errors"]))})
+    except ray.exceptions.RayError as error:
+        raise RunStoppedError(f"Ray gave up: {str(error).splitlines()[0]}") from error
+
+
+def _set_context(shards: int) -> None:
+    context = DataContext.get_current()
+    context.max_errored_blocks = max(20, shards // 100)
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.data._internal.execution.streaming_executor"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,275 @@
+"""Which classes there are: names, colours, and the value that means "no label here".
+
+A `Classes` travels as plain JSON values (checkpoint metadata, Parquet footer keys); a user's own
+classes enter as JSON text. A class id is a position in `names`, and `ignore_index` is never one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Color = tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classes:
+    """The classes of a data set: id i is called `names[i]` and drawn in `palette[i]` (R, G, B).
+
+    `ignore_index` is the value of label pixels that count neither in the loss nor in a score.
+    Raises ValueError where these disagree (TypeError where a value is of another type).
+    """
+
+    names: tuple[str, ...]
+    palette: tuple[Color, ...]
+    ignore_index: int = 255
+
+    def __post_init__(self) -> None:
+        _check_names(self.names)
+        _check_palette(self.palette, len(self.names))
+        _check_ignore_index(self.ignore_index, len(self.names))
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.names)
+
+    def to_dict(self) -> dict[str, object]:
+        """The same as JSON values: `{"names": [...], "palette": [[r, g, b], ...], ...}`."""
+        return {
+            "names": list(self.names),
+            "palette": [list(color) for color in self.palette],
+            "ignore_index": self.ignore_index,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> Classes:
+        """The classes of `{"names", "palette", "ignore_index"}`; only names are required.
+
+        A missing palette is VOC's colour map, a missing ignore_index is 255. Raises ValueError
+        on an unknown key, TypeError on a value of another type.
+        """
+        unknown = sorted(set(values) - {"names", "palette", "ignore_index"})
+        if unknown:
+            raise ValueError(f"classes have no {unknown[0]!r}; use names, palette, ignore_index")
+        if "names" not in values:
+            raise ValueError('classes have no names; give {"names": ["background", ...]}')
+        names = tuple(_sequence(values["names"], "names"))
+        palette = values.get("palette")
+        colors: tuple[object, ...] = voc_colormap(len(names))
+        if palette is not None:
+            colors = tuple(
+                tuple(_sequence(color, f"palette[{i}]"))
+                for i, color in enumerate(_sequence(palette, "palette"))
+            )
+        # the checks of __post_init__ are at run time, so what JSON gave may go in unproven
+        return cls(
+            names=names,  # type: ignore[arg-type]
+            palette=colors,  # type: ignore[arg-type]
+            ignore_index=values.get("ignore_index", 255),  # type: ignore[arg-type]
+        )
+
+
+def voc_colormap(n: int) -> tuple[Color, ...]:
+    """VOC's first `n` colours: the bits of an id, dealt in turn to red, green and blue, high first.
+
+    Source: VOCdevkit, VOClabelcolormap.m.
+    """
+    return tuple((_spread(i), _spread(i >> 1), _spread(i >> 2)) for i in range(n))
+
+
+def _spread(bits: int) -> int:
+    """Every third bit of `bits`, mirrored into a byte: bit 0 becomes 128, bit 3 becomes 64."""
+    return sum(((bits >> (3 * j)) & 1) << (7 - j) for j in range(8))
+
+
+def from_json(text: str) -> Classes:
+    """The classes in a user's JSON text. Raises ValueError or TypeError and says what to change."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"classes are not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise TypeError(f'classes are a JSON {type(values).__name__}; give {{"names": [...]}}')
+    return Classes.from_dict(values)
+
+
+def by_name(name: str) -> Classes:
+    """The classes called `name` (voc, cityscapes, camvid, in any case), or a JSON text's own.
+
+    Raises ValueError where the name is unknown.
+    """
+    if name.lstrip().startswith("{"):
+        return from_json(name)
+    try:
+        return KNOWN[name.lower()]
+    except KeyError:
+        known = ", ".join(KNOWN)
+        raise ValueError(
+            f'no classes are called {name!r}; use {known}, or JSON text {{"names": [...]}}'
+        ) from None
+
+
+def _sequence(value: object, what: str) -> Sequence[object]:
+    if isinstance(value, list | tuple):
+        return value
+    raise TypeError(f"{what} of the classes is {value!r:.80}; it must be a list")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if not 1 <= len(names) <= 255:
+        raise ValueError(f"there are {len(names)} class names; a mask of bytes holds 1 to 255")
+    first: dict[str, int] = {}
+    for i, name in enumerate(names):
+        if not isinstance(name, str):
+            raise TypeError(f"names[{i}] is {name!r:.80}; it must be a string")
+        if not name.strip():
+            raise ValueError(f"names[{i}] is {name!r}; every class needs a name")
+        if name in first:
+            raise ValueError(f"classes {first[name]} and {i} are both called {name!r}")
+        first[name] = i
+
+
+def _check_palette(palette: Sequence[Color], num_classes: int) -> None:
+    if len(palette) != num_classes:
+        raise ValueError(
+            f"the palette has {len(palette)} colours, but there are {num_classes} names"
+        )
+    for i, color in enumerate(palette):
+        if not (len(color) == 3 and all(_is_int(c) and 0 <= c <= 255 for c in color)):
+            raise ValueError(f"palette[{i}] is {color!r:.80}; give red, green, blue in 0 to 255")
+
+
+def _check_ignore_index(ignore_index: int, num_classes: int) -> None:
+    if not _is_int(ignore_index):
+        raise TypeError(f"ignore_index is {ignore_index!r:.80}; it must be an integer")
+    if not 0 <= ignore_index <= 255:
+        raise ValueError(f"ignore_index is {ignore_index}; a label of bytes holds 0 to 255")
+    if ignore_index < num_classes:
+        raise ValueError(
+            f"ignore_index {ignore_index} is a class; use {num_classes} to 255 "
+            f"with {num_classes} classes"
+        )
+
+
+_VOC_NAMES = [
+    "background",
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+]
+
+VOC = Classes(
+    names=(
+        "background",
+        "aeroplane",
+        "bicycle",
+        "bird",
+        "boat",
+        "bottle",
+        "bus",
+        "car",
+        "cat",
+        "chair",
+        "cow",
+        "diningtable",
+        "dog",
+        "horse",
+        "motorbike",
+        "person",
+        "pottedplant",
+        "sheep",
+        "sofa",
+        "train",
+        "tvmonitor",
+    ),
+    palette=voc_colormap(21),
+)
+
+# labelId, trainId's name, colour, in the order of the train ids. Source: cityscapesScripts,
+# helpers/labels.py.
+_CITYSCAPES: tuple[tuple[int, str, Color], ...] = (
+    (7, "road", (128, 64, 128)),
+    (8, "sidewalk", (244, 35, 232)),
+    (11, "building", (70, 70, 70)),
+    (12, "wall", (102, 102, 156)),
+    (13, "fence", (190, 153, 153)),
+    (17, "pole", (153, 153, 153)),
+    (19, "traffic light", (250, 170, 30)),
+    (20, "traffic sign", (220, 220, 0)),
+    (21, "vegetation", (107, 142, 35)),
+    (22, "terrain", (152, 251, 152)),
+    (23, "sky", (70, 130, 180)),
+    (24, "person", (220, 20, 60)),
+    (25, "rider", (255, 0, 0)),
+    (26, "car", (0, 0, 142)),
+    (27, "truck", (0, 0, 70)),
+    (28, "bus", (0, 60, 100)),
+    (31, "train", (0, 80, 100)),
+    (32, "motorcycle", (0, 0, 230)),
+    (33, "bicycle", (119, 11, 32)),
+)
+
+CITYSCAPES = Classes(
+    names=tuple(name for _, name, _ in _CITYSCAPES),
+    palette=tuple(color for _, _, color in _CITYSCAPES),
+)
+
+
+def _cityscapes_train_ids() -> np.ndarray:
+    table = np.full(256, CITYSCAPES.ignore_index, dtype=np.uint8)
+    for train_id, (label_id, _, _) in enumerate(_CITYSCAPES):
+        table[label_id] = train_id
+    table.setflags(write=False)
+    return table
+
+
+# (256,) uint8, `CITYSCAPES_TRAIN_IDS[label]` turns labelIds into train ids; every other value
+# (licence plate is -1, a byte of 255) becomes 255, ignored
+CITYSCAPES_TRAIN_IDS = _cityscapes_train_ids()
+
+# name, colour. Source: SegNet's eleven of CamVid's 32 classes, in CamVid's colours.
+_CAMVID: tuple[tuple[str, Color], ...] = (
+    ("Sky", (128, 128, 128)),
+    ("Building", (128, 0, 0)),
+    ("Pole", (192, 192, 128)),
+    ("Road", (128, 64, 128)),
+    ("Pavement", (0, 0, 192)),
+    ("Tree", (128, 128, 0)),
+    ("SignSymbol", (192, 128, 128)),
+    ("Fence", (64, 64, 128)),
+    ("Car", (64, 0, 128)),
+    ("Pedestrian", (64, 64, 0)),
+    ("Bicyclist", (0, 128, 192)),
+)
+
+CAMVID = Classes(
+    names=tuple(name for name, _ in _CAMVID),
+    palette=tuple(color for _, color in _CAMVID),
+    ignore_index=11,  # its label files hold 11, not 255, where there is no label
+)
+
+KNOWN = {"voc": VOC, "cityscapes": CITYSCAPES, "camvid": CAMVID}

@@ -1,0 +1,164 @@
+"""Local files with the manners of an object store: whole objects, put-if-absent, etags.
+
+An etag is `<size>-<mtime in ns>`. A file appears under its name only when all its bytes are on
+disk: they are written to a hidden temporary file beside it first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.data.storage.base import PAGE_OBJECTS, Object, StorageError, check_size
+
+_TEMPORARY = re.compile(r"\.[^/]*\.[0-9a-f]{16}\.tmp\Z")
+
+
+def is_temporary(path: str) -> bool:
+    """Whether the file is one that a killed writer left behind."""
+    return _TEMPORARY.match(os.path.basename(path)) is not None
+
+
+def list_pages(path: str) -> Iterator[list[Object]]:
+    """The files below the folder `path`, page by page.
+
+    A missing folder has no objects; names that are not UTF-8 and links to nowhere are passed over.
+    """
+    page: list[Object] = []
+    for entry in _walk(path):
+        with contextlib.suppress(FileNotFoundError):
+            stat = entry.stat()
+            page.append(Object(entry.path, _etag(stat), stat.st_size))
+        if len(page) == PAGE_OBJECTS:
+            yield page
+            page = []
+    if page:
+        yield page
+
+
+def _walk(path: str) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(path) as entries:
+            found = [entry for entry in entries if _is_utf8(entry.name)]
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageError("access", f"cannot list {path}: {error.strerror}") from error
+    for entry in sorted(found, key=lambda entry: entry.name):
+        if entry.is_dir():
+            yield from _walk(entry.path)
+        elif not is_temporary(entry.name):
+            yield entry
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _etag(stat: os.stat_result) -> str:
+    return f"{stat.st_size}-{stat.st_mtime_ns}"
+
+
+def stat_object(path: str) -> Object | None:
+    """The object at `path`, None where there is none."""
+    try:
+        stat = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise _translate(path, error) from error
+    return Object(path, _etag(stat), stat.st_size) if os.path.isfile(path) else None
+
+
+def read(path: str, etag: str | None) -> bytes:
+    """All bytes of the file; with `etag`, only if the file is still that one when read whole."""
+    try:
+        with open(path, "rb") as file:
+            before = _etag(os.fstat(file.fileno()))
+            data = file.read() if etag in (None, before) else b""
+            after = _etag(os.fstat(file.fileno()))
+    except OSError as error:
+        raise _translate(path, error) from error
+    if etag is not None and not before == after == etag:
+        raise StorageError("changed", f"{path} is not the one that was listed")
+    return data
+
+
+def create(path: str, data: bytes) -> bool:
+    """Writes the file unless it exists; whether it was written. The first one wins."""
+    check_size(path, data)
+    with _temporary(path, data) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        _sync_folder(path)
+    return True
+
+
+def write(path: str, data: bytes) -> None:
+    """Writes the file, in one step as its readers see it, over what was there."""
+    with _temporary(path, data) as temporary:
+        os.replace(temporary, path)
+        _sync_folder(path)
+
+
+@contextlib.contextmanager
+def _temporary(path: str, data: bytes) -> Iterator[str]:
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(8)}.tmp")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    except OSError as error:
+        raise _translate(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def _sync_folder(path: str) -> None:
+    descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def delete(paths: list[str]) -> None:
+    """Deletes the files; those that are gone already are fine.
+
+    Folders exist for their files alone here: two that become empty go with them.
+    """
+    for path in paths:
+        try:
+            Path(path).unlink(missing_ok=True)
+        except OSError as error:
+            raise _translate(path, error) from error
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.dirname(path))
+            os.rmdir(os.path.dirname(os.path.dirname(path)))
+
+
+def leftovers(path: str) -> list[str]:
+    """Temporary files below the folder `path` that killed writers left."""
+    found = Path(path).rglob(".*.tmp") if os.path.isdir(path) else []
+    return sorted(str(file) for file in found if is_temporary(file.name))
+
+
+def _translate(path: str, error: OSError) -> StorageError:
+    if isinstance(error, FileNotFoundError):
+        return StorageError("vanished", f"{path} does not exist")
+    return StorageError("access", f"{path}: {error.strerror or error}")

@@ -1,0 +1,213 @@
+"""S3 through s3fs's asynchronous client: whole objects by one GET, put-if-absent by one PUT.
+
+s3fs brings credentials, endpoint and region from the usual AWS environment variables, profiles
+and roles. Its own calls are not used for reading and writing: they send a HEAD first, fetch large
+objects as ranges without If-Match, and go multipart above 100 MB, so old and new bytes could mix.
+
+Retries happen here alone, around the request *and* its body; those of the client are off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, TypeVar
+
+import fsspec.asyn
+import s3fs
+from aiohttp import ClientError as AiohttpError
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+
+from pipeline.data.storage.base import (
+    PAGE_OBJECTS,
+    ErrorKind,
+    Object,
+    StorageError,
+    check_size,
+)
+
+ATTEMPTS = 8
+"""Requests sent at most for one call: six failures in a row are survived."""
+
+_TIMEOUTS_S = {"connect_timeout": 10, "read_timeout": 60}
+_RETRIED_CODES = {"SlowDown", "RequestTimeout", "ConditionalRequestConflict", "InternalError"}
+_RETRIED_STATUS = {429, 500, 502, 503, 504}
+
+T = TypeVar("T")
+
+
+@functools.cache
+def filesystem() -> s3fs.S3FileSystem:
+    """The process's one client: a connection pool shared by all threads."""
+    return s3fs.S3FileSystem(
+        skip_instance_cache=True,
+        config_kwargs={**_TIMEOUTS_S, "retries": {"max_attempts": 0}, "max_pool_connections": 64},
+    )
+
+
+def split(uri: str) -> tuple[str, str]:
+    """Bucket and key of `s3://bucket/key`; the key is taken as it stands."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise ValueError(f"{uri!r} names no bucket; expected s3://bucket/prefix")
+    return bucket, key
+
+
+def list_pages(prefix: str) -> Iterator[list[Object]]:
+    """The objects whose key starts with the prefix and a slash, page by page."""
+    bucket, key = split(prefix)
+    request = {
+        "Bucket": bucket,
+        "Prefix": f"{key.rstrip('/')}/" if key.rstrip("/") else "",
+        "MaxKeys": PAGE_OBJECTS,
+    }
+    while True:
+        answer = _call(prefix, "list_objects_v2", request)
+        found = answer.get("Contents", [])
+        yield [
+            Object(f"s3://{bucket}/{item['Key']}", item["ETag"].strip('"'), item["Size"])
+            for item in found
+            if not item["Key"].endswith("/")  # a "folder" that some tools make
+        ]
+        if not answer.get("IsTruncated"):
+            return
+        request["ContinuationToken"] = answer["NextContinuationToken"]
+
+
+def stat_object(uri: str) -> Object | None:
+    """The object at `uri`, None where there is none."""
+    bucket, key = split(uri)
+    try:
+        answer = _call(uri, "head_object", {"Bucket": bucket, "Key": key})
+    except StorageError as error:
+        if error.kind == "vanished":
+            return None
+        raise
+    return Object(uri, answer["ETag"].strip('"'), answer["ContentLength"])
+
+
+def read(uri: str, etag: str | None) -> bytes:
+    """All bytes of the object by one GET; with `etag`, only if it is still that one."""
+    bucket, key = split(uri)
+    request = {"Bucket": bucket, "Key": key}
+    if etag is not None:
+        request["IfMatch"] = f'"{etag}"'
+
+    async def get(client: Any, _: int) -> bytes:
+        answer = await client.get_object(**request)
+        async with answer["Body"] as body:
+            data: bytes = await body.read()
+        if len(data) != answer["ContentLength"]:
+            raise ConnectionError(f"{len(data)} of {answer['ContentLength']} bytes")
+        return data
+
+    return _retry(uri, get)
+
+
+def create(uri: str, data: bytes) -> bool:
+    """Puts the object unless it exists; whether it was put. The first one wins."""
+    check_size(uri, data)
+    bucket, key = split(uri)
+    refused_on_attempt = -1
+
+    async def put(client: Any, attempt: int) -> bool:
+        nonlocal refused_on_attempt
+        try:
+            await client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+        except ClientError as error:
+            if _status(error) != 412:
+                raise
+            refused_on_attempt = attempt
+            return False
+        return True
+
+    created = _retry(uri, put)
+    # after a lost reply the server refuses our own write: what is there tells
+    return created or (refused_on_attempt > 0 and read(uri, None) == data)
+
+
+def write(uri: str, data: bytes) -> None:
+    """Puts the object over what was there, in one PUT."""
+    bucket, key = split(uri)
+    _call(uri, "put_object", {"Bucket": bucket, "Key": key, "Body": data})
+
+
+def delete(uris: list[str]) -> None:
+    """Deletes the objects; those that are gone already are fine."""
+    for uri in uris:  # one by one: not every server has the bulk call
+        bucket, key = split(uri)
+        _call(uri, "delete_object", {"Bucket": bucket, "Key": key})
+
+
+def leftovers(prefix: str) -> list[str]:
+    """Nothing: a PUT that was cut off leaves no object, and multipart is never used."""
+    return []
+
+
+def _call(uri: str, method: str, request: dict[str, Any]) -> dict[str, Any]:
+    async def send(client: Any, _: int) -> dict[str, Any]:
+        answer: dict[str, Any] = await getattr(client, method)(**request)
+        return answer
+
+    return _retry(uri, send)
+
+
+def _retry(uri: str, attempt: Callable[[Any, int], Awaitable[T]]) -> T:
+    """What `attempt(client, number)` returns, tried again after faults that pass."""
+
+    async def attempts() -> T:
+        fs = filesystem()
+        for number in range(ATTEMPTS):
+            try:
+                await fs.set_session()
+                client = await fs.get_s3(split(uri)[0])
+                return await attempt(client, number)
+            except (
+                BotoCoreError,
+                ClientError,
+                AiohttpError,
+                ConnectionError,
+                TimeoutError,
+            ) as error:
+                if number == ATTEMPTS - 1 or not _passes(error):
+                    raise _translate(uri, error) from error
+            await asyncio.sleep(min(5.0, 0.1 * 2**number) * random.uniform(0.5, 1.0))
+        raise AssertionError("unreachable")
+
+    result: T = fsspec.asyn.sync(filesystem().loop, attempts)
+    return result
+
+
+def _passes(error: Exception) -> bool:
+    if isinstance(error, ClientError):
+        code = error.response.get("Error", {}).get("Code", "")
+        return code in _RETRIED_CODES or _status(error) in _RETRIED_STATUS
+    return not isinstance(error, NoCredentialsError) and "Validation" not in type(error).__name__
+
+
+def _status(error: ClientError) -> int:
+    status: int = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return status
+
+
+def _translate(uri: str, error: Exception) -> StorageError:
+    if not isinstance(error, ClientError):
+        kind: ErrorKind = "timeout" if "Timeout" in type(error).__name__ else "access"
+        return StorageError(kind, f"{uri}: {_line(error)}")
+    code = error.response.get("Error", {}).get("Code", "")
+    bucket, _ = split(uri)
+    if code == "NoSuchBucket":
+        return StorageError("access", f"{uri}: bucket {bucket} does not exist")
+    if _status(error) == 404:
+        return StorageError("vanished", f"{uri} does not exist")
+    if _status(error) == 412:
+        return StorageError("changed", f"{uri} is not the one that was listed")
+    if _status(error) in (401, 403):
+        return StorageError("access", f"{uri}: access denied ({code}); check the AWS credentials")
+    return StorageError("access", f"{uri}: {_line(error)}")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,115 @@
+"""DeepLabv3: a normalised image (n, 3, h, w) -> logits (n, k, h, w).
+
+`logits` gives them at feature resolution and `upsample` resizes them once, so that inference at
+several scales resizes straight to the original size. Output stride and rates are no weights:
+`set_output_stride` changes them at any time.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pipeline.model.aspp import Head, auxiliary_head
+from pipeline.model.config import ModelConfig
+from pipeline.model.convolution import initialise
+from pipeline.model.mobilenet import MobileNetV2
+from pipeline.model.resize import Size, resize, resize_aligned
+from pipeline.model.resnet import Features, ResNet
+
+TENSORFLOW_GRID = 16
+"""TensorFlow's DeepLab wants sides of 16k + 1, so that strides by 2 keep corners aligned."""
+
+
+class TrainingLogits(NamedTuple):
+    """What a network with an auxiliary head returns in training: both (n, k, h, w)."""
+
+    logits: torch.Tensor
+    auxiliary: torch.Tensor
+
+
+class DeepLabV3(nn.Module):
+    """The network of `config`, with fresh weights.
+
+    In training, where the config has an auxiliary head, it returns `TrainingLogits`; otherwise
+    and in eval mode always one tensor of logits at the input's size.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone: ResNet | MobileNetV2
+        if config.backbone == "mobilenet_v2":
+            self.backbone = MobileNetV2(folded=config.style == "tensorflow")
+        else:
+            self.backbone = ResNet(config.backbone, style=config.style)
+        self.classifier = Head(self.backbone.channels, config)
+        self.aux_classifier: nn.Sequential | None = None
+        if config.auxiliary:
+            assert isinstance(self.backbone, ResNet)
+            channels = self.backbone.middle_channels
+            self.aux_classifier = auxiliary_head(channels, config.num_classes)
+        initialise(self)
+        self.set_output_stride(config.output_stride)
+
+    @property
+    def align_corners(self) -> bool:
+        """Whether images and logits are resized with the corners' centres aligned."""
+        return self.config.style == "tensorflow"
+
+    def set_output_stride(self, output_stride: int) -> None:
+        """Changes strides and rates in place; `config` says so afterwards.
+
+        Raises ValueError where a rate would be no integer, and changes nothing then.
+        """
+        config = dataclasses.replace(self.config, output_stride=output_stride)
+        if isinstance(self.backbone, ResNet):
+            self.backbone.arrange(output_stride=output_stride, multi_grid=config.multi_grid)
+        else:
+            self.backbone.arrange(output_stride=output_stride)
+        self.classifier.arrange(config.rates)
+        self.config = config
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | TrainingLogits:
+        height, width = x.shape[-2:]
+        size = (height, width)
+        features = self._features(x)
+        logits = self.upsample(self.classifier(features.final), image_size=size, size=size)
+        if not self.training or self.aux_classifier is None:
+            return logits
+        auxiliary = self.aux_classifier(features.middle)
+        return TrainingLogits(logits, self.upsample(auxiliary, image_size=size, size=size))
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (n, k, fh, fw) of images (n, 3, h, w) at feature resolution.
+
+        In TensorFlow's style they are those of the padded images; `upsample` leaves that out.
+        """
+        logits: torch.Tensor = self.classifier(self._features(x).final)
+        return logits
+
+    def upsample(self, logits: torch.Tensor, *, image_size: Size, size: Size) -> torch.Tensor:
+        """The logits of images of `image_size` (h, w), resized bilinearly, once, to `size`."""
+        if not self.align_corners:
+            return resize(logits, size, align_corners=False)
+        stride = (self.config.output_stride, self.config.output_stride)
+        return resize_aligned(logits, stride=stride, image_size=image_size, size=size)
+
+    def _features(self, x: torch.Tensor) -> Features:
+        if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
+            raise ValueError(
+                f"images must be (n, 3, h, w), none of them 0, got {tuple(x.shape)}; add a batch "
+                "axis, or permute from (n, h, w, 3)?"
+            )
+        features: Features = self.backbone(self._pad(x))
+        return features
+
+    def _pad(self, x: torch.Tensor) -> torch.Tensor:
+        # Zero is the mean colour after normalisation: what the zoo's files were trained with.
+        if self.config.style != "tensorflow":
+            return x
+        grid = max(TENSORFLOW_GRID, self.config.output_stride)
+        bottom, right = (-(size - 1) % grid for size in x.shape[-2:])
+        return functional.pad(x, (0, right, 0, bottom)) if bottom or right else x

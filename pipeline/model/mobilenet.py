@@ -1,0 +1,90 @@
+"""Atrous MobileNetV2 at output stride 4, 8, 16 or 32, without its last 1x1 convolution.
+
+state_dict names are those of torchvision's ImageNet file (`features.0` to `features.17`), whose
+1280 features before the classifier DeepLab does not use. Units stride first whatever the style:
+both published families of weights do. Where `folded` (TensorFlow's style), padding is SAME and
+each convolution has a bias in place of batch normalisation.
+Source: arXiv 1801.04381, Table 2; Sec. 6.2 for DeepLabv3 on it.
+"""
+
+import torch
+from torch import nn
+
+from pipeline.model.convolution import Convolution, convolve
+from pipeline.model.rates import Stage, Unit, stride_first
+from pipeline.model.resnet import Features
+
+STEM_STRIDE = 2
+STEM_CHANNELS = 32
+
+# Expansion, channels, units, stride: Table 2.
+STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+MIDDLE_UNIT = 13
+"""The last unit before the last natural stride: its features are `Features.middle`."""
+
+
+class InvertedResidual(nn.Module):
+    """1x1 to more channels (unless `expansion` is 1), 3x3 depthwise, linear 1x1 to `outputs`."""
+
+    def __init__(self, inputs: int, outputs: int, *, expansion: int, folded: bool) -> None:
+        super().__init__()
+        width = inputs * expansion
+        self.residual = inputs == outputs
+        layers: list[nn.Module] = []
+        if expansion > 1:
+            layers.append(nn.Sequential(*convolve(inputs, width, folded=folded), nn.ReLU6()))
+        self.depthwise_index = len(layers)
+        depthwise = convolve(width, width, 3, groups=width, folded=folded)
+        layers.append(nn.Sequential(*depthwise, nn.ReLU6()))
+        layers += convolve(width, outputs, folded=folded)
+        self.conv = nn.Sequential(*layers)
+
+    def arrange(self, unit: Unit) -> None:
+        depthwise = self.get_submodule(f"conv.{self.depthwise_index}.0")
+        assert isinstance(depthwise, Convolution)
+        depthwise.place(stride=unit.stride, rate=unit.entry_rate)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.conv(x)
+        # Every unit with a natural stride changes the number of channels.
+        return x + outputs if self.residual else outputs
+
+
+class MobileNetV2(nn.Module):
+    """Images (n, 3, h, w) -> `Features` at about h / output_stride x w / output_stride."""
+
+    def __init__(self, *, folded: bool = False) -> None:
+        super().__init__()
+        stem = convolve(3, STEM_CHANNELS, 3, stride=2, folded=folded)
+        units: list[nn.Module] = [nn.Sequential(*stem, nn.ReLU6())]
+        inputs = STEM_CHANNELS
+        for expansion, outputs, repeats, _ in STAGES:
+            for _ in range(repeats):
+                units.append(InvertedResidual(inputs, outputs, expansion=expansion, folded=folded))
+                inputs = outputs
+        self.features = nn.Sequential(*units)
+        self.channels = inputs
+
+    def arrange(self, *, output_stride: int) -> None:
+        """Sets every unit's stride and rate; no weight changes."""
+        stages = [Stage(units=units, stride=stride) for _, _, units, stride in STAGES]
+        plan = stride_first(stages, stem=STEM_STRIDE, output_stride=output_stride)
+        placed = [unit for stage in plan for unit in stage]
+        for block, unit in zip(list(self.features)[1:], placed, strict=True):
+            assert isinstance(block, InvertedResidual)
+            block.arrange(unit)
+
+    def forward(self, x: torch.Tensor) -> Features:
+        middle = x
+        for index, unit in enumerate(self.features):
+            x = unit(x)
+            middle = x if index == MIDDLE_UNIT else middle
+        return Features(middle, x)

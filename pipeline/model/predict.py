@@ -1,0 +1,223 @@
+"""Inference: class probabilities over scales and flips, and masks of images of any size.
+
+Enters: images and a network in eval mode. Leaves: probabilities, or masks with confidence.
+Invariant: memory does not grow with the number of scales, nor, in `segment`, with classes x
+pixels of a large image, which is looked at through a sliding window.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.model.deeplab import DeepLabV3
+from pipeline.model.resize import Size, resize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """How an image of more than `threshold_pixels` (height x width) is segmented: tile by tile.
+
+    Tiles are `size` a side (less where the image is smaller) and share `overlap` with each
+    neighbour, of which each keeps its half: a kept pixel has at least overlap / 2 of context,
+    except at the image's border. The defaults are ours: 1025 is 16k + 1, and steps of 768 keep
+    all tiles but the last on the grid of every output stride; an overlap of 257 costs 1.8 times
+    the computation.
+    """
+
+    size: int = 1025
+    overlap: int = 257
+    threshold_pixels: int = 4_000_000
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"window size must be at least 1 pixel, got {self.size}")
+        if not 0 <= self.overlap < self.size:
+            raise ValueError(
+                f"window overlap must be from 0 to below its size {self.size}, got {self.overlap}"
+            )
+        if self.threshold_pixels < 1:
+            raise ValueError(
+                f"window threshold_pixels must be at least 1, got {self.threshold_pixels}; 1 "
+                "slides over every image"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A tile along one axis: it covers start to end, and keep_start to keep_end of it is kept."""
+
+    start: int
+    end: int
+    keep_start: int
+    keep_end: int
+
+
+DEFAULT_WINDOW = Window()
+
+
+def predict(
+    model: DeepLabV3,
+    images: torch.Tensor,
+    *,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+) -> torch.Tensor:
+    """Class probabilities (n, k, h, w) fp32, averaged over scales and mirrored copies.
+
+    `images` are (n, 3, h, w) float, normalised with the checkpoint's mean and std; the result is
+    on the model's device. The mean is of probabilities, and one scale is in memory at a time.
+    Raises ValueError where `scales` is empty or holds a scale <= 0, or the model is in training.
+    Source: arXiv 1706.05587, Sec. 4.1, inference strategy.
+    """
+    _check_scales(scales)
+    _check_eval(model)
+    size = _size(images)
+    parameter = next(model.parameters())
+    with torch.inference_mode():
+        images = images.to(parameter.device)
+        total: torch.Tensor | None = None
+        for scale in scales:
+            scaled_size = _scaled(size, scale, align_corners=model.align_corners)
+            scaled = resize(images, scaled_size, align_corners=model.align_corners)
+            scaled = scaled.to(parameter.dtype)
+            for mirrored in (False, True) if flip else (False,):
+                probabilities = _probabilities(model, scaled, size, mirrored=mirrored)
+                total = probabilities if total is None else total.add_(probabilities)
+        assert total is not None
+        return total.div_(len(scales) * (1 + flip))
+
+
+def segment(
+    model: DeepLabV3,
+    images: torch.Tensor | np.ndarray,
+    *,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    window: Window = DEFAULT_WINDOW,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks (n, h, w) uint8 of class ids and confidence (n, h, w) float32, both on the CPU.
+
+    `images` are (n, h, w, 3) uint8, red first. Confidence is the winning class's probability.
+    An image of more than `window.threshold_pixels` is predicted tile by tile, at all scales
+    alike. Raises ValueError as `predict` does, or where `images` are of another type or shape.
+    """
+    _check_scales(scales)
+    _check_eval(model)
+    _check_images(images)
+    n, height, width, _ = images.shape
+    mask = torch.empty((n, height, width), dtype=torch.uint8)
+    confidence = torch.empty((n, height, width), dtype=torch.float32)
+    for rows, columns in _tiles((height, width), window):
+        tile = images[:, rows.start : rows.end, columns.start : columns.end]
+        probabilities = predict(model, _normalised(model, tile), scales=scales, flip=flip)
+        kept = probabilities[:, :, _kept(rows), _kept(columns)]
+        best, ids = kept.max(dim=1)
+        target = (
+            slice(None),
+            slice(rows.keep_start, rows.keep_end),
+            slice(columns.keep_start, columns.keep_end),
+        )
+        mask[target], confidence[target] = ids.cpu(), best.cpu()
+    return mask, confidence
+
+
+def _probabilities(
+    model: DeepLabV3, images: torch.Tensor, size: Size, *, mirrored: bool
+) -> torch.Tensor:
+    """Probabilities (n, k, *size) of images, or of their mirror image, mirrored back."""
+    logits = model.logits(images.flip(3) if mirrored else images).float()
+    logits = model.upsample(logits, image_size=_size(images), size=size)
+    probabilities = torch.softmax(logits, dim=1)
+    return probabilities.flip(3) if mirrored else probabilities
+
+
+def _scaled(size: Size, scale: float, *, align_corners: bool) -> Size:
+    """`size` at `scale`, at least one pixel. TensorFlow's style keeps the corners' distance."""
+    if align_corners:
+        return int((size[0] - 1) * scale) + 1, int((size[1] - 1) * scale) + 1
+    height, width = (max(1, math.floor(side * scale + 0.5)) for side in size)
+    return height, width
+
+
+def _normalised(model: DeepLabV3, images: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """Images (n, h, w, 3) uint8 as the model wants them: (n, 3, h, w) float32 on its device."""
+    if isinstance(images, np.ndarray):
+        # A copy: Pillow's arrays are read-only, which PyTorch warns of.
+        images = torch.from_numpy(np.array(images))
+    device = next(model.parameters()).device
+    # On the grid of 0..255, so that mean and std need no division of each pixel.
+    mean = torch.tensor(model.config.mean, device=device).mul(255)[:, None, None]
+    std = torch.tensor(model.config.std, device=device).mul(255)[:, None, None]
+    pixels = images.to(device).permute(0, 3, 1, 2).contiguous().float()
+    return pixels.sub_(mean).div_(std)
+
+
+def _tiles(size: Size, window: Window) -> Iterator[tuple[Span, Span]]:
+    height, width = size
+    if height * width <= window.threshold_pixels:
+        yield _whole(height), _whole(width)
+        return
+    for rows in spans(height, window):
+        for columns in spans(width, window):
+            yield rows, columns
+
+
+def _whole(length: int) -> Span:
+    return Span(start=0, end=length, keep_start=0, keep_end=length)
+
+
+def spans(length: int, window: Window) -> list[Span]:
+    """The tiles along an axis of `length`: what is kept of them covers it, nothing twice.
+
+    All tiles have the window's size; the last is moved back to end with the image.
+    """
+    if length <= window.size:
+        return [_whole(length)]
+    last = length - window.size
+    starts = [*range(0, last, window.size - window.overlap), last]
+    # Between two tiles the cut is in the middle of what they share.
+    cuts = [(b + a + window.size) // 2 for a, b in itertools.pairwise(starts)]
+    edges = [0, *cuts, length]
+    return [
+        Span(start=a, end=a + window.size, keep_start=edges[i], keep_end=edges[i + 1])
+        for i, a in enumerate(starts)
+    ]
+
+
+def _kept(span: Span) -> slice:
+    return slice(span.keep_start - span.start, span.keep_end - span.start)
+
+
+def _size(images: torch.Tensor) -> Size:
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(
+            f"images must be (n, 3, h, w) float, got {tuple(images.shape)} {images.dtype}; "
+            "segment takes (n, h, w, 3) uint8"
+        )
+    return images.shape[2], images.shape[3]
+
+
+def _check_scales(scales: Sequence[float]) -> None:
+    if not scales:
+        raise ValueError("scales is empty; (1.0,) looks at each image once, at its own size")
+    wrong = [scale for scale in scales if not (scale > 0 and math.isfinite(scale))]
+    if wrong:
+        raise ValueError(f"scales must be over 0 and finite, got {wrong[0]} in {tuple(scales)}")
+
+
+def _check_eval(model: DeepLabV3) -> None:
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() before predicting")
+
+
+def _check_images(images: torch.Tensor | np.ndarray) -> None:
+    wanted = torch.uint8 if isinstance(images, torch.Tensor) else np.uint8
+    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != wanted or 0 in images.shape:
+        raise ValueError(
+            f"images must be (n, h, w, 3) uint8, got {tuple(images.shape)} {images.dtype}; "
+            "predict takes normalised (n, 3, h, w) floats"
+        )

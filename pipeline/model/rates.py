@@ -1,0 +1,61 @@
+"""Where a backbone strides and at which rate it convolves, for a wanted output stride.
+
+Enters: the stages of a backbone and an output stride. Leaves: one `Unit` for each residual
+unit. Invariant: a feature map computed at a smaller output stride, sampled at every n-th
+position, is the one at the larger output stride with the same weights.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stage of a backbone: how many units, and the stride that one of them has by nature."""
+
+    units: int
+    stride: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """The stride of a unit, and its rates up to its strided convolution and after that."""
+
+    stride: int = 1
+    entry_rate: int = 1
+    rate: int = 1
+
+
+def stride_first(stages: list[Stage], *, stem: int, output_stride: int) -> list[list[Unit]]:
+    """Units by stage, the stride in each stage's first unit (torchvision, MobileNetV2).
+
+    A stage that would exceed `output_stride` gives up its stride and multiplies the rate
+    instead. Its first unit still sees the previous stage's grid up to its strided convolution,
+    so it keeps the previous rate there. `stem` is the stride before the first stage.
+    """
+    current, rate, plan = stem, 1, []
+    for stage in stages:
+        previous, stride = rate, stage.stride
+        if current * stride > output_stride:
+            rate, stride = rate * stride, 1
+        current *= stride
+        first = Unit(stride=stride, entry_rate=previous, rate=rate)
+        rest = Unit(stride=1, entry_rate=rate, rate=rate)
+        plan.append([first] + [rest] * (stage.units - 1))
+    return plan
+
+
+def stride_last(stages: list[Stage], *, stem: int, output_stride: int) -> list[list[Unit]]:
+    """Units by stage, the stride in each stage's last unit (the paper's ResNet).
+
+    The whole stage sees one grid, so it has one rate; a stride given up multiplies the rate of
+    the stages after it. Source: arXiv 1706.05587, Sec. 3.1 and 3.2.
+    """
+    current, rate, plan = stem, 1, []
+    for stage in stages:
+        stride = stage.stride if current * stage.stride <= output_stride else 1
+        body = Unit(stride=1, entry_rate=rate, rate=rate)
+        last = Unit(stride=stride, entry_rate=rate, rate=rate)
+        plan.append([body] * (stage.units - 1) + [last])
+        current *= stride
+        rate *= stage.stride // stride
+    return plan

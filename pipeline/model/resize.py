@@ -1,0 +1,46 @@
+"""Bilinear resizing, by either convention of where a pixel is.
+
+Half-pixel (PyTorch's `align_corners=False`): pixel i covers i to i + 1. Aligned corners
+(TensorFlow's DeepLab): pixel i is the point i, and the first and last points of two grids meet.
+"""
+
+import torch
+from torch.nn import functional
+
+Size = tuple[int, int]
+
+
+def resize(images: torch.Tensor, size: Size, *, align_corners: bool) -> torch.Tensor:
+    """Images (n, c, h, w) at `size`, without antialiasing, as all references do."""
+    if tuple(images.shape[-2:]) == size:
+        return images
+    return functional.interpolate(images, size, mode="bilinear", align_corners=align_corners)
+
+
+def resize_aligned(
+    logits: torch.Tensor, *, stride: Size, image_size: Size, size: Size
+) -> torch.Tensor:
+    """Logits (n, k, fh, fw) at `size`, where feature f is pixel f x stride of the image.
+
+    Pixel p of the result is pixel p x (image_size - 1) / (size - 1) of the image, so whatever
+    the image was padded with beyond `image_size` is left out.
+    """
+    rows = _positions(image_size[0], size[0], stride[0], logits)
+    columns = _positions(image_size[1], size[1], stride[1], logits)
+    return _sample(_sample(logits, rows, dim=-2), columns, dim=-1)
+
+
+def _positions(image: int, size: int, stride: int, like: torch.Tensor) -> torch.Tensor:
+    step = (image - 1) / (size - 1) / stride if size > 1 else 0.0
+    return torch.arange(size, device=like.device, dtype=torch.float32) * step
+
+
+def _sample(maps: torch.Tensor, positions: torch.Tensor, *, dim: int) -> torch.Tensor:
+    last = maps.shape[dim] - 1
+    low = positions.floor().clamp(0, last)
+    weight = (positions - low).clamp(0, 1).to(maps.dtype)
+    if dim == -2:
+        weight = weight[:, None]
+    below = maps.index_select(dim, low.long())
+    above = maps.index_select(dim, (low.long() + 1).clamp(max=last))
+    return torch.lerp(below, above, weight)

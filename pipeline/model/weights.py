@@ -1,0 +1,209 @@
+"""Weight files: read ours and others', write ours.
+
+A checkpoint of ours is one safetensors file whose metadata says everything that inference needs
+(model config with mean and std, class names, palette, ignore_index). `load` tells other layouts
+by their names and shapes. No code of a file is ever run.
+"""
+
+import dataclasses
+import json
+import logging
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from pipeline.data import storage
+from pipeline.data.labels import VOC, Classes
+from pipeline.model.config import ModelConfig
+from pipeline.model.convolution import initialise
+from pipeline.model.deeplab import DeepLabV3
+from pipeline.model.formats import CheckpointError, TensorFile, parse, short, shorten
+from pipeline.model.layouts import State, recognise
+
+__all__ = ["CheckpointError", "load", "load_backbone", "to_bytes"]
+
+logger = logging.getLogger(__name__)
+
+METADATA_KEY = "deeplab"
+METADATA_VERSION = 1
+
+IMAGENET_ONLY = ("fc.", "classifier.", "features.18.")
+"""What an ImageNet file has beyond the features that DeepLab uses."""
+
+
+def load(
+    uri: str,
+    *,
+    num_classes: int | None = None,
+    reset_classifier: bool = False,
+    output_stride: int | None = None,
+    atrous_rates: tuple[int, ...] | None = None,
+) -> tuple[DeepLabV3, Classes]:
+    """The network in `uri` (eval mode, fp32, CPU) and its classes.
+
+    `num_classes` is what the caller needs; where the file differs it is refused, or, with
+    `reset_classifier`, the last layers get fresh weights. `output_stride` and `atrous_rates` (at
+    output stride 16) replace what the file or its layout's default says. Raises CheckpointError
+    where the file is no checkpoint or fits no network, ValueError for arguments that do not fit.
+    """
+    config, classes, state = _open(uri, atrous_rates)
+    if num_classes is not None and num_classes != config.num_classes:
+        if not reset_classifier:
+            raise CheckpointError(
+                f"{uri} has {config.num_classes} classes, but num_classes is {num_classes}; "
+                "reset_classifier=True gives the last layer fresh weights"
+            )
+        config = dataclasses.replace(config, num_classes=num_classes)
+        state, classes = _reset_classifier(config, state), _default_classes(num_classes)
+    model = _build(config, state, uri)
+    if output_stride is not None:
+        model.set_output_stride(output_stride)
+    return model, classes
+
+
+def load_backbone(model: DeepLabV3, uri: str) -> None:
+    """Copies a classifier's ImageNet weights (torchvision's names) into the model's backbone.
+
+    The file's classifier is left out. Raises CheckpointError where the rest does not fit.
+    """
+    tensors = parse(_read(uri), name=uri).tensors
+    state = {key: value for key, value in tensors.items() if not key.startswith(IMAGENET_ONLY)}
+    state = _fitted(model.backbone, state, uri)
+    if model.config.style == "paper" and model.config.backbone != "mobilenet_v2":
+        logger.warning(
+            "%s: if it is torchvision's, its strides are in each stage's first unit; style "
+            "'torchvision' keeps its features, 'paper' has to learn them again",
+            uri,
+        )
+    model.backbone.load_state_dict(state)
+
+
+def to_bytes(model: DeepLabV3, classes: Classes, *, half: bool = False) -> bytes:
+    """The model as a checkpoint of ours; the same model gives the same bytes.
+
+    `half` stores convolution weights as fp16. Vectors and buffers stay fp32: running variances
+    lie below fp16's range. Raises ValueError where classes and model disagree.
+    """
+    if len(classes.names) != model.config.num_classes:
+        raise ValueError(
+            f"classes has {len(classes.names)} names, but the model's num_classes is "
+            f"{model.config.num_classes}; give the classes it was trained on"
+        )
+    content = {
+        "version": METADATA_VERSION,
+        "model": json.loads(model.config.to_json()),
+        "classes": classes.to_dict(),
+    }
+    tensors = {
+        key: _stored(tensor.detach(), half=half) for key, tensor in model.state_dict().items()
+    }
+    # One entry: safetensors writes several in an order that differs between processes.
+    metadata = {METADATA_KEY: json.dumps(content, sort_keys=True)}
+    return safetensors.torch.save(tensors, metadata)
+
+
+def _stored(tensor: torch.Tensor, *, half: bool) -> torch.Tensor:
+    tensor = tensor.cpu().contiguous()
+    if not tensor.is_floating_point():
+        return tensor
+    small = tensor.half() if half and tensor.ndim == 4 else None
+    # A weight that fp16 cannot hold would come back as infinity.
+    return tensor.float() if small is None or not small.isfinite().all() else small
+
+
+def _read(uri: str) -> bytes:
+    return storage.read(storage.normalise(uri))
+
+
+def _open(uri: str, atrous_rates: tuple[int, ...] | None) -> tuple[ModelConfig, Classes, State]:
+    file = parse(_read(uri), name=uri)
+    if METADATA_KEY in file.metadata:
+        config, classes = _described(file, uri)
+        if atrous_rates is not None:
+            config = dataclasses.replace(config, atrous_rates=atrous_rates)
+        return config, classes, file.tensors
+    config, state = recognise(file, name=uri, atrous_rates=atrous_rates)
+    classes = _default_classes(config.num_classes)
+    logger.info(
+        "%s says neither rates nor classes: taken are %s's output stride %d, rates %s there, "
+        "mean %s, std %s, classes %s, ...",
+        *(uri, config.style, config.output_stride, config.rates),
+        *(config.mean, config.std, ", ".join(classes.names[:3])),
+    )
+    return config, classes, state
+
+
+def _described(file: TensorFile, uri: str) -> tuple[ModelConfig, Classes]:
+    try:
+        content: Any = json.loads(file.metadata[METADATA_KEY])
+        if content["version"] != METADATA_VERSION:
+            raise ValueError(f"version {content['version']!r}, known is {METADATA_VERSION}")
+        config = ModelConfig.from_json(json.dumps(content["model"]))
+        classes = Classes.from_dict(content["classes"])
+        if len(classes.names) != config.num_classes:
+            raise ValueError(f"{len(classes.names)} names for {config.num_classes} classes")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{uri} describes its model wrongly: {short(error)}") from None
+    return config, classes
+
+
+def _default_classes(num_classes: int) -> Classes:
+    # Both other layouts are published for VOC's classes.
+    if num_classes == len(VOC.names):
+        return VOC
+    return Classes.from_dict({"names": [f"class_{index}" for index in range(num_classes)]})
+
+
+def _reset_classifier(config: ModelConfig, state: State) -> State:
+    with torch.device("meta"):
+        model = DeepLabV3(config)
+    state = dict(state)
+    for head, layers in (
+        ("classifier", model.classifier),
+        ("aux_classifier", model.aux_classifier),
+    ):
+        if layers is not None:
+            fresh = layers[-1].to_empty(device="cpu")
+            initialise(fresh)
+            prefix = f"{head}.{len(layers) - 1}"
+            state |= {f"{prefix}.{key}": value for key, value in fresh.state_dict().items()}
+    return state
+
+
+def _build(config: ModelConfig, state: State, uri: str) -> DeepLabV3:
+    # Without memory or fresh weights: every tensor is assigned from the file.
+    with torch.device("meta"):
+        model = DeepLabV3(config)
+    model.load_state_dict(_fitted(model, state, uri), assign=True)
+    return model.eval()
+
+
+def _fitted(module: torch.nn.Module, state: State, uri: str) -> State:
+    """The state in the module's types. Raises CheckpointError where names or shapes differ."""
+    expected = module.state_dict()
+    # Files older than PyTorch 0.4.1 do not count batches; nothing here uses the count.
+    counters = {k: torch.zeros_like(v, device="cpu") for k, v in expected.items() if v.ndim == 0}
+    state = counters | state
+    both = [key for key in expected if key in state]
+    problems = {
+        "missing": [key for key in expected if key not in state],
+        "unexpected": [key for key in state if key not in expected],
+        "misshaped": [
+            f"{key} {tuple(state[key].shape)} for {tuple(expected[key].shape)}"
+            for key in both
+            if not _fits(state[key], expected[key])
+        ],
+    }
+    if not any(problems.values()):
+        problems["not finite"] = [key for key in both if not state[key].isfinite().all()]
+    if any(problems.values()):
+        found = "; ".join(f"{what}: {shorten(keys)}" for what, keys in problems.items() if keys)
+        raise CheckpointError(f"{uri} does not fit the network: {found}")
+    return {key: state[key].to(expected[key].dtype).contiguous() for key in expected}
+
+
+def _fits(tensor: torch.Tensor, expected: torch.Tensor) -> bool:
+    same_kind = tensor.is_floating_point() == expected.is_floating_point()
+    plain = tensor.layout == torch.strided and not tensor.is_meta
+    return plain and same_kind and tensor.shape == expected.shape

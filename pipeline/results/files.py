@@ -1,0 +1,101 @@
+"""Parquet files of a listing as DuckDB reads them: locally or remote, each name meaning itself."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import duckdb
+import fsspec
+import pyarrow as pa
+
+from pipeline.data import storage
+
+_OFFLINE = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
+
+_REMOTE_THREADS = 16
+"""Most of a query over many small remote files is waiting for answers."""
+
+_REMOTE_BLOCK_BYTES = 128 * 1024
+"""Fetched ahead of a read: a footer comes whole, a skipped row group does not."""
+
+
+def connect(
+    results: str, objects: Iterable[storage.Object], *, memory_limit: str | None = None
+) -> duckdb.DuckDBPyConnection:
+    """An in-memory DuckDB that can read these objects below `results`, and needs no network else.
+
+    Beyond `memory_limit` ("2GB") queries spill to the temporary folder.
+    """
+    spill = os.path.join(tempfile.gettempdir(), f"duckdb-{secrets.token_hex(8)}")
+    settings: dict[str, str | bool | int | float | list[str]] = {**_OFFLINE}
+    settings["temp_directory"] = spill
+    if memory_limit:
+        settings["memory_limit"] = memory_limit
+    con = duckdb.connect(":memory:", config=settings)
+    con.execute("SET TimeZone = 'UTC'")
+    if (remote := storage.filesystem(results)) is not None:
+        con.register_filesystem(_Listed(remote, {item.uri: item.size for item in objects}))
+        con.execute(f"SET threads = {max(_REMOTE_THREADS, os.cpu_count() or 1)}")
+    return con
+
+
+def select(
+    con: duckdb.DuckDBPyConnection, schema: pa.Schema, objects: Iterable[storage.Object]
+) -> str:
+    """A SELECT of the schema's columns of all rows of the files, be there any or none."""
+    if uris := [_escaped(item.uri) for item in objects]:
+        listed = ", ".join(map(quoted, uris))
+        columns = ", ".join(schema.names)
+        return f"SELECT {columns} FROM read_parquet([{listed}], hive_partitioning = false)"
+    types = con.from_arrow(schema.empty_table()).types
+    nulls = zip(types, schema.names, strict=True)
+    return f"SELECT {', '.join(f'NULL::{kind} AS {name}' for kind, name in nulls)} WHERE false"
+
+
+def quoted(text: str) -> str:
+    """The text as an SQL string."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _escaped(uri: str) -> str:
+    """The local path as a DuckDB pattern that it alone matches; remote names are no patterns."""
+    if uri.startswith("/"):
+        return re.sub(r"[\[*?]", r"[\g<0>]", uri)
+    return uri
+
+
+class _Listed(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec ships no types
+    """The files of one listing, read through `remote`, each name meaning itself.
+
+    DuckDB asks for size and date of each file several times a query; by itself the remote
+    filesystem would send a request each time (7 a file), and would take names for patterns.
+    """
+
+    cachable = False
+
+    def __init__(self, remote: Any, sizes: Mapping[str, int]) -> None:
+        super().__init__()
+        self.protocol = remote.protocol
+        self._remote = remote
+        self._sizes = sizes
+
+    def glob(self, path: str, **_: object) -> list[str]:
+        return [path] if path in self._sizes else []
+
+    def info(self, path: str, **_: object) -> dict[str, object]:
+        if path not in self._sizes:
+            raise FileNotFoundError(path)
+        return {"name": path, "size": self._sizes[path], "type": "file"}
+
+    def modified(self, path: str) -> datetime:
+        return datetime.fromtimestamp(0, UTC)  # never: a result's file is written once
+
+    def open(self, path: str, mode: str = "rb", **_: object) -> Any:
+        size = self.info(path)["size"]
+        return self._remote.open(path, mode, block_size=_REMOTE_BLOCK_BYTES, size=size)

@@ -1,0 +1,171 @@
+"""The tables that a run writes: Arrow schemas, footer keys, and rows to Parquet bytes.
+
+Files are built in memory and put whole, always with the explicit schema: a column that happens to
+be all null must not become type null. Readers use `hive_partitioning=false`: `run_id` is a column.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data.labels import Classes
+
+SCHEMA_VERSION = 1
+
+PERMANENT_ERRORS = frozenset(
+    {"empty", "truncated", "not_an_image", "too_large", "unsupported", "corrupt"}
+)
+"""Kinds of error that the same bytes give every time. All others pass: they are tried again."""
+
+_string, _int16, _int32, _int64 = pa.string(), pa.int16(), pa.int32(), pa.int64()
+_float32, _name = pa.float32(), pa.dictionary(pa.int32(), pa.string())
+
+_CLASS_FIELDS = [
+    pa.field("class_id", _int16),
+    pa.field("class_name", _string),
+    pa.field("pixels", _int64),  # of the mask
+    pa.field("fraction", _float32),  # of the image's pixels, 0 to 1
+    pa.field("confidence", _float32),  # mean winning probability over those pixels
+    pa.field("tp", _int64),  # pixels; null without a label
+    pa.field("fp", _int64),
+    pa.field("fn", _int64),
+    pa.field("iou", _float32),  # null without a label, or where tp + fp + fn is 0
+]
+
+IMAGES = pa.schema(
+    [
+        pa.field("uri", _string, nullable=False),
+        pa.field("etag", _string, nullable=False),
+        pa.field("bytes", _int64, nullable=False),
+        pa.field("run_id", _string, nullable=False),
+        pa.field("shard", _int32, nullable=False),
+        pa.field("model", _string, nullable=False),
+        pa.field("settings", _string, nullable=False),
+        pa.field("status", _string, nullable=False),  # ok, error
+        pa.field("error_kind", _string),
+        pa.field("error", _string),
+        pa.field("height", _int32),  # px, after orientation
+        pa.field("width", _int32),
+        pa.field("mask", pa.binary()),  # 8-bit L PNG, value = class id
+        pa.field("confidence", _float32),  # mean winning probability
+        pa.field("label_uri", _string),
+        pa.field("label_etag", _string),
+        pa.field("label_error", _string),
+        pa.field("classes", pa.list_(pa.struct(_CLASS_FIELDS))),
+    ]
+)
+
+CLASSES = pa.schema(
+    [pa.field("uri", _string, nullable=False), pa.field("run_id", _string, nullable=False)]
+    + [field.with_type(_name) if field.name == "class_name" else field for field in _CLASS_FIELDS]
+)
+
+DONE = pa.schema(
+    [
+        pa.field("uri", _string, nullable=False),
+        pa.field("etag", _string, nullable=False),
+        pa.field("model", _string, nullable=False),
+        pa.field("settings", _string, nullable=False),
+        pa.field("label_etag", _string),
+        pa.field("status", _string, nullable=False),
+        pa.field("error_kind", _string),
+        pa.field("run_id", _string, nullable=False),
+    ]
+)
+
+RUNS = pa.schema(
+    [
+        pa.field("run_id", _string, nullable=False),
+        pa.field("started_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("finished_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("arguments", _string, nullable=False),  # JSON, as given
+        pa.field("checkpoint", _string, nullable=False),
+        pa.field("checkpoint_sha256", _string, nullable=False),
+        pa.field("model", _string, nullable=False),
+        pa.field("settings", _string, nullable=False),
+        pa.field("code_version", _string, nullable=False),
+        pa.field("images", _int64, nullable=False),
+        pa.field("ok", _int64, nullable=False),
+        pa.field("errors", _int64, nullable=False),
+        pa.field("label_errors", _int64, nullable=False),
+        pa.field("shards", _int64, nullable=False),
+        pa.field("bytes_read", _int64, nullable=False),
+        pa.field("seconds", pa.float64(), nullable=False),  # of the driver that ended the run
+        pa.field("images_per_second", pa.float64()),  # of that driver; null if it did none
+        pa.field(
+            "errors_by_kind",
+            pa.list_(pa.struct([pa.field("kind", _string), pa.field("images", _int64)])),
+        ),
+        pa.field("mean_iou", pa.float64()),
+        pa.field(
+            "class_iou",
+            pa.list_(
+                pa.struct(
+                    [
+                        pa.field("class_id", _int16),
+                        pa.field("class_name", _string),
+                        pa.field("tp", _int64),
+                        pa.field("fp", _int64),
+                        pa.field("fn", _int64),
+                        pa.field("iou", pa.float64()),
+                    ]
+                )
+            ),
+        ),
+    ]
+)
+
+
+def with_footer(schema: pa.Schema, classes: Classes) -> pa.Schema:
+    """The schema with footer keys: class names, palette, ignore_index, schema version."""
+    described = classes.to_dict()
+    return schema.with_metadata(
+        {
+            "class_names": json.dumps(described["names"]),
+            "palette": json.dumps(described["palette"]),
+            "ignore_index": str(classes.ignore_index),
+            "schema_version": str(SCHEMA_VERSION),
+        }
+    )
+
+
+def classes_of(metadata: Mapping[bytes, bytes]) -> Classes:
+    """The classes that a file's footer keys describe. Raises ValueError where they are missing."""
+    if b"class_names" not in metadata:
+        raise ValueError("the file's footer names no classes; was it written by this pipeline?")
+    return Classes.from_dict(
+        {
+            "names": json.loads(metadata[b"class_names"]),
+            "palette": json.loads(metadata[b"palette"]),
+            "ignore_index": int(metadata[b"ignore_index"]),
+        }
+    )
+
+
+def to_parquet(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:
+    """The rows as the bytes of one Parquet file."""
+    return table_to_parquet(pa.Table.from_pylist(list(rows), schema=schema))
+
+
+def table_to_parquet(table: pa.Table) -> bytes:
+    """The table as the bytes of one Parquet file. Masks are PNG already: they stay as they are."""
+    compression = {
+        name: "none" if name == "mask" else "zstd" for name in _leaf_columns(table.schema)
+    }
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression=compression)
+    return buffer.getvalue()
+
+
+def _leaf_columns(schema: pa.Schema) -> list[str]:
+    """The columns' paths as Parquet names them, nested ones with their way down."""
+    with io.BytesIO() as empty:
+        pq.write_table(schema.empty_table(), empty)
+        leaves = pq.ParquetFile(empty).schema
+        return [leaves.column(i).path for i in range(len(leaves))]

@@ -1,0 +1,101 @@
+"""Classes: known tables against literals from their sources, a user's own against its mistakes."""
+
+import json
+
+import pytest
+
+from pipeline.data.labels import (
+    CAMVID,
+    CITYSCAPES,
+    CITYSCAPES_TRAIN_IDS,
+    KNOWN,
+    VOC,
+    Classes,
+    by_name,
+    from_json,
+    voc_colormap,
+)
+
+
+def test_voc_colours_are_those_of_the_development_kit():
+    colors = dict(zip(VOC.names, VOC.palette, strict=True))
+    assert colors["background"] == (0, 0, 0)
+    assert colors["aeroplane"] == (128, 0, 0)
+    assert colors["bottle"] == (128, 0, 128)
+    assert colors["cat"] == (64, 0, 0)
+    assert colors["person"] == (192, 128, 128)
+    assert colors["tvmonitor"] == (0, 64, 128)
+    assert voc_colormap(256)[255] == (224, 224, 192)
+
+
+def test_the_voc_rule_never_gives_a_colour_twice():
+    assert len(set(voc_colormap(256))) == 256
+
+
+def test_cityscapes_train_ids_keep_nineteen_label_ids_and_ignore_the_rest():
+    kept = [7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]
+    assert [CITYSCAPES_TRAIN_IDS[i] for i in kept] == list(range(19))
+    assert all(CITYSCAPES_TRAIN_IDS[i] == 255 for i in set(range(256)) - set(kept))
+    assert CITYSCAPES.names[CITYSCAPES_TRAIN_IDS[26]] == "car"
+    assert CITYSCAPES.palette[CITYSCAPES_TRAIN_IDS[26]] == (0, 0, 142)
+    assert not CITYSCAPES_TRAIN_IDS.flags.writeable
+
+
+def test_camvid_has_eleven_classes_and_ignores_the_twelfth_value():
+    assert (CAMVID.num_classes, CAMVID.names[10], CAMVID.ignore_index) == (11, "Bicyclist", 11)
+
+
+@pytest.mark.parametrize("classes", KNOWN.values(), ids=list(KNOWN))
+def test_known_classes_survive_json(classes):
+    assert from_json(json.dumps(classes.to_dict())) == classes
+    assert len(set(classes.palette)) == classes.num_classes
+
+
+def test_names_are_found_in_any_case_and_json_is_taken_as_it_is():
+    assert by_name("VOC") is VOC
+    assert by_name(' {"names": ["sky"], "ignore_index": 1}') == Classes(
+        names=("sky",), palette=((0, 0, 0),), ignore_index=1
+    )
+    with pytest.raises(ValueError, match=r"'ade20k'; use voc, cityscapes, camvid, or JSON"):
+        by_name("ade20k")
+
+
+def test_a_missing_palette_is_the_voc_colour_map():
+    assert from_json('{"names": ["a", "b", "c"]}').palette == VOC.palette[:3]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('["a"]', "JSON list"),
+        ("{}", "no names"),
+        ('{"name": ["a"]}', "no 'name'"),
+        ('{"names": "abc"}', "must be a list"),
+        ('{"names": []}', "0 class names"),
+        ('{"names": [1]}', r"names\[0\] is 1"),
+        ('{"names": ["a", " "]}', r"names\[1\] is ' '"),
+        ('{"names": ["a", "b", "a"]}', "classes 0 and 2 are both called 'a'"),
+        ('{"names": ["a"], "palette": []}', "0 colours, but there are 1 names"),
+        ('{"names": ["a"], "palette": [[0, 0]]}', r"palette\[0\] is \(0, 0\)"),
+        ('{"names": ["a"], "palette": [[0, 0, 256]]}', "0 to 255"),
+        ('{"names": ["a"], "palette": [[0, 0, 0.5]]}', "0 to 255"),
+        ('{"names": ["a"], "palette": ["red"]}', r"palette\[0\] of the classes is 'red'"),
+        ('{"names": ["a"], "ignore_index": 0}', "is a class; use 1 to 255"),
+        ('{"names": ["a"], "ignore_index": 256}', "0 to 255"),
+        ('{"names": ["a"], "ignore_index": -1}', "0 to 255"),
+        ('{"names": ["a"], "ignore_index": true}', "must be an integer"),
+        ('{"names": ["a"], "ignore_index": "255"}', "must be an integer"),
+    ],
+)
+def test_a_mistake_in_the_users_json_is_named(text, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        from_json(text)
+
+
+def test_255_classes_fit_in_a_byte_and_256_do_not():
+    names = [str(i) for i in range(256)]
+    assert from_json(json.dumps({"names": names[:255]})).num_classes == 255
+    with pytest.raises(ValueError, match="256 class names"):
+        from_json(json.dumps({"names": names}))

@@ -1,0 +1,158 @@
+"""Storage keeps the same promises on local disk and on a real S3 server."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pipeline.data import storage
+from pipeline.data.storage import local
+
+
+def test_what_is_written_is_listed_with_size_and_read_back_by_its_etag(prefix: str) -> None:
+    storage.write(f"{prefix}/a/b.bin", b"12345")
+    [listed] = storage.list_objects(prefix)
+    assert (listed.uri, listed.size) == (f"{prefix}/a/b.bin", 5)
+    assert storage.read(listed.uri, listed.etag) == b"12345"
+    assert storage.stat_object(listed.uri) == listed
+
+
+def test_a_replaced_object_is_changed_and_a_deleted_one_has_vanished(prefix: str) -> None:
+    uri = f"{prefix}/a"
+    storage.write(uri, b"old")
+    [listed] = storage.list_objects(prefix)
+    storage.write(uri, b"NEW")  # of the same size
+    with pytest.raises(storage.StorageError) as changed:
+        storage.read(uri, listed.etag)
+    storage.delete([uri])
+    with pytest.raises(storage.StorageError) as vanished:
+        storage.read(uri, listed.etag)
+    assert (changed.value.kind, vanished.value.kind) == ("changed", "vanished")
+    assert not storage.exists(uri)
+
+
+def test_of_many_creators_at_once_exactly_one_wins(prefix: str) -> None:
+    start = threading.Barrier(8)
+
+    def create(number: int) -> bool:
+        start.wait()
+        return storage.create(f"{prefix}/one", b"from %d" % number)
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(create, range(8)))
+    assert won.count(True) == 1
+    assert storage.read(f"{prefix}/one") == b"from %d" % won.index(True)
+
+
+def test_a_listing_comes_in_pages_and_names_each_object_once(prefix: str) -> None:
+    names = [f"{i:04d}" for i in range(1100)] + ["a.b", "a/b", "a0", "é", "a b", "%2e", "z/y/x"]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda name: storage.write(f"{prefix}/{name}", b"."), names))
+    pages = list(storage.list_pages(prefix))
+    found = [storage.relative(prefix, item.uri) for page in pages for item in page]
+    assert sorted(found) == sorted(names)
+    assert max(map(len, pages)) == storage.PAGE_OBJECTS
+
+
+def test_a_prefix_does_not_list_its_neighbours(prefix: str) -> None:
+    storage.write(f"{prefix}/run=1/x", b".")
+    storage.write(f"{prefix}/run=10/x", b".")
+    assert [item.uri for item in storage.list_objects(f"{prefix}/run=1")] == [f"{prefix}/run=1/x"]
+    assert list(storage.list_objects(f"{prefix}/nothing")) == []
+
+
+def test_create_refuses_what_does_not_fit_one_put(
+    prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.data.storage.base.MAX_CREATE_BYTES", 10)
+    with pytest.raises(ValueError, match=r"11 bytes do not fit one put of at most 10"):
+        storage.create(f"{prefix}/big", b"x" * 11)
+    assert not storage.exists(f"{prefix}/big")
+
+
+def test_many_threads_read_at_once(prefix: str) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda i: storage.write(f"{prefix}/{i}", b"%d" % i * 1000), range(64)))
+        read = list(pool.map(lambda i: storage.read(f"{prefix}/{i}"), range(64)))
+    assert read == [b"%d" % i * 1000 for i in range(64)]
+
+
+@pytest.mark.s3
+def test_s3_says_in_one_line_what_is_wrong(
+    s3_environment: dict[str, str], s3_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.data.storage import s3
+
+    with pytest.raises(storage.StorageError, match="bucket no-such-bucket does not exist"):
+        list(storage.list_objects("s3://no-such-bucket/x"))
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        s3.filesystem.cache_clear()
+        with pytest.raises(storage.StorageError, match="access denied") as denied:
+            storage.read(f"{s3_prefix}/x")
+    s3.filesystem.cache_clear()
+    assert denied.value.kind == "access"
+    assert "\n" not in str(denied.value)
+    assert "wrong" not in str(denied.value)
+
+
+@pytest.mark.s3
+def test_an_own_write_whose_reply_was_lost_counts_as_created(
+    s3_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aiohttp import ClientConnectionError
+
+    from pipeline.data.storage import s3
+
+    client = s3.filesystem().connect()
+    put_object = client.put_object
+
+    async def put_and_lose_the_first_reply(**request: object) -> object:
+        answer = await put_object(**request)
+        if not lost:
+            lost.append(answer)
+            raise ClientConnectionError("the reply was lost")
+        return answer
+
+    lost: list[object] = []
+    monkeypatch.setattr(client, "put_object", put_and_lose_the_first_reply)
+    assert storage.create(f"{s3_prefix}/a", b"mine")
+    assert lost
+    assert not storage.create(f"{s3_prefix}/a", b"mine")  # this time nothing was lost
+
+
+def test_a_writer_that_was_killed_leaves_nothing_that_a_listing_shows(tmp_path: Path) -> None:
+    left = tmp_path / f".shard.parquet.{'0' * 16}.tmp"
+    left.write_bytes(b"half")
+    assert list(storage.list_objects(str(tmp_path))) == []
+    assert storage.leftovers(str(tmp_path)) == [str(left)]
+    assert not local.is_temporary("photo.tmp")
+
+
+def test_a_path_below_a_file_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(storage.StorageError, match="file/x"):
+        storage.create(str(tmp_path / "file" / "x" / "y"), b"")
+
+
+def test_names_that_are_not_text_are_passed_over(tmp_path: Path) -> None:
+    with open(os.fsencode(tmp_path) + b"/\xff.jpg", "wb"):
+        pass
+    assert list(storage.list_objects(str(tmp_path))) == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "normal"),
+    [("s3://b/a/", "s3://b/a"), ("s3://b", "s3://b"), ("s3://b/a//c", "s3://b/a//c")],
+)
+def test_uris_have_one_spelling(uri: str, normal: str) -> None:
+    assert storage.normalise(uri) == normal
+
+
+def test_a_scheme_that_is_not_known_is_refused() -> None:
+    with pytest.raises(ValueError, match="neither s3://"):
+        storage.normalise("gs://bucket/x")
