@@ -8,13 +8,12 @@ it), 2 on arguments that cannot be right. The last line is for log readers: `key
 
 from __future__ import annotations
 
+import json
 import logging
-import shlex
 import sys
 from collections.abc import Sequence
 
-import tyro
-
+from jobs.arguments import parse
 from jobs.display import Display, size
 from pipeline.bulk import lease
 from pipeline.bulk.plan import Plan
@@ -29,12 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job with the command line `argv`; its exit code."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     try:
-        settings = tyro.cli(tyro.conf.OmitArgPrefixes[Settings], args=argv, description=__doc__)
+        settings = parse(Settings, argv, description=__doc__)
     except ValueError as error:
         return _failed(2, error)
     try:
         with Display() as display:
-            ended = run(settings, _Announced(display))
+            ended = run(settings, _Announced(settings, display))
     except ValueError as error:
         return _failed(2, error)
     except (StorageError, RunStoppedError, lease.HeldError) as error:
@@ -48,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 class _Announced:
     """Says once what the run will do, then shows how far it is."""
 
-    def __init__(self, display: Display) -> None:
+    def __init__(self, settings: Settings, display: Display) -> None:
+        self._settings = settings
         self._display = display
         self._said = False
 
@@ -56,7 +56,8 @@ class _Announced:
         if not self._said:
             self._said = True
             print("\n".join(_plan_lines(plan, progress)), flush=True)
-        self._display(plan, progress)
+        if not self._settings.dry_run:
+            self._display(plan, progress)
 
 
 def _plan_lines(plan: Plan, progress: Progress) -> list[str]:
@@ -86,13 +87,21 @@ def _last_line(settings: Settings, ended: Ended) -> str:
         facts["images_per_second"] = f"{ended.images_per_second:.2f}"
     state = "planned" if settings.dry_run else "finished"
     state = "was finished before:" if ended.nothing_to_do else state
-    pairs = " ".join(f"{name}={shlex.quote(str(value))}" for name, value in facts.items())
-    return f"segment {state} {pairs} results={shlex.quote(settings.results)}"
+    facts["results"] = settings.results
+    pairs = " ".join(f"{name}={_quoted(value)}" for name, value in facts.items())
+    return f"segment {state} {pairs}"
+
+
+def _quoted(value: object) -> str:
+    """The value as log readers take it: in double quotes where it is more than a word."""
+    text = str(value)
+    plain = text.isprintable() and not set(text) & set(' "=')
+    return text if plain else json.dumps(text, ensure_ascii=False)
 
 
 def _failed(code: int, error: object) -> int:
     line = " ".join(str(error).split())
-    print(f"segment failed exit={code} reason={shlex.quote(line)}", flush=True)
+    print(f"segment failed exit={code} reason={_quoted(line)}", flush=True)
     return code
 
 

@@ -27,6 +27,7 @@ _ALARM_AFTER_DEADLINE_S = 5.0
 def main(descriptor: int) -> None:
     """Answers requests until the socket closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    _silence_libraries()
     with socket.socket(fileno=descriptor) as connection:
         options, _ = receive(connection)
         classes = Classes.from_dict(options["classes"])
@@ -77,6 +78,14 @@ def _content(descriptor: int) -> bytes:
         return b""
     with mmap.mmap(descriptor, size, prot=mmap.PROT_READ) as memory:
         return memory[:]
+
+
+def _silence_libraries() -> None:
+    """C libraries that write to stderr write to nowhere; Python's own words are still heard."""
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
 
 
 def _limit_memory(more: int) -> None:

@@ -99,7 +99,7 @@ class Finish:
         """`classes/`: a row an image and class, sorted by class and falling fraction."""
         schema = tables.with_footer(tables.CLASSES, self._classes)
         with self._connection() as con:
-            reader = con.execute(_CLASSES).to_arrow_reader(_ROW_GROUP)
+            reader = con.sql(_CLASSES).to_arrow_reader(_ROW_GROUP)
             for number, part in enumerate(_files(reader, schema)):
                 storage.create(self._layout.class_part(number), part)
 
@@ -107,7 +107,7 @@ class Finish:
         """`done/`: the keys of what later runs may leave out."""
         names = ", ".join(tables.DONE.names)
         with self._connection() as con:
-            found = con.execute(f"select {names} from images order by uri")
+            found = con.sql(f"select {names} from images order by uri")
             [file] = _files(found.to_arrow_reader(_ROW_GROUP), tables.DONE, whole=True)
         storage.write(self._layout.done, file)
 

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
+from ray.util.annotations import RayDeprecationWarning
 
 from pipeline.bulk.listing import Listed
 from pipeline.bulk.segmenter import Segmenter, Summary, SystemicError, Work
@@ -47,6 +49,8 @@ def connect(pool: Pool) -> None:
     """Joins the Ray of RAY_ADDRESS, or starts one on this machine that is large enough."""
     if ray.is_initialized():
         return
+    # Ray's core says "E ... constructor arguments in the object store" for every pool of actors
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
@@ -109,6 +113,8 @@ def run(
     _set_context(len(shards))
     rows = [shards.take([i]) for i in range(len(shards))]  # one block each
     in_flight = 1 if one_at_a_time else _SHARDS_IN_FLIGHT
+    # max_restarts and max_task_retries have no other place yet
+    warnings.simplefilter("ignore", RayDeprecationWarning)
     summaries = ray.data.from_arrow(rows).map_batches(
         Stage,
         fn_constructor_args=(work,),

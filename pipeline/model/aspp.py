@@ -66,7 +66,8 @@ class ASPP(nn.Module):
     def arrange(self, rates: Sequence[int]) -> None:
         """Sets the rates of the 3x3 branches; no weight changes."""
         for branch, rate in zip(self.convs[1 : 1 + self.branches], rates, strict=True):
-            assert isinstance(branch, nn.Sequential) and isinstance(branch[0], Convolution)
+            assert isinstance(branch, nn.Sequential)
+            assert isinstance(branch[0], Convolution)
             branch[0].place(stride=1, rate=rate)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,177 @@
+"""A bucket of small real photos with their labels, and of objects that are none.
+
+Below a prefix: `photos/` (what `fill` and `fill_broken` put), `labels/`, `results/`. The photos are
+the demo's, cropped a little differently each and scaled down, so that the committed checkpoint
+sees real cats, persons and motorbikes; the same number gives the same bytes everywhere.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from jobs.demo.photos import photos
+from pipeline.bulk.listing import Listed, Listing
+from pipeline.bulk.segmenter import Work, checkpoint_fingerprint
+from pipeline.bulk.settings import Settings, fingerprint
+from pipeline.data import storage
+from pipeline.results.layout import RunLayout
+
+DEMO = Path(__file__).parents[2] / "jobs" / "demo"
+SIZES = ((96, 128), (128, 96), (97, 129), (96, 96))  # height, width
+
+BROKEN = {
+    "broken/empty.jpg": "empty",
+    "broken/text.jpg": "not_an_image",
+    "broken/truncated.jpg": "truncated",
+}
+"""What `fill_broken` puts below `photos/`, and the kind of error that each must become."""
+
+BAD_LABELS = {"bad-label/size.png": "but its image is", "bad-label/class.png": "class 77"}
+"""Good photos of `fill_broken` whose label is of another size, or holds a class out of range."""
+
+Fill = Callable[[str, int], None]
+SettingsFor = Callable[..., Settings]
+
+
+@cache
+def _originals() -> tuple[tuple[str, Image.Image, Image.Image], ...]:
+    """(stem, photo, label) of the demo's photos."""
+    found = []
+    for name, data in photos().items():
+        stem = Path(name).stem
+        label = Image.open(DEMO / "labels" / f"{stem}.png")
+        found.append((stem, Image.open(io.BytesIO(data)).convert("RGB"), label))
+    return tuple(found)
+
+
+def _encoded(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **({"quality": 90} if kind == "JPEG" else {}))
+    return buffer.getvalue()
+
+
+@cache
+def photo(number: int) -> tuple[str, bytes, bytes]:
+    """Name, photo and label (PNG) of that number; every third photo is a PNG."""
+    stem, image, label = _originals()[number % len(_originals())]
+    height, width = SIZES[number % len(SIZES)]
+    left, top = (7 * number) % 40, (5 * number) % 30
+    box = (left, top, image.width - left // 2, image.height - top // 2)
+    small = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    ids = label.resize((width, height), Image.Resampling.NEAREST, box=box)
+    kind = "PNG" if number % 3 == 0 else "JPEG"
+    name = f"{number % 2}/{number:04d}-{stem}.{'png' if kind == 'PNG' else 'jpg'}"
+    return name, _encoded(small, kind), _encoded(ids, "PNG")
+
+
+@pytest.fixture(scope="session")
+def photo_of() -> Callable[[int], tuple[str, bytes, bytes]]:
+    """number -> name, photo and label."""
+    return photo
+
+
+@pytest.fixture(scope="session")
+def fill() -> Fill:
+    """`fill(prefix, count)` puts so many photos with their labels."""
+
+    def put(prefix: str, count: int) -> None:
+        for number in range(count):
+            name, image, label = photo(number)
+            storage.write(f"{prefix}/photos/{name}", image)
+            storage.write(f"{prefix}/labels/{name.rpartition('.')[0]}.png", label)
+
+    return put
+
+
+@pytest.fixture(scope="session")
+def fill_broken() -> Callable[[str], None]:
+    """`fill_broken(prefix)` puts the objects of BROKEN, and the photos of BAD_LABELS."""
+
+    def put(prefix: str) -> None:
+        _, jpeg, label = photo(1)
+        contents = (b"", b"this is a letter, not a photo\n", jpeg[: len(jpeg) // 2])
+        for name, data in zip(BROKEN, contents, strict=True):
+            storage.write(f"{prefix}/photos/{name}", data)
+        ids = Image.open(io.BytesIO(label))
+        larger = _encoded(ids.resize((ids.width + 1, ids.height)), "PNG")
+        strange = _encoded(Image.new("L", ids.size, 77), "PNG")
+        for name, data in zip(BAD_LABELS, (larger, strange), strict=True):
+            storage.write(f"{prefix}/photos/{name[:-4]}.jpg", jpeg)
+            storage.write(f"{prefix}/labels/{name}", data)
+
+    return put
+
+
+@pytest.fixture(scope="session")
+def broken_kinds() -> dict[str, str]:
+    """Name below `photos/` -> kind of error, for what `fill_broken` puts."""
+    return dict(BROKEN)
+
+
+@pytest.fixture(scope="session")
+def bad_labels() -> dict[str, str]:
+    """Name below `photos/` -> part of its label's error, for what `fill_broken` puts."""
+    return {f"{name[:-4]}.jpg": message for name, message in BAD_LABELS.items()}
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> str:
+    """A real DeepLabv3 of 4 MB with VOC's classes."""
+    return str(DEMO / "tfzoo-voc-mobilenetv2.safetensors")
+
+
+@pytest.fixture
+def settings_for(checkpoint: str) -> SettingsFor:
+    """`settings_for(prefix, **overrides)`: one actor with one CPU over the prefix's folders."""
+
+    def settings(prefix: str, **overrides: Any) -> Settings:
+        values = {
+            "images": f"{prefix}/photos",
+            "labels": f"{prefix}/labels",
+            "results": f"{prefix}/results",
+            "checkpoint": checkpoint,
+            "run_id": "test",
+            "cpus_per_actor": 1,
+            "max_error_fraction": 1.0,
+        }
+        return Settings(**{**values, **overrides})
+
+    return settings
+
+
+@pytest.fixture
+def work_for() -> Callable[..., Work]:
+    """`work_for(settings, **changes)`: what a segmenter of that run is given."""
+
+    def work(settings: Settings, **changes: Any) -> Work:
+        values = {
+            "layout": RunLayout(results=settings.results, run_id=settings.run_id or "test"),
+            "checkpoint": settings.checkpoint,
+            "model": checkpoint_fingerprint(storage.read(settings.checkpoint)),
+            "settings": fingerprint(settings.identity(model="")),
+            "inference": settings.inference,
+            "batch_images": settings.batch_images or 1,
+            "cpus": settings.cpus_per_actor or 1,
+            "gpu": False,
+        }
+        return Work(**{**values, **changes})
+
+    return work
+
+
+@pytest.fixture
+def listed() -> Callable[..., list[Listed]]:
+    """`listed(settings)`: the photos that the plan would hold."""
+
+    def images(settings: Settings, *, model: str = "m", settings_print: str = "s") -> list[Listed]:
+        with Listing(settings, model=model, settings_print=settings_print) as listing:
+            return list(listing.images())
+
+    return images

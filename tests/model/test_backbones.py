@@ -1,0 +1,100 @@
+"""Backbones: what a smaller output stride computes is what the strided network does, and more."""
+
+import pytest
+import torch
+
+from pipeline.model.mobilenet import MobileNetV2
+from pipeline.model.resnet import ResNet
+
+
+def rates(backbone, stage):
+    """Dilation of each 3x3 convolution of a stage, by unit; the second is a Basic unit's."""
+    layers = [m for _, m in getattr(backbone, stage).named_modules() if hasattr(m, "dilation")]
+    return [layer.dilation[0] for layer in layers if layer.kernel_size == (3, 3)]
+
+
+def strides(backbone, stage):
+    layers = [m for _, m in getattr(backbone, stage).named_modules() if hasattr(m, "dilation")]
+    return [layer.stride[0] for layer in layers if layer.kernel_size == (3, 3)]
+
+
+def built(name, style, output_stride, multi_grid=(1, 1, 1)):
+    with torch.device("meta"):
+        backbone = ResNet(name, style=style)
+    backbone.arrange(output_stride=output_stride, multi_grid=multi_grid)
+    return backbone
+
+
+def test_torchvisions_first_unit_keeps_the_previous_stages_rate():
+    backbone = built("resnet50", "torchvision", 8)
+    assert rates(backbone, "layer2") == [1, 1, 1, 1]
+    assert rates(backbone, "layer3") == [1, 2, 2, 2, 2, 2]
+    assert rates(backbone, "layer4") == [2, 4, 4]
+    assert strides(backbone, "layer2") == [2, 1, 1, 1]
+    assert strides(backbone, "layer3") + strides(backbone, "layer4") == [1] * 9
+
+
+def test_the_paper_strides_in_the_last_unit_and_multiplies_every_rate():
+    backbone = built("resnet101", "paper", 16, (1, 2, 4))
+    assert strides(backbone, "layer1") == [1, 1, 2]
+    assert strides(backbone, "layer2") == [1, 1, 1, 2]
+    assert set(rates(backbone, "layer3")) == {1}
+    assert rates(backbone, "layer4") == [2, 4, 8]
+    backbone.arrange(output_stride=8, multi_grid=(1, 2, 4))
+    assert strides(backbone, "layer2") == [1, 1, 1, 1]
+    assert set(rates(backbone, "layer3")) == {2}
+    assert rates(backbone, "layer4") == [4, 8, 16]
+
+
+def test_output_stride_4_replaces_every_stride_after_the_stem():
+    backbone = built("resnet34", "torchvision", 4)
+    assert rates(backbone, "layer2") == [1, 2] + [2] * 6
+    assert rates(backbone, "layer4") == [4, 8] + [8] * 4
+    assert sum(map(sum, (strides(backbone, f"layer{n}") for n in (1, 2, 3, 4)))) == 32
+
+
+def test_mobilenet_has_the_zoos_rates_at_output_stride_8():
+    backbone = MobileNetV2()
+    backbone.arrange(output_stride=8)
+    depthwise = [m for m in backbone.modules() if getattr(m, "groups", 1) > 1]
+    assert [layer.dilation[0] for layer in depthwise] == [1] * 7 + [2] * 7 + [4] * 3
+    assert [i for i, layer in enumerate(depthwise) if layer.stride == (2, 2)] == [1, 3]
+
+
+@pytest.mark.parametrize("style", ["paper", "torchvision"])
+@pytest.mark.parametrize(
+    ("name", "multi_grid", "output_stride"),
+    [
+        ("resnet18", (1, 2), 4),
+        ("resnet18", (1, 1), 8),
+        ("resnet34", (1, 1, 1), 16),
+        ("resnet50", (1, 1, 1), 8),
+        ("resnet50", (1, 2, 4), 16),
+    ],
+)
+def test_atrous_features_sampled_are_the_strided_ones(
+    name, multi_grid, style, output_stride, randomise
+):
+    backbone = randomise(ResNet(name, style=style)).double()
+    image = torch.randn(1, 3, 33, 49, generator=torch.Generator().manual_seed(1)).double()
+    step = 32 // output_stride
+    with torch.inference_mode():
+        backbone.arrange(output_stride=32, multi_grid=multi_grid)
+        strided = backbone(image).final
+        backbone.arrange(output_stride=output_stride, multi_grid=multi_grid)
+        atrous = backbone(image).final
+    assert strided.shape[-2:] == (2, 2)
+    torch.testing.assert_close(atrous[..., ::step, ::step], strided, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("output_stride", [4, 8, 16])
+def test_atrous_mobilenet_features_sampled_are_the_strided_ones(output_stride, randomise):
+    backbone = randomise(MobileNetV2()).double()
+    image = torch.randn(1, 3, 33, 49, generator=torch.Generator().manual_seed(1)).double()
+    step = 32 // output_stride
+    with torch.inference_mode():
+        backbone.arrange(output_stride=32)
+        strided = backbone(image).final
+        backbone.arrange(output_stride=output_stride)
+        atrous = backbone(image).final
+    torch.testing.assert_close(atrous[..., ::step, ::step], strided, rtol=1e-5, atol=1e-9)

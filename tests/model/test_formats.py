@@ -1,0 +1,99 @@
+"""File formats: tensors come out, no code runs, and what is damaged is refused in one line."""
+
+import json
+import os
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save as save_safetensors
+
+from pipeline.model import weights
+from pipeline.model.formats import CheckpointError, parse
+
+
+class Bomb:
+    """A pickle that would make a folder, if anything in it were run."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_no_code_of_a_file_is_run(tmp_path):
+    target = tmp_path / "made"
+    torch.save({"state_dict": Bomb(target)}, tmp_path / "zip.pth")
+    torch.save(Bomb(target), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Bomb(target)))
+    for name in ("zip.pth", "old.pth", "plain.pkl"):
+        with pytest.raises(CheckpointError, match=r"refused|cannot be read") as error:
+            weights.load(str(tmp_path / name))
+        assert "\n" not in str(error.value)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no checkpoint"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "no checkpoint"),
+        (b"PK\x03\x04 and nothing of a zip", "no whole zip archive"),
+        (b"\x80\x02 no pickle", "refused|cannot be read"),
+        (struct.pack("<Q", 10**9) + b'{"a":1}', "no whole safetensors"),
+        (struct.pack("<Q", 2) + b"{}", "no known layout"),
+        ({"epoch": 3}, "no tensors"),
+        (torch.zeros(3), "no state_dict"),
+        ({"conv1.weight": torch.zeros(1)}, "load_backbone"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_refused(content, message, tmp_path):
+    path = tmp_path / "file.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(CheckpointError, match=message):
+        weights.load(str(path))
+
+
+def test_a_headers_length_is_not_taken_for_another_formats_magic_number():
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    length = 0x0280
+    data = struct.pack("<Q", length) + header.ljust(length) + bytes(4)
+    assert data.startswith(b"\x80\x02")
+    assert parse(data, name="file").tensors["w"].shape == (1,)
+
+
+def refusal(data):
+    try:
+        parse(data, name="file")
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+@settings(max_examples=80, deadline=None)
+@given(cut=st.integers(0, 200), position=st.integers(0, 200), byte=st.integers(0, 255))
+def test_damaged_bytes_give_tensors_or_one_line_of_refusal(cut, position, byte, damaged_files):
+    for whole in damaged_files:
+        data = bytearray(whole[: max(len(whole) - cut, 0)])
+        if data:
+            data[position * len(data) // 201] = byte
+        assert "\n" not in refusal(bytes(data))
+
+
+@pytest.fixture(scope="module")
+def damaged_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    tensors = {"w": torch.arange(6.0), "b": torch.ones(2)}
+    torch.save(tensors, folder / "zip")
+    torch.save(tensors, folder / "old", _use_new_zipfile_serialization=False)
+    np.savez_compressed(folder / "npz.npz", w=np.arange(6.0))
+    files = [(folder / name).read_bytes() for name in ("zip", "old", "npz.npz")]
+    return [*files, save_safetensors(tensors, {"deeplab": "{}"})]

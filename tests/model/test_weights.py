@@ -1,0 +1,256 @@
+"""Weight files: ours come back as they were, others' load by their names, the rest is refused."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+
+from pipeline.data.labels import VOC, Classes
+from pipeline.model import weights
+from pipeline.model.config import ModelConfig
+from pipeline.model.deeplab import DeepLabV3
+from pipeline.model.formats import CheckpointError
+from pipeline.model.layouts import torchvision_config
+
+CLASSES = Classes(names=("sky", "sea", "land"), palette=((1, 2, 3), (4, 5, 6), (7, 8, 9)))
+SMALL = ModelConfig(
+    backbone="mobilenet_v2", num_classes=3, multi_grid=(1, 1, 1), atrous_rates=(6,), mean=(0, 0, 0)
+)
+DEPTHS = {
+    "resnet18": (2, 2, 2, 2),
+    "resnet34": (3, 4, 6, 3),
+    "resnet50": (3, 4, 6, 3),
+    "resnet101": (3, 4, 23, 3),
+}
+
+
+def normalisation(name, channels):
+    shapes = {f"{name}.{key}": (channels,) for key in ("weight", "bias")}
+    shapes |= {f"{name}.running_{key}": (channels,) for key in ("mean", "var")}
+    return shapes | {f"{name}.num_batches_tracked": ()}
+
+
+def resnet_shapes(name):
+    """torchvision's names and shapes of a ResNet without its classifier, listed by hand."""
+    bottleneck = name in ("resnet50", "resnet101")
+    shapes = {"conv1.weight": (64, 3, 7, 7), **normalisation("bn1", 64)}
+    inputs = 64
+    for stage, units in enumerate(DEPTHS[name]):
+        width = 64 * 2**stage
+        outputs = width * 4 if bottleneck else width
+        for unit in range(units):
+            block = f"layer{stage + 1}.{unit}"
+            kernels = [(width, inputs, 3), (width, width, 3)]
+            if bottleneck:
+                kernels = [(width, inputs, 1), (width, width, 3), (outputs, width, 1)]
+            for number, (out, into, kernel) in enumerate(kernels, start=1):
+                shapes[f"{block}.conv{number}.weight"] = (out, into, kernel, kernel)
+                shapes |= normalisation(f"{block}.bn{number}", out)
+            if inputs != outputs:
+                shapes[f"{block}.downsample.0.weight"] = (outputs, inputs, 1, 1)
+                shapes |= normalisation(f"{block}.downsample.1", outputs)
+            inputs = outputs
+    return shapes
+
+
+def deeplab_shapes(name, classes=21):
+    """torchvision's names and shapes of a DeepLabv3 with its auxiliary head, listed by hand."""
+    shapes = {f"backbone.{key}": shape for key, shape in resnet_shapes(name).items()}
+    channels = 2048 if name in ("resnet50", "resnet101") else 512
+    for index, kernel in enumerate((1, 3, 3, 3)):
+        shapes[f"classifier.0.convs.{index}.0.weight"] = (256, channels, kernel, kernel)
+        shapes |= normalisation(f"classifier.0.convs.{index}.1", 256)
+    shapes["classifier.0.convs.4.1.weight"] = (256, channels, 1, 1)
+    shapes |= normalisation("classifier.0.convs.4.2", 256)
+    shapes["classifier.0.project.0.weight"] = (256, 1280, 1, 1)
+    shapes |= normalisation("classifier.0.project.1", 256)
+    shapes["classifier.1.weight"] = (256, 256, 3, 3)
+    shapes |= normalisation("classifier.2", 256)
+    shapes |= {"classifier.4.weight": (classes, 256, 1, 1), "classifier.4.bias": (classes,)}
+    shapes["aux_classifier.0.weight"] = (channels // 8, channels // 2, 3, 3)
+    shapes |= normalisation("aux_classifier.1", channels // 8)
+    shapes["aux_classifier.4.weight"] = (classes, channels // 8, 1, 1)
+    return shapes | {"aux_classifier.4.bias": (classes,)}
+
+
+def constants(shapes):
+    """A tensor of each shape, each of its own value, which takes no memory and little disk."""
+    return {
+        key: torch.tensor(number if key.endswith("tracked") else number / 7.0).expand(shape)
+        for number, (key, shape) in enumerate(shapes.items(), start=1)
+    }
+
+
+@pytest.fixture
+def model(randomise):
+    return randomise(DeepLabV3(SMALL))
+
+
+@pytest.fixture(scope="module")
+def metadata():
+    """What a checkpoint of a `SMALL` model says about it."""
+    return safetensors_metadata(weights.to_bytes(DeepLabV3(SMALL), CLASSES))
+
+
+def safetensors_metadata(data):
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length])["__metadata__"]
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Writes bytes (or, of anything else, torch.save's) to a file and gives its path."""
+
+    def write(content, name="file.bin"):
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        return str(path)
+
+    return write
+
+
+def test_a_checkpoint_comes_back_as_it_was(model, stored):
+    path = stored(weights.to_bytes(model.to(memory_format=torch.channels_last), CLASSES))
+    loaded, classes = weights.load(path)
+    assert not loaded.training
+    assert loaded.config == model.config
+    assert classes == CLASSES
+    before, after = model.state_dict(), loaded.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_same_model_gives_the_same_bytes(model):
+    assert weights.to_bytes(model, CLASSES, half=True) == weights.to_bytes(
+        model, CLASSES, half=True
+    )
+
+
+def test_half_precision_is_for_convolutions_that_it_can_hold(model, stored):
+    with torch.no_grad():
+        model.classifier[0].project[0].weight[0, 0] = 1e6
+        model.backbone.features[0][1].running_var[0] = 5.6e-45
+    data = weights.to_bytes(model, CLASSES, half=True)
+    for key, tensor in load_safetensors(data).items():
+        narrow = tensor.ndim == 4 and "project" not in key
+        assert tensor.dtype in (torch.float16 if narrow else torch.float32, torch.int64), key
+    before = model.state_dict()
+    loaded, _ = weights.load(stored(data))
+    for key, tensor in loaded.state_dict().items():
+        assert tensor.dtype == before[key].dtype
+        wanted = before[key] if tensor.ndim < 4 or "project" in key else before[key].half().float()
+        assert torch.equal(tensor, wanted)
+
+
+def test_classes_must_be_as_many_as_the_models(model):
+    with pytest.raises(ValueError, match=r"21 names.*num_classes is 3"):
+        weights.to_bytes(model, VOC)
+
+
+def test_a_torchvision_file_loads_as_it_is_and_every_value_finds_its_place(stored):
+    tensors = constants(deeplab_shapes("resnet50"))
+    wrapped = {"model": {f"module._orig_mod.{key}": value for key, value in tensors.items()}}
+    loaded, classes = weights.load(stored({**wrapped, "epoch": 3}))
+    assert classes == VOC
+    assert (loaded.config.output_stride, loaded.config.rates) == (8, (12, 24, 36))
+    state = loaded.state_dict()
+    assert state.keys() == tensors.keys()
+    assert all(torch.equal(state[key], tensors[key]) for key in tensors)
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_names_and_shapes_tell_the_network(name):
+    shapes = deeplab_shapes(name, classes=7)
+    config = torchvision_config(constants(shapes), "a.pth", None)
+    assert (config.backbone, config.num_classes, config.auxiliary) == (name, 7, True)
+    with torch.device("meta"):
+        built = DeepLabV3(config)
+    assert {key: tuple(value.shape) for key, value in built.state_dict().items()} == shapes
+
+
+def test_output_stride_and_rates_can_be_given(model, stored):
+    path = stored(weights.to_bytes(model, CLASSES))
+    loaded, _ = weights.load(path, output_stride=4, atrous_rates=(3,))
+    assert (loaded.config.output_stride, loaded.config.rates) == (4, (12,))
+
+
+def test_another_number_of_classes_is_refused_unless_the_classifier_is_reset(model, stored):
+    path = stored(weights.to_bytes(model, CLASSES))
+    with pytest.raises(CheckpointError, match=r"has 3 classes, but num_classes is 11.*reset"):
+        weights.load(path, num_classes=11)
+    loaded, classes = weights.load(path, num_classes=11, reset_classifier=True)
+    assert len(classes.names) == loaded.config.num_classes == 11
+    assert loaded(torch.zeros(1, 3, 9, 9)).shape == (1, 11, 9, 9)
+    kept = model.backbone.features[0][0].weight
+    assert torch.equal(loaded.backbone.features[0][0].weight, kept)
+
+
+def test_imagenet_backbones_load_without_their_classifiers(model, stored):
+    mobile = {key: torch.ones_like(value) for key, value in model.backbone.state_dict().items()}
+    mobile |= constants({"features.18.0.weight": (1280, 320, 1, 1), "classifier.1.bias": (1000,)})
+    weights.load_backbone(model, stored(mobile))
+    assert all((value == 1).all() for value in model.backbone.state_dict().values())
+
+    config = ModelConfig(backbone="resnet18", style="torchvision", multi_grid=(1, 1))
+    resnet = DeepLabV3(config)
+    tensors = constants(resnet_shapes("resnet18") | {"fc.weight": (1000, 512), "fc.bias": (1000,)})
+    # As in files older than PyTorch 0.4.1.
+    old = {key: value for key, value in tensors.items() if not key.endswith("tracked")}
+    weights.load_backbone(resnet, stored(old))
+    state = resnet.backbone.state_dict()
+    assert all(torch.equal(state[key], old[key]) for key in old if not key.startswith("fc"))
+    with pytest.raises(CheckpointError, match=r"missing: features\.0.*unexpected: conv1\.weight"):
+        weights.load_backbone(model, stored(old))
+
+
+def test_a_torchvision_backbone_in_the_papers_style_is_warned_of(stored, caplog):
+    paper = DeepLabV3(ModelConfig(backbone="resnet18", multi_grid=(1, 1)))
+    weights.load_backbone(paper, stored(constants(resnet_shapes("resnet18"))))
+    assert "torchvision" in caplog.text
+
+
+def test_keys_that_do_not_fit_are_listed_in_one_line(model, metadata, stored):
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    del state["classifier.0.convs.0.0.weight"]
+    state["decoder.weight"] = torch.zeros(1)
+    state["classifier.1.bias"] = torch.zeros(4)
+    with pytest.raises(CheckpointError) as error:
+        weights.load(stored(save_safetensors(state, metadata)))
+    message = str(error.value)
+    assert "missing: classifier.0.convs.0.0.weight" in message
+    assert "unexpected: decoder.weight" in message
+    assert "misshaped: classifier.1.bias (4,) for (3,)" in message
+    assert "\n" not in message
+
+
+def test_weights_that_are_not_finite_are_refused(model, stored):
+    with torch.no_grad():
+        model.classifier[1].bias[0] = torch.nan
+    with pytest.raises(CheckpointError, match=r"not finite: classifier\.1\.bias"):
+        weights.load(stored(weights.to_bytes(model, CLASSES)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.update(version=99),
+        lambda content: content.pop("classes"),
+        lambda content: content["model"].update(backbone="vgg16"),
+        lambda content: content["model"].update(num_classes=4),
+        lambda content: content["model"].update(unheard_of=1),
+        lambda content: content["classes"].update(names=["a", "a", "b"]),
+        lambda content: content["classes"].update(palette=7),
+    ],
+)
+def test_metadata_that_is_wrong_is_refused(change, metadata, stored):
+    content = json.loads(metadata["deeplab"])
+    change(content)
+    data = save_safetensors({"w": torch.zeros(1)}, {"deeplab": json.dumps(content)})
+    with pytest.raises(CheckpointError, match="describes its model wrongly"):
+        weights.load(stored(data))
