@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-import time
-from types import TracebackType
+import threading
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
@@ -26,36 +25,46 @@ class Display:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
+            TimeElapsedColumn(),
             _Facts(),
             console=self._console,
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task("images", total=None, facts="")
-        self._last_line = float("-inf")
+        self._latest: Progress | None = None
+        self._ended = threading.Event()
+        self._lines = threading.Thread(target=self._print_lines, name="display", daemon=True)
 
     def __enter__(self) -> Display:
-        self._bar.start()
+        if self._console.is_terminal:
+            self._bar.start()
+        else:
+            self._lines.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()
+        self._ended.set()
+        if self._lines.is_alive():
+            self._lines.join()
 
     def __call__(self, plan: Plan, progress: Progress) -> None:
-        if self._console.is_terminal:
+        self._latest = progress
+        done, total = progress.images_done, progress.images
+        self._bar.update(self._task, completed=done, total=total, facts=_facts(progress))
+
+    def _print_lines(self) -> None:
+        """A line every few seconds, whether or not there is news, and one at the end."""
+        while not self._ended.wait(_LINE_EVERY_S):
+            self._print_line()
+        self._print_line()
+
+    def _print_line(self) -> None:
+        if (progress := self._latest) is not None:
             done, total = progress.images_done, progress.images
-            self._bar.update(self._task, completed=done, total=total, facts=_facts(progress))
-            return
-        is_last = progress.images_done >= progress.images
-        if is_last or time.monotonic() - self._last_line >= _LINE_EVERY_S:
-            self._last_line = time.monotonic()
-            share = progress.images_done / max(1, progress.images)
-            counted = f"{progress.images_done} of {progress.images} images ({share:.0%})"
-            print(f"{counted}, {_facts(progress)}", file=sys.stderr, flush=True)
+            counted = f"{done} of {total} images ({done / max(1, total):.0%})"
+            after = duration(progress.seconds)
+            print(f"{counted} after {after}, {_facts(progress)}", file=sys.stderr, flush=True)
 
 
 class _Facts(TextColumn):
@@ -72,7 +81,7 @@ def _facts(progress: Progress) -> str:
         [
             f"{progress.images_per_second:.1f} images/s",
             f"{progress.errors.total()} errors",
-            "time left not known yet" if left is None else f"{duration(left)} left",
+            f"{duration(left)} left" if left is not None else "no shard is done yet",
         ]
     )
 

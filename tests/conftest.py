@@ -24,6 +24,19 @@ def s3_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[st
         yield variables
 
 
+@pytest.fixture(scope="session")
+def ray_session(s3_environment: dict[str, str]) -> Iterator[None]:
+    """The one Ray of the test session, large enough that actors starve nothing else.
+
+    Its processes inherit the variables that lead to the S3 server.
+    """
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
 @pytest.fixture
 def s3_prefix(s3_environment: dict[str, str]) -> str:
     """An empty prefix on the S3 server."""

@@ -49,8 +49,6 @@ def connect(pool: Pool) -> None:
     """Joins the Ray of RAY_ADDRESS, or starts one on this machine that is large enough."""
     if ray.is_initialized():
         return
-    # Ray's core says "E ... constructor arguments in the object store" for every pool of actors
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)

@@ -126,10 +126,10 @@ def _open(uri: str, atrous_rates: tuple[int, ...] | None) -> tuple[ModelConfig, 
     config, state = recognise(file, name=uri, atrous_rates=atrous_rates)
     classes = _default_classes(config.num_classes)
     logger.info(
-        "%s says neither rates nor classes: taken are %s's output stride %d, rates %s there, "
-        "mean %s, std %s, classes %s, ...",
-        *(uri, config.style, config.output_stride, config.rates),
-        *(config.mean, config.std, ", ".join(classes.names[:3])),
+        "%s says neither output stride, rates, mean, std nor classes; assumed: %s and %s, ...",
+        uri,
+        config,
+        ", ".join(classes.names[:3]),
     )
     return config, classes, state
 

@@ -26,11 +26,8 @@ from pipeline.results import layout, tables
 
 _OFFLINE = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
 
-_REMOTE_THREADS = 16
-"""Most of a query over many small remote files is waiting for answers."""
-
-_REMOTE_BLOCK_BYTES = 128 * 1024
-"""Fetched ahead of a read: a footer comes whole, a skipped row group does not."""
+_READ_AHEAD_BYTES = 2**20
+"""Of remote files: neighbouring columns come with one request, skipped row groups do not."""
 
 
 def connect(uri: str, *, memory_limit: str | None = None) -> duckdb.DuckDBPyConnection:
@@ -49,16 +46,15 @@ def connect(uri: str, *, memory_limit: str | None = None) -> duckdb.DuckDBPyConn
     """
     results = storage.normalise(uri)
     snapshot = _look(results)
-    settings = {
+    settings: dict[str, str | bool | int | float | list[str]] = {
         **_OFFLINE,
         "temp_directory": os.path.join(tempfile.gettempdir(), f"duckdb-{secrets.token_hex(8)}"),
         **({"memory_limit": memory_limit} if memory_limit else {}),
     }
     con = duckdb.connect(":memory:", config=settings)
-    con.execute("SET TimeZone = 'UTC'")
+    con.execute("SET TimeZone = 'UTC'; SET parquet_metadata_cache = true")
     if (remote := storage.filesystem(results)) is not None:
-        con.register_filesystem(_Listed(remote, snapshot.sizes))
-        con.execute(f"SET threads = {max(_REMOTE_THREADS, os.cpu_count() or 1)}")
+        con.register_filesystem(_Listed(remote, snapshot.files))
     for name, select in _views(con, snapshot).items():
         con.execute(f"CREATE VIEW {name} AS {select}")
     return con
@@ -75,8 +71,8 @@ class _Snapshot:
     started: dict[str, datetime | None]
 
     @property
-    def sizes(self) -> dict[str, int]:
-        return {item.uri: item.size for item in (*self.records, *self.classes, *self.images)}
+    def files(self) -> list[storage.Object]:
+        return [*self.records, *self.classes, *self.images]
 
 
 def _look(results: str) -> _Snapshot:
@@ -205,23 +201,26 @@ class _Listed(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec ships 
 
     cachable = False
 
-    def __init__(self, remote: Any, sizes: Mapping[str, int]) -> None:
+    def __init__(self, remote: Any, files: Iterable[storage.Object]) -> None:
         super().__init__()
         self.protocol = remote.protocol
         self._remote = remote
-        self._sizes = sizes
+        self._files = {item.uri: item for item in files}
 
     def glob(self, path: str, **_: object) -> list[str]:
-        return [path] if path in self._sizes else []
+        return [path] if path in self._files else []
 
     def info(self, path: str, **_: object) -> dict[str, object]:
-        if path not in self._sizes:
+        if path not in self._files:
             raise FileNotFoundError(path)
-        return {"name": path, "size": self._sizes[path], "type": "file"}
+        item = self._files[path]
+        return {"name": path, "size": item.size, "type": "file", "ETag": f'"{item.etag}"'}
 
     def modified(self, path: str) -> datetime:
         return datetime.fromtimestamp(0, UTC)  # never: a result's file is written once
 
     def open(self, path: str, mode: str = "rb", **_: object) -> Any:
-        size = self.info(path)["size"]
-        return self._remote.open(path, mode, block_size=_REMOTE_BLOCK_BYTES, size=size)
+        found = self.info(path)
+        file = self._remote.open(path, mode, block_size=_READ_AHEAD_BYTES, size=found["size"])
+        file.details = found  # what is read is what was listed
+        return file

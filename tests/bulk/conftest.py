@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ def work_for() -> Callable[..., Work]:
             "layout": RunLayout(results=settings.results, run_id=settings.run_id or "test"),
             "checkpoint": settings.checkpoint,
             "model": checkpoint_fingerprint(storage.read(settings.checkpoint)),
-            "settings": fingerprint(settings.identity(model="")),
+            "settings": fingerprint(asdict(settings.inference)),
             "inference": settings.inference,
             "batch_images": settings.batch_images or 1,
             "cpus": settings.cpus_per_actor or 1,

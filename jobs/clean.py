@@ -1,0 +1,82 @@
+"""Deletes a run, or what killed runs left behind: `python jobs/clean.py RESULTS --run-id ID`."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from jobs.arguments import parse
+from jobs.display import size
+from pipeline.data import storage
+from pipeline.results import clean
+from pipeline.results.layout import check_run_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Where to clean, and what."""
+
+    results: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RESULTS")]
+    """Where the runs wrote: s3://bucket/prefix or a folder."""
+
+    run_id: str | None = None
+    """The run to delete with all that it wrote. Without it only what killed runs left behind and
+    nobody needs is deleted: temporary files, leases and single rows of finished runs, and files of
+    plans that were not taken."""
+
+    dry_run: bool = False
+    """Show what would be deleted, and delete nothing."""
+
+    def __post_init__(self) -> None:
+        storage.normalise(self.results)
+        if self.run_id is not None:
+            check_run_id(self.run_id)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Deletes and says what; 0, or 1 where it failed, or 2 where the arguments are wrong."""
+    try:
+        arguments = parse(Arguments, argv, description=__doc__)
+    except ValueError as error:
+        return _failed(2, error)
+    try:
+        _clean(arguments)
+    except (OSError, LookupError, clean.RunInUseError) as error:
+        return _failed(1, error)
+    return 0
+
+
+def _clean(arguments: Arguments) -> None:
+    results, run_id = arguments.results, arguments.run_id
+    found = clean.of_run(results, run_id) if run_id else clean.leftovers(results)
+    if not arguments.dry_run:
+        clean.delete(results, found)
+    print("\n".join(_lines(arguments, found)))
+
+
+def _lines(arguments: Arguments, found: Sequence[storage.Object]) -> list[str]:
+    objects: Counter[str] = Counter()
+    held: Counter[str] = Counter()
+    for item in found:
+        folder = clean.folder_of(arguments.results, item)
+        objects[folder] += 1
+        held[folder] += item.size
+    lines = [f"{name:<8} {objects[name]:>7} objects  {size(held[name]):>9}" for name in objects]
+    verb = "would delete" if arguments.dry_run else "deleted"
+    what = f"run {arguments.run_id}" if arguments.run_id else "leftovers"
+    total = f"{objects.total()} objects, {size(held.total())}"
+    return [*lines, f"{verb} {what} below {arguments.results}: {total}"]
+
+
+def _failed(code: int, error: Exception) -> int:
+    print(" ".join(str(error).split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""What may be deleted below a results URI: a whole run, or what killed runs left behind.
+
+Finding and deleting are apart, so that what is found can be shown first. A run goes in an order in
+which it never looks finished while rows of it are missing: its record first, what it was to do
+last. A deletion that was killed half way is ended by another one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+
+from pipeline.data import storage
+from pipeline.results import layout
+from pipeline.results.layout import RunLayout
+
+FRESH_S = 60.0
+"""A lease refreshed since is somebody's, and so is a temporary file written since."""
+
+_ORDER = ("runs", "done", "classes", "images", "plans", "singles", "leases")
+assert set(_ORDER) == set(layout.FOLDERS)
+
+_THREADS = 16
+_CHUNK_OBJECTS = 100
+
+
+class RunInUseError(RuntimeError):
+    """The run is being worked on: its lease was refreshed within the last `FRESH_S`."""
+
+
+def of_run(results: str, run_id: str) -> list[storage.Object]:
+    """Every object of the run, in the order in which they are to be deleted.
+
+    Raises ValueError where `run_id` could be none, LookupError where nothing is of that run,
+    RunInUseError where it is unfinished and somebody works on it.
+    """
+    run = RunLayout(results=storage.normalise(results), run_id=run_id)
+    single = (storage.stat_object(uri) for uri in (run.record, run.done))
+    found = [item for item in single if item]
+    for folder in (run.classes, run.images):
+        found += storage.list_objects(folder)
+    # a plan that lost parts must not be taken up again: plan.json goes before them
+    plan = storage.join(run.plan, "plan.json")
+    found += sorted(storage.list_objects(run.plan), key=lambda item: item.uri != plan)
+    found += storage.list_objects(run.singles)
+    lease = storage.stat_object(run.lease)
+    if not found and not lease:
+        raise LookupError(f"no run {run_id} lies at {run.results}")
+    if lease and not storage.exists(run.record):
+        _refuse_if_held(run)
+    return [*found, lease] if lease else found
+
+
+def leftovers(results: str) -> list[storage.Object]:
+    """What killed runs left that nobody needs.
+
+    Temporary files; leases and single rows of finished runs; files beside a plan that it does
+    not name. A temporary file younger than `FRESH_S` may be a living writer's and stays.
+    """
+    results = storage.normalise(results)
+    found = []
+    for run in _finished(results):
+        found += storage.list_objects(run.singles)
+        if lease := storage.stat_object(run.lease):
+            found.append(lease)
+    return [*found, *_unnamed_parts(results), *_temporary(results)]
+
+
+def delete(results: str, objects: Iterable[storage.Object]) -> None:
+    """Deletes the objects, folder after folder in their order, and the local folders they empty."""
+    results = storage.normalise(results)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for _, group in groupby(objects, lambda item: folder_of(results, item)):
+            uris = [item.uri for item in group]
+            # alone, because the order within plans counts: plan.json comes first
+            storage.delete(uris[:1])
+            rest = uris[1:]
+            chunks = [rest[i : i + _CHUNK_OBJECTS] for i in range(0, len(rest), _CHUNK_OBJECTS)]
+            list(pool.map(storage.delete, chunks))
+            _remove_empty_folders(results, uris)
+
+
+def folder_of(results: str, item: storage.Object) -> str:
+    """The folder right below `results` that the object lies in; "." for `results` itself."""
+    folder, slash, _ = storage.relative(storage.normalise(results), item.uri).partition("/")
+    return folder if slash else "."
+
+
+def _refuse_if_held(run: RunLayout) -> None:
+    try:
+        lease = json.loads(storage.read(run.lease))
+        holder = f"{lease.get('host')}:{lease.get('pid')}"
+        beat = datetime.fromisoformat(lease["heartbeat"])
+    except (storage.StorageError, ValueError, KeyError, TypeError, AttributeError):
+        return  # gone, or nothing that a driver wrote
+    now = datetime.now(UTC) if beat.tzinfo else datetime.now()
+    age_s = (now - beat).total_seconds()
+    if age_s < FRESH_S:
+        raise RunInUseError(
+            f"run {run.run_id} is being worked on by {holder}, last seen {max(0.0, age_s):.0f} s "
+            f"ago; stop it, or if it was killed try again {FRESH_S:.0f} s after that"
+        )
+
+
+def _finished(results: str) -> list[RunLayout]:
+    runs = storage.join(results, "runs")
+    names = [storage.relative(runs, item.uri) for item in storage.list_objects(runs)]
+    ids = {layout.run_of(results, storage.join(runs, name)) for name in names}
+    return [RunLayout(results=results, run_id=run_id) for run_id in sorted(filter(None, ids))]
+
+
+def _unnamed_parts(results: str) -> list[storage.Object]:
+    """Files beside a plan.json that it does not name; without a plan.json one may be coming."""
+    found = []
+    listed = sorted(storage.list_objects(storage.join(results, "plans")))
+    for folder, group in groupby(listed, lambda item: item.uri.rpartition("/")[0]):
+        files = {storage.relative(folder, item.uri): item for item in group}
+        if files.pop("plan.json", None):
+            named = _parts(f"{folder}/plan.json")
+            found += [item for name, item in files.items() if named and name not in named]
+    return found
+
+
+def _parts(plan: str) -> set[str]:
+    """The names of the plan's files; none where it cannot be read: then all must stay."""
+    try:
+        return {part["name"] for part in json.loads(storage.read(plan))["parts"]}
+    except (storage.StorageError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def _temporary(results: str) -> list[storage.Object]:
+    oldest = time.time() - FRESH_S
+    found = []
+    for uri in storage.leftovers(results):
+        with suppress(FileNotFoundError):  # its writer lives and is done with it
+            if os.path.getmtime(uri) < oldest and (item := storage.stat_object(uri)):
+                found.append(item)
+    return found
+
+
+def _remove_empty_folders(results: str, uris: Sequence[str]) -> None:
+    """Removes local folders that held the objects and now hold nothing; S3 has no folders."""
+    if storage.filesystem(results) is not None:
+        return
+    folders = {str(parent) for uri in uris for parent in Path(uri).parents}
+    inside = [folder for folder in folders if folder.startswith(f"{results}/")]
+    for folder in sorted(inside, key=len, reverse=True):
+        with suppress(OSError):  # it is not empty
+            os.rmdir(folder)

@@ -1,0 +1,153 @@
+"""One driver a run: a living one is left alone, a dead one is succeeded, by one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pipeline.bulk import lease
+from pipeline.bulk.lease import HeldError, Lease
+from pipeline.data import storage
+
+HEARTBEAT_S, STALE_S = 0.2, 2.0
+
+_DIES = """
+import os, sys
+from pipeline.bulk.lease import Lease
+Lease(sys.argv[1], "r").acquire()
+os._exit(0)
+"""
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_S", HEARTBEAT_S)
+    monkeypatch.setattr(lease, "STALE_S", STALE_S)
+
+
+@pytest.fixture
+def uri(prefix: str) -> str:
+    return f"{prefix}/leases/run=r.json"
+
+
+def _of_a_dead_process(uri: str) -> None:
+    subprocess.run([sys.executable, "-c", _DIES, uri], check=True, cwd=Path(__file__).parents[2])
+
+
+def _of_a_silent_host(uri: str) -> None:
+    content = {"run_id": "r", "token": "x", "host": "elsewhere", "pid": os.getpid(), "boot": "y"}
+    storage.write(uri, json.dumps(content).encode())
+
+
+def _token(uri: str) -> str:
+    return str(json.loads(storage.read(uri))["token"])
+
+
+def test_a_second_driver_is_refused_while_the_first_lives(uri: str) -> None:
+    with lease.held(uri, "r") as first:
+        for _ in range(2):
+            with pytest.raises(HeldError, match=f"run r is being worked on by .*:{os.getpid()}"):
+                Lease(uri, "r").acquire()
+        assert not first.lost.is_set()
+    with lease.held(uri, "r"):  # it was given back
+        pass
+    assert not storage.exists(uri)
+
+
+def test_other_runs_have_other_leases(prefix: str) -> None:
+    with lease.held(f"{prefix}/a.json", "a"), lease.held(f"{prefix}/b.json", "b"):
+        pass
+
+
+def test_a_lease_is_given_back_when_its_driver_fails(uri: str) -> None:
+    with pytest.raises(RuntimeError, match="stopped"), lease.held(uri, "r"):
+        raise RuntimeError("stopped")
+    assert not storage.exists(uri)
+
+
+def test_the_lease_of_a_dead_process_is_taken_at_once(uri: str) -> None:
+    _of_a_dead_process(uri)
+    assert storage.exists(uri)
+    started = time.monotonic()
+    with lease.held(uri, "r") as held:
+        assert time.monotonic() - started < STALE_S
+        assert not held.lost.is_set()
+    assert not storage.exists(uri)
+
+
+def test_the_lease_of_a_silent_host_is_taken_when_it_is_stale_and_not_before(uri: str) -> None:
+    _of_a_silent_host(uri)
+    started = time.monotonic()
+    with lease.held(uri, "r"):
+        assert time.monotonic() - started >= STALE_S
+        assert _token(uri) != "x"
+
+
+def test_a_lease_that_is_given_back_while_one_watches_is_taken(uri: str) -> None:
+    _of_a_silent_host(uri)
+    timer = threading.Timer(0.3, storage.delete, [[uri]])
+    timer.start()
+    started = time.monotonic()
+    with lease.held(uri, "r") as held:
+        assert time.monotonic() - started < STALE_S
+        assert not held.lost.is_set()
+
+
+def test_a_driver_whose_lease_another_took_is_told_and_leaves_it_to_them(uri: str) -> None:
+    with lease.held(uri, "r") as held:
+        _of_a_silent_host(uri)
+        assert held.lost.wait(5)
+    assert _token(uri) == "x"
+
+
+def test_a_lease_that_someone_deleted_is_put_back(uri: str) -> None:
+    with lease.held(uri, "r") as held:
+        storage.delete([uri])
+        deadline = time.monotonic() + 5
+        while not storage.exists(uri) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert storage.exists(uri)
+        assert not held.lost.is_set()
+
+
+@pytest.mark.parametrize("left_behind", [_of_a_dead_process, _of_a_silent_host])
+def test_of_many_who_want_a_stale_lease_one_gets_it(
+    tmp_path: Path, left_behind: object
+) -> None:
+    uri = str(tmp_path / "leases" / "run=r.json")
+    assert callable(left_behind)
+    left_behind(uri)
+    start = threading.Barrier(4)
+
+    def driver(_: int) -> Lease | None:
+        wanted = Lease(uri, "r")
+        start.wait()
+        try:
+            wanted.acquire()
+        except HeldError:
+            return None
+        return wanted
+
+    with ThreadPoolExecutor(4) as pool:
+        taken = [each for each in pool.map(driver, range(4)) if each is not None]
+    time.sleep(3 * HEARTBEAT_S)
+    working = [each for each in taken if not each.lost.is_set()]
+    for each in taken:
+        each.release()
+    assert len(working) == 1
+    assert not storage.exists(uri)
+
+
+def test_a_lease_that_cannot_be_read_as_one_is_taken_when_it_is_stale(tmp_path: Path) -> None:
+    uri = str(tmp_path / "run=r.json")
+    storage.write(uri, b"")
+    with lease.held(uri, "r"):
+        assert len(_token(uri)) == 16

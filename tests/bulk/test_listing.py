@@ -1,0 +1,173 @@
+"""A bucket is listed as it is: every photo once, its label, and without what is done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.bulk.listing import Listed, Listing
+from pipeline.bulk.settings import Settings
+from pipeline.data import storage
+
+SettingsFor = Callable[..., Settings]
+ListedBy = Callable[..., list[Listed]]
+
+ODD_NAMES = [
+    *("a b.jpg", 'it\'s "so".jpg', "[x]*?.jpg", "%2e%2F.jpg", "é.jpg", "e\u0301.jpg", "猫.jpg"),
+    *("a+b&c=d.jpg", "#1.jpg", "$model.jpg", "{}.jpg", "x.tar.jpg", "-.jpg"),
+    *("a/b/c/d.jpg", "a/b.jpg", "a.b/c.jpg", ".hidden.jpg", "\U0001f431.jpg", "Z.jpg", "~.JPG"),
+]
+
+
+def _put(prefix: str, *names: str) -> None:
+    for name in names:
+        storage.write(f"{prefix}/{name}", b"x")
+
+
+def test_odd_names_are_listed_once_in_the_order_of_their_bytes(
+    prefix: str, settings_for: SettingsFor, listed: ListedBy
+) -> None:
+    _put(f"{prefix}/photos", *ODD_NAMES)
+    _put(f"{prefix}/labels", *(f"{name[:-4]}.png" for name in ODD_NAMES))
+    found = listed(settings_for(prefix))
+    names = sorted(ODD_NAMES, key=lambda name: name.encode())
+    assert [photo.uri for photo in found] == [f"{prefix}/photos/{name}" for name in names]
+    assert [photo.label_uri for photo in found] == [
+        f"{prefix}/labels/{name[:-4]}.png" for name in names
+    ]
+    for photo in found:  # what was listed is what can be read
+        assert storage.read(photo.uri, photo.etag) == b"x"
+        assert storage.read(str(photo.label_uri), photo.label_etag) == b"x"
+
+
+def test_names_with_line_breaks_and_backslashes_are_listed_too(
+    tmp_path: Path, settings_for: SettingsFor, listed: ListedBy
+) -> None:
+    _put(f"{tmp_path}/photos", "two\nlines.jpg", "back\\slash.jpg", "\x7f.jpg")
+    found = [photo.uri for photo in listed(settings_for(str(tmp_path)))]
+    assert len(found) == 3
+    assert f"{tmp_path}/photos/two\nlines.jpg" in found
+
+
+def test_labels_match_by_relative_path_without_extension(
+    prefix: str, settings_for: SettingsFor, listed: ListedBy
+) -> None:
+    _put(f"{prefix}/photos", "1.jpg", "a/1.jpg", "a/2.PNG", "b.c/3.jpeg", "4.d.jpg", "5.jpg")
+    _put(
+        f"{prefix}/labels", "a/1.png", "a/2.tif", "b.c/3.png", "4.d.PNG", "4.png", "5.txt", "6.png"
+    )
+    found = listed(settings_for(prefix))
+    matched = {
+        storage.relative(f"{prefix}/photos", photo.uri): photo.label_uri
+        and storage.relative(f"{prefix}/labels", photo.label_uri)
+        for photo in found
+    }
+    assert matched == {
+        "1.jpg": None,
+        "a/1.jpg": "a/1.png",
+        "a/2.PNG": "a/2.tif",
+        "b.c/3.jpeg": "b.c/3.png",
+        "4.d.jpg": "4.d.PNG",
+        "5.jpg": None,
+    }
+    assert all((photo.label_uri is None) == (photo.label_etag is None) for photo in found)
+
+
+@pytest.mark.parametrize(
+    ("photos", "labels"),
+    [(["a/1.jpg"], ["a/1.png", "a/1.tif"]), (["a/1.jpg", "a/1.png"], ["a/1.png"])],
+)
+def test_ambiguous_labels_and_photos_are_refused_naming_both(
+    tmp_path: Path,
+    settings_for: SettingsFor,
+    listed: ListedBy,
+    photos: list[str],
+    labels: list[str],
+) -> None:
+    _put(f"{tmp_path}/photos", *photos)
+    _put(f"{tmp_path}/labels", *labels)
+    ambiguous = [f"labels/{name}" for name in labels] if len(labels) > 1 else photos
+    with pytest.raises(ValueError, match="differ only in their extension") as refused:
+        listed(settings_for(str(tmp_path)))
+    assert all(name in str(refused.value) for name in ambiguous)
+
+
+def test_photos_that_differ_in_extension_are_fine_where_no_label_is_shared(
+    tmp_path: Path, settings_for: SettingsFor, listed: ListedBy
+) -> None:
+    _put(f"{tmp_path}/photos", "1.jpg", "1.png", "2.jpg")
+    _put(f"{tmp_path}/labels", "2.png")
+    assert len(listed(settings_for(str(tmp_path)))) == 3
+
+
+def test_what_include_leaves_out_is_counted(tmp_path: Path, settings_for: SettingsFor) -> None:
+    _put(f"{tmp_path}/photos", "1.jpg", "2.JPG", "3.txt", "sub/4.svg", "5")
+    with Listing(settings_for(str(tmp_path)), model="m", settings_print="s") as listing:
+        assert len(list(listing.images())) == 2
+        assert listing.left_out == 3
+    everything = settings_for(str(tmp_path), include=("*",))
+    with Listing(everything, model="m", settings_print="s") as listing:
+        assert (len(list(listing.images())), listing.left_out) == (5, 0)
+
+
+@pytest.mark.parametrize("names", [[], ["a.txt", "b.svg"]])
+def test_no_photos_are_refused_saying_where_and_how_many_were_passed_over(
+    tmp_path: Path, settings_for: SettingsFor, listed: ListedBy, names: list[str]
+) -> None:
+    _put(f"{tmp_path}/photos", *names)
+    with pytest.raises(ValueError, match=f"{tmp_path}/photos") as refused:
+        listed(settings_for(str(tmp_path)))
+    assert ("--include takes none of 2" if names else "nothing is there") in str(refused.value)
+
+
+def test_the_limit_takes_the_first_photos(
+    tmp_path: Path, settings_for: SettingsFor, listed: ListedBy
+) -> None:
+    _put(f"{tmp_path}/photos", *(f"{i}.jpg" for i in range(20)))
+    found = listed(settings_for(str(tmp_path), limit=7))
+    assert [Path(photo.uri).name for photo in found] == sorted(f"{i}.jpg" for i in range(20))[:7]
+    assert len(listed(settings_for(str(tmp_path), limit=21))) == 20
+
+
+def test_many_objects_come_in_pages_and_all_arrive_in_order(
+    tmp_path: Path,
+    settings_for: SettingsFor,
+    listed: ListedBy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pipeline.bulk.listing._SPOOL_ROWS", 777)
+    names = []
+    for i in range(5000):
+        names.append(f"{i % 13}/{i * 7919 % 5000:x}.jpg")
+        path = tmp_path / "photos" / names[-1]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    found = [
+        storage.relative(f"{tmp_path}/photos", p.uri) for p in listed(settings_for(str(tmp_path)))
+    ]
+    assert found == sorted(names)
+
+
+def test_a_temporary_folder_with_an_odd_name_does_not_matter(
+    tmp_path: Path, settings_for: SettingsFor, listed: ListedBy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = tmp_path / "it's [a]*"
+    odd.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(odd))
+    _put(f"{tmp_path}/photos", "1.jpg")
+    assert len(listed(settings_for(str(tmp_path)))) == 1
+    assert os.listdir(odd) == []
+
+
+def test_what_is_no_regular_file_is_not_listed(
+    tmp_path: Path, settings_for: SettingsFor, listed: ListedBy
+) -> None:
+    _put(f"{tmp_path}/photos", "1.jpg")
+    os.mkfifo(tmp_path / "photos" / "2.jpg")  # who reads it waits for ever
+    (tmp_path / "photos" / "3.jpg").symlink_to(tmp_path / "photos" / "1.jpg")
+    found: list[Any] = [Path(photo.uri).name for photo in listed(settings_for(str(tmp_path)))]
+    assert found == ["1.jpg", "3.jpg"]

@@ -1,0 +1,176 @@
+"""A shard's photos become pixels in order, each as it was listed, within a budget of memory."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+
+import numpy as np
+import pytest
+
+from pipeline.bulk.decode import DecodeError, Pixels
+from pipeline.bulk.listing import Listed
+from pipeline.bulk.load import AHEAD_BYTES, Loader
+from pipeline.bulk.settings import Settings
+from pipeline.data import storage
+
+ListedBy = Callable[..., list[Listed]]
+SettingsFor = Callable[..., Settings]
+
+
+class FakeDecoders:
+    """Takes "<width>" as a photo of that many bytes, and counts what was decoded."""
+
+    def __init__(self) -> None:
+        self.decoded: list[int] = []
+        self._lock = threading.Lock()
+
+    def image(self, data: bytes) -> Pixels:
+        if not data.isdigit():
+            raise DecodeError("not_an_image", "it is no number")
+        with self._lock:
+            self.decoded.append(int(data))
+        time.sleep(0.001 * (int(data) % 7))  # they end in another order
+        return np.zeros((1, int(data) // 3, 3), np.uint8)  # costs no memory until it is touched
+
+    def label(self, data: bytes, size: tuple[int, int]) -> Pixels:
+        if data == b"bad":
+            raise DecodeError("label", "label is bad")
+        return np.zeros(size, np.uint8)
+
+    def wait_until_idle(self) -> None:
+        before = -1
+        while before != len(self.decoded):
+            before = len(self.decoded)
+            time.sleep(0.25)
+
+
+@contextmanager
+def _loader(
+    decoders: FakeDecoders, *, count: int = 2, max_object_bytes: int = 100
+) -> Iterator[Loader]:
+    with closing(Loader(decoders, count, max_object_bytes=max_object_bytes)) as loader:  # type: ignore[arg-type]
+        yield loader
+
+
+def _photos(prefix: str, sizes: list[int], labels: list[bytes] | None = None) -> list[Listed]:
+    for i, size in enumerate(sizes):
+        storage.write(f"{prefix}/{i:03d}", b"%d" % size)
+    for i, label in enumerate(labels or []):
+        storage.write(f"{prefix}-labels/{i:03d}", label)
+    truth = list(storage.list_objects(f"{prefix}-labels")) if labels else []
+    return [
+        Listed(*photo, *(truth[i][:2] if i < len(truth) else (None, None)))
+        for i, photo in enumerate(sorted(storage.list_objects(prefix)))
+    ]
+
+
+def test_photos_come_in_the_order_of_the_plan(prefix: str) -> None:
+    sizes = [3 * (1 + 37 * i % 50) for i in range(60)]
+    photos = _photos(prefix, sizes)
+    with _loader(FakeDecoders(), count=3) as loader:
+        found = list(loader.stream(photos))
+        again = list(loader.stream(photos[::-1]))
+    assert [loaded.listed for loaded in found] == photos
+    assert [loaded.image.nbytes for loaded in found if loaded.image is not None] == sizes
+    assert [loaded.listed for loaded in again] == photos[::-1]
+
+
+def test_a_replaced_photo_is_changed_a_deleted_one_has_vanished_and_the_others_load(
+    prefix: str,
+) -> None:
+    photos = _photos(prefix, [3, 6, 9, 12])
+    storage.write(photos[1].uri, b"66666")
+    storage.delete([photos[2].uri])
+    with _loader(FakeDecoders()) as loader:
+        found = list(loader.stream(photos))
+    assert [loaded.error_kind for loaded in found] == [None, "changed", "vanished", None]
+    assert [loaded.image is None for loaded in found] == [False, True, True, False]
+    assert all(loaded.listed.uri in str(loaded.error) for loaded in found[1:3])
+
+
+def test_a_label_that_is_bad_replaced_or_gone_costs_the_label_alone(prefix: str) -> None:
+    photos = _photos(prefix, [3, 6, 9, 12], [b"good", b"bad", b"old", b"old"])
+    storage.write(str(photos[2].label_uri), b"newer")
+    storage.delete([str(photos[3].label_uri)])
+    with _loader(FakeDecoders()) as loader:
+        found = list(loader.stream(photos))
+    assert [loaded.error_kind for loaded in found] == [None] * 4
+    assert [loaded.label is not None for loaded in found] == [True, False, False, False]
+    assert found[0].label_error is None
+    for loaded, part in zip(found[1:], ("is bad", "is not the one", "not exist"), strict=True):
+        assert part in str(loaded.label_error)
+
+
+def _count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    reads: list[str] = []
+    read = storage.read
+
+    def counted(uri: str, etag: str | None = None) -> bytes:
+        reads.append(uri)
+        return read(uri, etag)
+
+    monkeypatch.setattr(storage, "read", counted)
+    return reads
+
+
+def test_an_object_over_the_limit_is_an_error_and_never_fetched(
+    prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = _photos(prefix, [3, 6, 9])
+    storage.write(photos[1].uri, b"6" * 101)
+    photos = [Listed(*item, None, None) for item in sorted(storage.list_objects(prefix))]
+    reads = _count_reads(monkeypatch)
+    with _loader(FakeDecoders(), max_object_bytes=100) as loader:
+        found = list(loader.stream(photos))
+    assert [loaded.error_kind for loaded in found] == [None, "too_large", None]
+    assert "101 bytes are over the limit of 100" in str(found[1].error)
+    assert sorted(reads) == [photos[0].uri, photos[2].uri]
+
+
+def test_a_label_over_the_limit_is_an_error_of_the_label_and_never_fetched(
+    tmp_path: object, settings_for: SettingsFor, listed: ListedBy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write(f"{tmp_path}/photos/1.jpg", b"3")
+    storage.write(f"{tmp_path}/labels/1.png", b"L" * 101)
+    photos = listed(settings_for(str(tmp_path)))
+    reads = _count_reads(monkeypatch)
+    with _loader(FakeDecoders(), max_object_bytes=100) as loader:
+        [found] = loader.stream(photos)
+    assert (found.error_kind, found.label) == (None, None)
+    assert "101" in str(found.label_error)
+    assert reads == [photos[0].uri]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [[30_000_000] * 64, [3_000] * 32 + [30_000_000] * 64],
+    ids=["large photos", "small ones first"],
+)
+def test_decoded_pixels_that_wait_are_bounded_whatever_the_sizes(
+    tmp_path: object, sizes: list[int]
+) -> None:
+    decoders, count = FakeDecoders(), 2
+    # each of the threads (two a decoder) may hold one that was begun before its size was known
+    allowed = AHEAD_BYTES + 2 * count * max(sizes)
+    with _loader(decoders, count=count) as loader:
+        stream = loader.stream(_photos(f"{tmp_path}/p", sizes))
+        consumed = 0
+        for loaded in stream:
+            assert loaded.image is not None
+            consumed += loaded.image.nbytes
+            if loaded.listed.uri.endswith(("000", "031", "032", "040", "060")):
+                decoders.wait_until_idle()  # a network that is slower than all decoders
+            assert sum(decoders.decoded) - consumed <= allowed
+    assert sorted(decoders.decoded) == sorted(sizes)
+
+
+def test_bytes_of_a_broken_photo_are_counted_as_read(tmp_path: object) -> None:
+    photos = _photos(f"{tmp_path}/p", [3])
+    storage.write(photos[0].uri, b"broken")
+    photos = [Listed(*item, None, None) for item in storage.list_objects(f"{tmp_path}/p")]
+    with _loader(FakeDecoders()) as loader:
+        [found] = loader.stream(photos)
+    assert (found.error_kind, found.fetched_bytes) == ("not_an_image", 6)

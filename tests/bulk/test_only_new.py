@@ -1,0 +1,184 @@
+"""--only-new leaves out exactly what earlier runs have done; plain sets are the second opinion."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.bulk.listing import Listed, Listing
+from pipeline.bulk.settings import Settings
+from pipeline.data import storage
+from pipeline.results import tables
+from pipeline.results.layout import RunLayout
+
+SettingsFor = Callable[..., Settings]
+Row = dict[str, Any]
+
+
+def _put(prefix: str, count: int) -> None:
+    for i in range(count):
+        storage.write(f"{prefix}/photos/{i:02d}.jpg", b"x")
+        if i % 2:
+            storage.write(f"{prefix}/labels/{i:02d}.png", b"x")
+
+
+def _row(photo: Listed, run: str, **values: Any) -> Row:
+    status = "error" if values.get("error_kind") else "ok"
+    common = {"shard": 0, "model": "m", "settings": "s", "status": status, "run_id": run}
+    return {**photo._asdict(), **common, **values}
+
+
+def _finished(results: str, run: str, rows: list[Row]) -> None:
+    layout = RunLayout(results=results, run_id=run)
+    done = [{name: row.get(name) for name in tables.DONE.names} for row in rows]
+    storage.write(layout.done, tables.to_parquet(done, tables.DONE))
+    # its shards are there too, and must not count twice
+    storage.write(layout.shard(0), tables.to_parquet(rows, tables.IMAGES))
+
+
+def _unfinished(results: str, run: str, rows: list[Row]) -> None:
+    layout = RunLayout(results=results, run_id=run)
+    for number, row in enumerate(rows):
+        storage.write(layout.shard(number), tables.to_parquet([row], tables.IMAGES))
+
+
+def _new(settings: Settings) -> tuple[list[Listed], int]:
+    with Listing(settings, model="m", settings_print="s") as listing:
+        return list(listing.images()), listing.done_before
+
+
+def _names(photos: list[Listed]) -> list[str]:
+    return [Path(photo.uri).stem for photo in photos]
+
+
+def test_what_finished_and_unfinished_runs_have_done_is_left_out_and_counted(
+    prefix: str, settings_for: SettingsFor
+) -> None:
+    settings = settings_for(prefix, only_new=True)
+    _put(prefix, 8)
+    photos, before = _new(settings)
+    assert (len(photos), before) == (8, 0)
+    _finished(settings.results, "a", [_row(photo, "a") for photo in photos[:3]])
+    _unfinished(settings.results, "b", [_row(photo, "b") for photo in photos[2:5]])
+    new, before = _new(settings)
+    assert (_names(new), before) == (["05", "06", "07"], 5)
+    everything = settings_for(prefix, only_new=False)
+    assert len(_new(everything)[0]) == 8
+
+
+def test_the_limit_counts_new_photos_alone(tmp_path: Path, settings_for: SettingsFor) -> None:
+    settings = settings_for(str(tmp_path), only_new=True, limit=2)
+    _put(str(tmp_path), 6)
+    photos, _ = _new(settings_for(str(tmp_path)))
+    _finished(settings.results, "a", [_row(photo, "a") for photo in photos[:3]])
+    assert _names(_new(settings)[0]) == ["03", "04"]
+
+
+def test_a_changed_photo_label_model_or_setting_makes_a_photo_new(
+    tmp_path: Path, settings_for: SettingsFor
+) -> None:
+    settings = settings_for(str(tmp_path), only_new=True)
+    _put(str(tmp_path), 8)
+    photos, _ = _new(settings)
+    changes: list[Row] = [
+        {},
+        {},
+        {"etag": "other"},
+        {"label_etag": "other"},
+        {"model": "other"},
+        {"settings": "other"},
+        {"label_etag": "added since"},
+        {"label_etag": None},
+    ]
+    rows = [_row(photo, "a", **change) for photo, change in zip(photos, changes, strict=True)]
+    _finished(settings.results, "a", rows)
+    assert _names(_new(settings)[0]) == ["02", "03", "04", "05", "06", "07"]
+
+
+@pytest.mark.parametrize("kind", sorted(tables.PERMANENT_ERRORS))
+def test_a_permanent_error_is_not_tried_again(
+    tmp_path: Path, settings_for: SettingsFor, kind: str
+) -> None:
+    settings = settings_for(str(tmp_path), only_new=True)
+    _put(str(tmp_path), 2)
+    photos, _ = _new(settings)
+    _finished(settings.results, "a", [_row(photos[0], "a", error_kind=kind, error="no")])
+    assert _names(_new(settings)[0]) == ["01"]
+
+
+@pytest.mark.parametrize(
+    "kind", ["access", "timeout", "worker_died", "out_of_memory", "vanished", "changed"]
+)
+def test_a_passing_error_is_tried_in_three_runs(
+    tmp_path: Path, settings_for: SettingsFor, kind: str
+) -> None:
+    settings = settings_for(str(tmp_path), only_new=True)
+    _put(str(tmp_path), 2)
+    photos, _ = _new(settings)
+    found = []
+    for run, write in (("a", _finished), ("b", _unfinished), ("c", _finished)):
+        write(settings.results, run, [_row(photos[0], run, error_kind=kind, error="no")])
+        found.append(_names(_new(settings)[0]))
+    assert found == [["00", "01"], ["00", "01"], ["01"]]
+
+
+def test_a_photo_that_succeeds_after_a_passing_error_is_done(
+    tmp_path: Path, settings_for: SettingsFor
+) -> None:
+    settings = settings_for(str(tmp_path), only_new=True)
+    _put(str(tmp_path), 2)
+    photos, _ = _new(settings)
+    _finished(settings.results, "a", [_row(photos[0], "a", error_kind="timeout", error="no")])
+    _finished(settings.results, "b", [_row(photos[0], "b")])
+    assert _names(_new(settings)[0]) == ["01"]
+
+
+def test_a_results_prefix_with_quote_and_brackets_is_read_like_any_other(
+    prefix: str, settings_for: SettingsFor
+) -> None:
+    results = f"{prefix}/o'results [v1]*? %41 é"
+    settings = settings_for(prefix, only_new=True, results=results)
+    _put(prefix, 4)
+    photos, _ = _new(settings)
+    _finished(results, "a", [_row(photos[0], "a")])
+    _unfinished(results, "b", [_row(photos[1], "b")])
+    # a name that the prefix would match were it a pattern
+    _finished(f"{prefix}/o'results v*? %41 é", "a", [_row(photos[2], "a")])
+    assert _names(_new(settings)[0]) == ["02", "03"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_only_new_agrees_with_plain_sets(
+    tmp_path: Path, settings_for: SettingsFor, seed: int
+) -> None:
+    draw = random.Random(seed)
+    settings = settings_for(str(tmp_path), only_new=True)
+    _put(str(tmp_path), 12)
+    photos, _ = _new(settings)
+    kinds = [None, None, "truncated", "timeout", "timeout", "access", "vanished"]
+    runs: dict[str, list[Row]] = {}
+    for run, photo in itertools.product("abcde", photos):
+        if draw.random() < 0.5:
+            changes: Row = {"error_kind": draw.choice(kinds)}
+            for name in ("etag", "label_etag", "model", "settings"):
+                if draw.random() < 0.15:
+                    changes[name] = "other"
+            runs.setdefault(run, []).append(_row(photo, run, **changes))
+    for run, rows in runs.items():
+        draw.choice([_finished, _unfinished])(settings.results, run, rows)
+
+    def is_done(photo: Listed) -> bool:
+        key = (photo.uri, photo.etag, photo.label_etag, "m", "s")
+        names = ("uri", "etag", "label_etag", "model", "settings")
+        same = [r for rows in runs.values() for r in rows if tuple(r[n] for n in names) == key]
+        final = any(r["error_kind"] in {None, *tables.PERMANENT_ERRORS} for r in same)
+        return final or len({row["run_id"] for row in same}) >= 3
+
+    new, before = _new(settings)
+    assert new == [photo for photo in photos if not is_done(photo)]
+    assert before == len(photos) - len(new)

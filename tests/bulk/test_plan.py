@@ -1,0 +1,206 @@
+"""The plan cuts a listing into shards, is written once, and stays what it is."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.bulk import plan
+from pipeline.bulk.listing import Listed
+from pipeline.bulk.plan import Plan
+from pipeline.bulk.settings import Inference, Settings
+from pipeline.data import storage
+from pipeline.results.layout import RunLayout
+
+SettingsFor = Callable[..., Settings]
+
+
+def _photo(number: int, size: int) -> Listed:
+    return Listed(f"/p/{number:05d}.jpg", f"e{number}", size, None, None)
+
+
+def _put(prefix: str, count: int) -> None:
+    for i in range(count):
+        storage.write(f"{prefix}/photos/{i:03d}.jpg", b"x" * i)
+
+
+def _make(settings: Settings, *, model: str = "m", write: bool = True) -> Plan:
+    return plan.make(settings, _layout(settings), settings.identity(model=model), write=write)
+
+
+def _layout(settings: Settings) -> RunLayout:
+    return RunLayout(results=settings.results, run_id=settings.run_id or "none")
+
+
+def _shards(settings: Settings, made: Plan) -> list[list[Listed]]:
+    """The shards as the plan's parts hold them, after a look at their numbers."""
+    rows = [
+        row for part in made.parts for row in plan.read_part(_layout(settings), part).to_pylist()
+    ]
+    assert [row["shard"] for row in rows] == list(range(len(rows)))
+    return [[Listed(**image) for image in row["images"]] for row in rows]
+
+
+def _cut_by_hand(photos: list[Listed], images: int, limit: int, huge: int) -> list[list[Listed]]:
+    shards: list[list[Listed]] = [[]]
+    for photo in photos:
+        together = [*shards[-1], photo]
+        if shards[-1] and (
+            len(together) > images or sum(p.bytes for p in together if p.bytes <= huge) > limit
+        ):
+            shards.append([])
+        shards[-1].append(photo)
+    return [shard for shard in shards if shard]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_shards_respect_images_and_bytes_and_order(settings_for: SettingsFor, seed: int) -> None:
+    draw = random.Random(seed)
+    photos = [_photo(i, draw.choice([0, 1, 30, 60, 99, 100, 101, 5000])) for i in range(300)]
+    images, limit, huge = draw.choice([(1, 50, 100), (4, 100, 100), (64, 150, 4999), (3, 1, 5000)])
+    settings = settings_for(
+        "/x",
+        shard_images=images,
+        shard_bytes=limit,
+        inference=Inference(max_object_bytes=huge),
+    )
+    shards = list(plan.cut(iter(photos), settings))
+    assert shards == _cut_by_hand(photos, images, limit, huge)
+    assert [photo for shard in shards for photo in shard] == photos
+
+
+def test_an_object_that_is_never_fetched_counts_as_no_bytes(settings_for: SettingsFor) -> None:
+    settings = settings_for("/x", shard_bytes=100, inference=Inference(max_object_bytes=1000))
+    photos = [_photo(0, 60), _photo(1, 1001), _photo(2, 40), _photo(3, 1000), _photo(4, 1)]
+    shards = list(plan.cut(iter(photos), settings))
+    assert [[photo.bytes for photo in shard] for shard in shards] == [[60, 1001, 40], [1000], [1]]
+    assert list(plan.cut(iter([]), settings)) == []
+
+
+def test_the_plan_holds_every_photo_once_in_parts_of_a_wave(
+    prefix: str, settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "WAVE_SHARDS", 3)
+    _put(prefix, 20)
+    storage.write(f"{prefix}/photos/note.txt", b"")
+    storage.write(f"{prefix}/labels/004.png", b"label")
+    settings = settings_for(prefix, shard_images=2)
+    made = _make(settings)
+    shards = _shards(settings, made)
+    flat = [photo for shard in shards for photo in shard]
+    assert [storage.relative(f"{prefix}/photos", photo.uri) for photo in flat] == [
+        f"{i:03d}.jpg" for i in range(20)
+    ]
+    assert [(part.first_shard, part.shards) for part in made.parts] == [
+        *((0, 3), (3, 3), (6, 3), (9, 1)),
+    ]
+    assert made.counts == plan.Counts(
+        images=20, bytes=sum(range(20)), shards=10, labels=1, left_out=1, done_before=0
+    )
+    assert plan.load(_layout(settings)) == made
+
+
+def test_a_part_never_holds_more_images_than_fit_one_put(
+    tmp_path: Path, settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "WAVE_IMAGES", 5)
+    _put(str(tmp_path), 20)
+    settings = settings_for(str(tmp_path), shard_images=2)
+    made = _make(settings)
+    assert [part.shards for part in made.parts] == [2, 2, 2, 2, 2]
+    assert len(_shards(settings, made)) == 10
+
+
+def test_a_second_make_returns_the_first_plan_whatever_came_later(
+    prefix: str, settings_for: SettingsFor
+) -> None:
+    _put(prefix, 5)
+    settings = settings_for(prefix, shard_images=2)
+    first = _make(settings)
+    storage.write(f"{prefix}/photos/later.jpg", b"later")
+    storage.delete([f"{prefix}/photos/000.jpg"])
+    second = _make(settings)
+    assert second == first
+    assert len([photo for shard in _shards(settings, second) for photo in shard]) == 5
+
+
+def test_a_plan_that_is_not_to_be_written_is_not(tmp_path: Path, settings_for: SettingsFor) -> None:
+    _put(str(tmp_path), 5)
+    settings = settings_for(str(tmp_path))
+    assert _make(settings, write=False).counts.images == 5
+    assert plan.load(_layout(settings)) is None
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "names"),
+    [
+        ({"limit": 2}, "limit"),
+        ({"shard_images": 7}, "shard-images"),
+        ({"include": ("*.jpg",)}, "include"),
+        ({"labels": None}, "labels"),
+        ({"inference": Inference(flip=True)}, "flip"),
+        ({"inference": Inference(scales=(0.5, 1.0))}, "scales"),
+        ({"model": "other"}, "model"),
+    ],
+)
+def test_other_settings_or_another_checkpoint_are_refused_naming_what_changed(
+    tmp_path: Path, settings_for: SettingsFor, changed: dict[str, Any], names: str
+) -> None:
+    _put(str(tmp_path), 3)
+    settings = settings_for(str(tmp_path))
+    made = _make(settings)
+    plan.check_same(made, settings.identity(model="m"))
+    model = changed.pop("model", "m")
+    other = replace(settings, **changed)
+    for refuse in (
+        lambda: plan.check_same(made, other.identity(model=model)),
+        lambda: _make(other, model=model),
+    ):
+        with pytest.raises(ValueError, match=f"another {names} .*take another --run-id") as error:
+            refuse()
+        assert "\n" not in str(error.value)
+
+
+def test_drivers_that_plan_at_once_end_with_one_plan_that_is_whole(
+    prefix: str, settings_for: SettingsFor
+) -> None:
+    settings = settings_for(prefix, shard_images=2)
+    _put(prefix, 9)
+    start = threading.Barrier(4)
+
+    def driver(number: int) -> Plan:
+        start.wait()
+        storage.write(f"{prefix}/photos/new-{number}.jpg", b"new")  # each lists something else
+        return _make(settings)
+
+    with ThreadPoolExecutor(4) as pool:
+        plans = list(pool.map(driver, range(4)))
+    assert all(each == plans[0] for each in plans)
+    assert plan.load(_layout(settings)) == plans[0]
+    shards = _shards(settings, plans[0])
+    assert sum(map(len, shards)) == plans[0].counts.images >= 10
+
+
+def test_an_unfinished_run_of_the_same_arguments_is_continued_and_a_finished_one_is_not(
+    prefix: str, settings_for: SettingsFor
+) -> None:
+    _put(prefix, 2)
+    settings = settings_for(prefix, run_id=None)
+    identity = settings.identity(model="m")
+    today = plan.run_id_of(settings, identity)
+    assert today == plan.run_id_of(settings, identity)
+    assert today != plan.run_id_of(settings, settings.identity(model="n"))
+    before = RunLayout(results=settings.results, run_id=f"2001-02-03-{today[11:]}")
+    plan.make(settings, before, identity)
+    assert plan.run_id_of(settings, identity) == before.run_id
+    storage.write(before.record, b"finished")
+    assert plan.run_id_of(settings, identity) == today
+    assert plan.run_id_of(replace(settings, run_id="mine"), identity) == "mine"

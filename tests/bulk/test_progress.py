@@ -1,0 +1,83 @@
+"""Counts, rate and time left, worked by hand with a clock that is set by hand."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from pipeline.bulk.progress import Progress
+from pipeline.bulk.segmenter import Summary
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def _shard(images: int, **errors: int) -> Summary:
+    return Summary(shard=0, images=images, errors=Counter(errors), bytes_read=10 * images)
+
+
+def test_nothing_is_known_before_the_first_shard() -> None:
+    progress = Progress(images=100, images_before=20, clock=Clock())
+    assert (progress.images_done, progress.images_now, progress.seconds) == (20, 0, 0.0)
+    assert progress.images_per_second == 0.0
+    assert progress.seconds_left is None
+
+
+def test_values_follow_shards_as_worked_by_hand() -> None:
+    clock = Clock()
+    progress = Progress(images=100, images_before=20, clock=clock)
+    clock.now += 4
+    progress.add(_shard(10, truncated=1))
+    assert progress.images_per_second == 10 / 4
+    assert progress.seconds_left == 70 / (10 / 4)
+    clock.now += 1
+    progress.add(_shard(20, truncated=2, vanished=1))
+    assert (progress.images_done, progress.images_now, progress.seconds) == (50, 30, 5.0)
+    assert progress.images_per_second == 30 / 5
+    assert progress.seconds_left == pytest.approx(50 / 6)
+    assert progress.errors == {"truncated": 3, "vanished": 1}
+    assert progress.bytes_read == 300
+
+
+def test_the_rate_is_that_of_the_last_minute() -> None:
+    clock = Clock()
+    progress = Progress(images=1000, images_before=0, clock=clock)
+    for _ in range(10):  # ten images a second, and then one
+        clock.now += 10
+        progress.add(_shard(100))
+    for _ in range(7):
+        clock.now += 10
+        progress.add(_shard(10))
+    assert progress.images_per_second == 1.0
+
+
+def test_shards_that_take_longer_than_a_minute_still_give_a_rate() -> None:
+    clock = Clock()
+    progress = Progress(images=1000, images_before=0, clock=clock)
+    clock.now += 200
+    progress.add(_shard(100))
+    assert progress.images_per_second == 0.5
+    clock.now += 400
+    progress.add(_shard(100))
+    assert progress.images_per_second == 0.25
+
+
+def test_a_clock_that_stands_still_divides_by_nothing() -> None:
+    progress = Progress(images=10, images_before=0, clock=Clock())
+    progress.add(_shard(5))
+    assert (progress.images_per_second, progress.seconds_left) == (0.0, None)
+
+
+def test_time_left_is_never_negative_where_what_was_before_is_a_guess() -> None:
+    clock = Clock()
+    progress = Progress(images=100, images_before=50, clock=clock)  # in truth 36
+    clock.now += 1
+    progress.add(_shard(64))
+    assert progress.seconds_left == 0.0
+    assert progress.images_done == 100

@@ -1,0 +1,212 @@
+"""Runs through Ray: what a plain loop gives, once for every photo, whatever dies."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from pipeline.bulk import alone, lease, plan
+from pipeline.bulk.alone import Alone
+from pipeline.bulk.listing import Listed
+from pipeline.bulk.rows import RowMaker
+from pipeline.bulk.run import Ended, run
+from pipeline.bulk.segmenter import Segmenter, Work
+from pipeline.bulk.settings import Settings
+from pipeline.bulk.waves import Pool, RunStoppedError, photos_of
+from pipeline.data import storage
+from pipeline.data.labels import VOC
+from pipeline.results.layout import RunLayout
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]
+
+
+def quiet(*_: object) -> None:
+    """Watches nothing."""
+
+
+def rows_of(settings: Settings) -> list[dict[str, Any]]:
+    """All rows of the run, by shard and position."""
+    assert settings.run_id is not None
+    layout = RunLayout(results=settings.results, run_id=settings.run_id)
+    files = sorted(item.uri for item in storage.list_objects(layout.images))
+    tables = [pq.read_table(io.BytesIO(storage.read(uri))) for uri in files]
+    rows: list[dict[str, Any]] = pa.concat_tables(tables).to_pylist()
+    return rows
+
+
+def looped(settings: Settings, work: Work) -> list[dict[str, Any]]:
+    """The rows of a plain loop over the run's plan, without Ray."""
+    assert settings.run_id is not None
+    layout = RunLayout(results=settings.results, run_id=settings.run_id)
+    known = plan.load(layout)
+    assert known is not None
+    segmenter = Segmenter(work)
+    rows: list[dict[str, Any]] = []
+    for part in known.parts:
+        for row in plan.read_part(layout, part).to_pylist():
+            data, _ = segmenter.rows_of(row["shard"], photos_of(row["images"]))
+            rows += pq.read_table(io.BytesIO(data)).to_pylist()
+    segmenter.close()
+    return rows
+
+
+def test_rays_rows_are_those_of_a_plain_loop_byte_for_byte(
+    prefix: str, fill: Any, fill_broken: Any, settings_for: Any, work_for: Any
+) -> None:
+    fill(prefix, 22)
+    fill_broken(prefix)
+    settings = settings_for(prefix, shard_images=5, actors=(2, 2))
+    ended = run(settings, quiet)
+    rows = rows_of(settings)
+    assert len(rows) == len({row["uri"] for row in rows}) == 27
+    assert max(row["shard"] for row in rows) == 5
+    assert rows == looped(settings, work_for(settings))
+    assert ended.outcome is not None
+    assert (ended.outcome.ok, ended.outcome.errors, ended.outcome.label_errors) == (24, 3, 2)
+
+
+def test_a_finished_run_is_not_touched_again(tmp_path: Path, fill: Any, settings_for: Any) -> None:
+    fill(str(tmp_path), 6)
+    settings = settings_for(str(tmp_path), shard_images=3)
+    run(settings, quiet)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    ended = run(settings, quiet)
+    assert ended.nothing_to_do
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_a_broken_run_does_what_is_missing_and_new_photos_wait_for_only_new(
+    prefix: str, fill: Any, photo_of: Any, settings_for: Any
+) -> None:
+    fill(prefix, 12)
+    settings = settings_for(prefix, shard_images=3)
+
+    def interrupt(_: object, progress: Any) -> None:
+        if progress.images_now >= 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, interrupt)
+    name, data, _ = photo_of(100)
+    storage.write(f"{prefix}/photos/{name}", data)
+    layout = RunLayout(results=settings.results, run_id="test")
+    first = {item.uri: item.etag for item in storage.list_objects(layout.images)}
+    assert 0 < len(first) < 4
+    run(settings, quiet)
+    after = {item.uri: item.etag for item in storage.list_objects(layout.images)}
+    assert first.items() < after.items()
+    assert len(rows_of(settings)) == 12
+    night = settings_for(prefix, run_id="night", only_new=True)
+    run(night, quiet)
+    assert [row["uri"] for row in rows_of(night)] == [f"{prefix}/photos/{name}"]
+    assert not storage.exists(layout.lease)
+
+
+def test_an_actor_that_is_killed_costs_no_photo(
+    tmp_path: Path, fill: Any, settings_for: Any, work_for: Any
+) -> None:
+    fill(str(tmp_path), 24)
+    settings = settings_for(str(tmp_path), shard_images=3)
+    killed: list[int] = []
+
+    def kill_once(_: object, progress: Any) -> None:
+        if progress.images_now >= 6 and not killed:
+            killed.extend(_actor_processes())
+            for process in killed:
+                os.kill(process, signal.SIGKILL)
+
+    run(settings, kill_once)
+    assert killed
+    assert rows_of(settings) == looped(settings, work_for(settings))
+
+
+def _actor_processes() -> list[int]:
+    """The processes of Ray Data's actors below this one."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if title.startswith(b"ray::") and b"MapBatches(Stage)" in title:
+            found.append(int(process.name))
+    return found
+
+
+class _DiesOfSome(alone.AloneStage):
+    """Dies as a segfault would of any photo whose name says so."""
+
+    def file_of(self, shard: int, photo: Listed) -> bytes:
+        if "deadly" in photo.uri:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().file_of(shard, photo)
+
+
+def test_only_the_photo_that_kills_its_process_alone_is_condemned(
+    tmp_path: Path,
+    fill: Any,
+    photo_of: Any,
+    settings_for: Any,
+    work_for: Any,
+    listed: Callable[..., list[Listed]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fill(str(tmp_path), 3)
+    storage.write(f"{tmp_path}/photos/1/0001-deadly.jpg", photo_of(1)[1])
+    settings = settings_for(str(tmp_path))
+    work = work_for(settings)
+    ray.cloudpickle.register_pickle_by_value(__import__(__name__))
+    monkeypatch.setattr(alone, "AloneStage", _DiesOfSome)
+    rows = RowMaker(run_id="test", model=work.model, settings=work.settings, classes=VOC)
+    stage = Alone(work, Pool(min_actors=1, max_actors=1, cpus=1, gpus=0), rows)
+    summary = stage.segment(0, listed(settings))
+    stage.close()
+    found = {Path(row["uri"]).name: row["error_kind"] for row in rows_of(settings)}
+    assert found.pop("0001-deadly.jpg") == "worker_died"
+    assert set(found.values()) == {None}
+    assert summary.errors == {"worker_died": 1}
+    assert not list(storage.list_objects(work.layout.singles))
+
+
+def test_too_many_errors_stop_the_run_and_a_larger_fraction_ends_it(
+    tmp_path: Path, fill: Any, fill_broken: Any, settings_for: Any
+) -> None:
+    fill(str(tmp_path), 4)
+    fill_broken(str(tmp_path))
+    with pytest.raises(RunStoppedError, match=r"3 of 9 photos are errors .*--max-error-fraction"):
+        run(settings_for(str(tmp_path), max_error_fraction=0.2), quiet)
+    settings = settings_for(str(tmp_path), max_error_fraction=0.4)
+    layout = RunLayout(results=settings.results, run_id="test")
+    assert not storage.exists(layout.record)
+    assert not storage.exists(layout.lease)
+    run(settings, quiet)
+    assert storage.exists(layout.record)
+
+
+def test_a_second_driver_is_refused_while_the_first_works(
+    tmp_path: Path, fill: Any, settings_for: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.5)
+    fill(str(tmp_path), 6)
+    settings = settings_for(str(tmp_path), shard_images=2)
+    ended: list[Ended] = []
+    first = threading.Thread(target=lambda: ended.append(run(settings, quiet)))
+    first.start()
+    layout = RunLayout(results=settings.results, run_id="test")
+    while not storage.exists(layout.lease):
+        time.sleep(0.05)
+    with pytest.raises(lease.HeldError, match="being worked on"):
+        run(settings, quiet)
+    first.join()
+    assert len(ended) == 1

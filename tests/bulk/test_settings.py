@@ -1,0 +1,151 @@
+"""What a person says is checked where it enters, and what decides a mask is in the fingerprint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+
+from pipeline.bulk.settings import Inference, Settings, fingerprint
+
+SettingsFor = Callable[..., Settings]
+
+
+@pytest.mark.parametrize(
+    ("flag", "shown", "values"),
+    [
+        ("--scales", "0", {"scales": (1.0, 0.0)}),
+        ("--scales", "nan", {"scales": (float("nan"),)}),
+        ("--scales", "9.0", {"scales": (9.0,)}),
+        ("--scales", "", {"scales": ()}),
+        ("--output-stride", "12", {"output_stride": 12}),
+        ("--window-overlap", "513", {"window": 513, "window_overlap": 513}),
+        ("--window", "0", {"window": 0, "window_overlap": 0}),
+        ("--max-pixels", "0", {"max_pixels": 0}),
+        ("--max-object-bytes", "-1", {"max_object_bytes": -1}),
+        ("--window-above", "0", {"window_above": 0}),
+    ],
+)
+def test_a_bad_inference_setting_is_one_line_with_its_flag_and_value(
+    flag: str, shown: str, values: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=flag) as refused:
+        Inference(**values)
+    assert shown in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "shown", "values"),
+    [
+        ("--include", "", {"include": ()}),
+        ("--actors", "3 2", {"actors": (3, 2)}),
+        ("--actors", "0 1", {"actors": (0, 1)}),
+        ("--max-error-fraction", "1.5", {"max_error_fraction": 1.5}),
+        ("--max-error-fraction", "nan", {"max_error_fraction": float("nan")}),
+        ("--gpus-per-actor", "-1", {"gpus_per_actor": -1.0}),
+        ("--gpus-per-actor", "nan", {"gpus_per_actor": float("nan")}),
+        ("--limit", "0", {"limit": 0}),
+        ("--shard-images", "0", {"shard_images": 0}),
+        ("--shard-bytes", "-5", {"shard_bytes": -5}),
+        ("--cpus-per-actor", "0", {"cpus_per_actor": 0}),
+        ("--batch-images", "0", {"batch_images": 0}),
+        ("run id", "'../x'", {"run_id": "../x"}),
+        ("neither s3://", "gs://bucket", {"images": "gs://bucket/x"}),
+        ("neither s3://", "''", {"results": ""}),
+        ("neither s3://", "''", {"labels": ""}),
+    ],
+)
+def test_a_bad_setting_is_one_line_with_its_flag_and_value(
+    settings_for: SettingsFor, flag: str, shown: str, values: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=flag) as refused:
+        settings_for("/nowhere", **values)
+    assert shown in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+OTHER_VALUES: dict[str, Any] = {
+    "scales": (0.5, 1.0),
+    "flip": True,
+    "output_stride": 8,
+    "window": 513,
+    "window_overlap": 129,
+    "window_above": 1_000_000,
+    "max_pixels": 50_000_000,
+    "max_object_bytes": 1000,
+}
+
+
+def test_the_fingerprint_differs_where_any_inference_setting_does() -> None:
+    plain = Inference()
+    assert set(OTHER_VALUES) == set(asdict(plain))
+    prints = {
+        fingerprint(asdict(replace(plain, **{name: value}))) for name, value in OTHER_VALUES.items()
+    }
+    assert len(prints | {fingerprint(asdict(plain))}) == len(OTHER_VALUES) + 1
+
+
+def test_equal_inference_settings_have_one_fingerprint() -> None:
+    whole, real = Inference(scales=(1, 2)), Inference(scales=(1.0, 2.0))
+    assert whole == real
+    assert fingerprint(asdict(whole)) == fingerprint(asdict(real))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"images": "/other"},
+        {"labels": None},
+        {"include": ("*.png",)},
+        {"only_new": True},
+        {"limit": 3},
+        {"shard_images": 3},
+        {"shard_bytes": 3},
+        *({"inference": Inference(**{name: value})} for name, value in OTHER_VALUES.items()),
+    ],
+)
+def test_what_changes_the_plan_or_a_mask_changes_the_identity(
+    settings_for: SettingsFor, values: dict[str, Any]
+) -> None:
+    plain, other = settings_for("/x"), settings_for("/x", **values)
+    assert plain.identity(model="m") != other.identity(model="m")
+    assert plain.identity(model="m") != plain.identity(model="n")
+
+
+def test_how_fast_and_how_patiently_a_run_works_is_no_part_of_its_identity(
+    settings_for: SettingsFor,
+) -> None:
+    plain = settings_for("/x").identity(model="m")
+    fast = settings_for("/x", actors=(1, 9), cpus_per_actor=3, max_error_fraction=0.5)
+    assert fast.identity(model="m") == plain
+    turned = settings_for("/x", include=tuple(reversed(Settings.include)))
+    assert turned.identity(model="m") == plain
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "A.JPG", "x/y.Jpeg", "x y/z.png", "\n.webp", "ü.TIFF"])
+def test_photos_are_included_in_either_case_and_at_any_depth(
+    settings_for: SettingsFor, name: str
+) -> None:
+    assert settings_for("/x").included.match(name)
+
+
+@pytest.mark.parametrize("name", ["a.jpg.txt", "jpg", "a.svg", "a.jpgx", ".jpg/readme"])
+def test_what_is_no_photo_by_its_name_is_not_included(settings_for: SettingsFor, name: str) -> None:
+    assert not settings_for("/x").included.match(name)
+
+
+def test_each_pattern_of_include_is_one_of_its_own(settings_for: SettingsFor) -> None:
+    included = settings_for("/x", include=("a|b", "cats/*.[jp]*g")).included
+    taken = ["a|b", "CATS/1.png", "cats/sub/2.JPG"]
+    assert [name for name in (*taken, "a", "b", "dogs/1.png") if included.match(name)] == taken
+
+
+def test_relative_folders_mean_the_same_wherever_they_are_said(
+    settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert settings_for("here").images == os.path.join(tmp_path, "here", "photos")

@@ -1,0 +1,176 @@
+"""`jobs/segment.py` as a person types it: what it prints, its exit code, what it leaves."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs.demo.photos import photos
+from jobs.segment import main
+from pipeline.data import masks, storage
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "jobs" / "demo"
+CHECKPOINT = str(DEMO / "tfzoo-voc-mobilenetv2.safetensors")
+
+
+def put_photos(prefix: str, count: int) -> None:
+    """Writes `count` crops of the cat, with the same crops of its label."""
+    photo = Image.open(io.BytesIO(photos()["chelsea.png"])).convert("RGB")
+    label = Image.open(DEMO / "labels" / "chelsea.png")
+    for i in range(count):
+        box = (3 * i, 2 * i, 3 * i + 160, 2 * i + 120)
+        for image, name in ((photo, f"photos/{i:03d}.jpg"), (label, f"labels/{i:03d}.png")):
+            encoded = io.BytesIO()
+            image.crop(box).save(encoded, "JPEG" if name.endswith("jpg") else "PNG")
+            storage.write(f"{prefix}/{name}", encoded.getvalue())
+
+
+def arguments(prefix: str, *more: str) -> list[str]:
+    return [
+        *("--images", f"{prefix}/photos", "--labels", f"{prefix}/labels"),
+        *("--results", f"{prefix}/results", "--checkpoint", CHECKPOINT, "--cpus-per-actor", "1"),
+        *more,
+    ]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_iou_of_a_run_equals_counting_the_pixels_of_masks_and_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_photos(str(tmp_path), 5)
+    assert main(arguments(str(tmp_path), "--run-id", "a", "--shard-images", "2")) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("segment finished run=a images=5 ok=5 errors=0 label_errors=0 shards=3")
+    files = f"{tmp_path}/results/images/run=a/*.parquet"
+    rows = duckdb.execute(f"select uri, mask from read_parquet('{files}')").fetchall()
+    both = either = 0
+    for uri, mask in rows:
+        cat = masks.decode(mask) == 8
+        truth = np.array(Image.open(tmp_path / "labels" / f"{Path(uri).stem}.png"))
+        both += int((cat & (truth == 8)).sum())
+        either += int(((cat | (truth == 8)) & (truth != 255)).sum())
+    [(iou,)] = duckdb.execute(
+        f"select c.iou from (select unnest(class_iou) as c from '{tmp_path}/results/runs/*') "
+        "where c.class_name = 'cat'"
+    ).fetchall()
+    assert either > 10_000
+    assert iou == pytest.approx(both / either, abs=1e-12)
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
+    prefix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_photos(prefix, 3)
+    storage.write(f"{prefix}/photos/notes.txt", b"not a photo")
+    assert main(arguments(prefix, "--dry-run", "--shard-images", "2")) == 0
+    out = capsys.readouterr().out
+    assert "3 images" in out
+    assert "in 2 shards" in out
+    assert "labels: 3 of the images have one" in out
+    assert "left out: 1 objects" in out
+    assert not list(storage.list_objects(f"{prefix}/results"))
+
+
+BAD_USE = {
+    "scales of 0": (["--scales", "0"], 2, "--scales 0.0: each must be over 0"),
+    "an output stride of 5": (["--output-stride", "5"], 2, "--output-stride 5: take 4, 8"),
+    "a run id that is a path": (["--run-id", "../x"], 2, "run id '../x' is not usable"),
+    "no photos": (["--images", "{prefix}/none"], 2, "nothing lies below {prefix}/none"),
+    "no labels": (["--labels", "{prefix}/none"], 2, "nothing lies below {prefix}/none"),
+    "patterns that take none": (["--include", "*.xyz"], 2, "--include takes none of 2 objects"),
+    "a checkpoint that is not one": (["--checkpoint", "{prefix}/photos/000.jpg"], 2, "000.jpg"),
+    "no checkpoint": (["--checkpoint", "{prefix}/x.pth"], 1, "{prefix}/x.pth does not exist"),
+    "results below a file": (["--results", "{prefix}/photos/000.jpg/r"], 1, "000.jpg/r"),
+    "an unknown flag": (["--scale", "1"], 2, "--scale"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_USE)
+def test_bad_use_is_one_line_an_exit_code_and_nothing_left_behind(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_photos(str(tmp_path), 2)
+    before = sorted(tmp_path.rglob("*"))
+    flags, code, message = BAD_USE[what]
+    more = [flag.replace("{prefix}", str(tmp_path)) for flag in flags]
+    assert main(arguments(str(tmp_path), *more)) == code
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"segment failed exit={code} reason=")
+    assert message.replace("{prefix}", str(tmp_path)) in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_labels_or_photos_that_share_a_stem_are_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_photos(str(tmp_path), 2)
+    (tmp_path / "photos" / "001.png").write_bytes((tmp_path / "photos" / "001.jpg").read_bytes())
+    assert main(arguments(str(tmp_path))) == 2
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/photos/001.jpg" in said
+    assert f"{tmp_path}/photos/001.png" in said
+    assert not (tmp_path / "results").exists() or not list((tmp_path / "results").rglob("*.*"))
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        (None, None, "bucket no-such-bucket does not exist"),
+        ("AWS_SECRET_ACCESS_KEY", "wrong", "access denied"),
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:9", "127.0.0.1:9"),
+    ],
+)
+def test_a_bucket_that_cannot_be_read_is_one_line_within_half_a_minute(
+    s3_environment: dict[str, str], variable: str | None, value: str, message: str
+) -> None:
+    environment = {**os.environ, **s3_environment, **({variable: value} if variable else {})}
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "jobs/segment.py", *arguments("s3://no-such-bucket")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 1
+    [line] = done.stdout.splitlines()
+    assert message in line
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.s3
+def test_a_driver_that_is_killed_is_continued_by_the_same_command(s3_prefix: str) -> None:
+    put_photos(s3_prefix, 24)
+    command = [sys.executable, "-m", "jobs.segment", *arguments(s3_prefix, "--shard-images", "2")]
+    images = f"{s3_prefix}/results/images"
+    driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not list(storage.list_objects(images)):
+        assert driver.poll() is None
+        time.sleep(0.2)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    put_photos(s3_prefix, 25)  # one more than the plan has, and new etags of the same bytes
+    first = {item.uri: item.etag for item in storage.list_objects(images)}
+    assert len(first) < 12
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " images=24 ok=24 errors=0 " in done.stdout
+    after = {item.uri: item.etag for item in storage.list_objects(images)}
+    assert first.items() < after.items()
+    assert len(after) == 12
