@@ -38,13 +38,15 @@ def parse(kind: type[T], argv: Sequence[str] | None, *, description: str | None)
 
 
 def _one_line(box: str) -> str:
-    """What tyro says in a box, up to its first rule, without the frame and the flags' help."""
+    """What tyro says in a box, up to its first inner rule, without frame, title and flags' help.
+
+    The frame is of lines where the terminal can show them, of dashes and blanks elsewhere.
+    """
     lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
-    said = []
-    for line in lines[1:]:
-        if re.match(r"[─-]{5}", line):
-            break
-        said.append(line)
+    is_rule = [re.match(r"[─-]{5}", line) is not None for line in lines]
+    first = 2 if len(lines) > 1 and is_rule[1] else 1
+    last = is_rule.index(True, first) if True in is_rule[first:] else len(lines)
+    said = lines[first:last]
     if said and said[0].startswith("Missing from"):
         return f"missing: {', '.join(line.split()[0] for line in said if line.startswith('--'))}"
     return re.sub(r"^Error parsing \w+: ", "", " ".join(" ".join(said).split()))

@@ -11,7 +11,6 @@ from typing import Annotated
 import tyro
 
 from jobs.arguments import parse
-from jobs.display import size
 from pipeline.data import storage
 from pipeline.results import clean
 from pipeline.results.layout import check_run_id
@@ -66,10 +65,10 @@ def _lines(arguments: Arguments, found: Sequence[storage.Object]) -> list[str]:
         folder = clean.folder_of(arguments.results, item)
         objects[folder] += 1
         held[folder] += item.size
-    lines = [f"{name:<8} {objects[name]:>7} objects  {size(held[name]):>9}" for name in objects]
+    lines = [f"{name:<8} {objects[name]:>9,} objects {held[name]:>15,} bytes" for name in objects]
     verb = "would delete" if arguments.dry_run else "deleted"
     what = f"run {arguments.run_id}" if arguments.run_id else "leftovers"
-    total = f"{objects.total()} objects, {size(held.total())}"
+    total = f"{objects.total():,} objects, {held.total():,} bytes"
     return [*lines, f"{verb} {what} below {arguments.results}: {total}"]
 
 

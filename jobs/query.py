@@ -28,6 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.arguments import parse
+from pipeline.data import storage
 from pipeline.results.query import connect
 
 _TABLE_ROWS = 1000
@@ -59,6 +60,9 @@ class Arguments:
 
     output: Path | None = None
     """A file to write instead of standard output."""
+
+    def __post_init__(self) -> None:
+        storage.normalise(self.results)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

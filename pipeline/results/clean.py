@@ -24,9 +24,6 @@ from pipeline.results.layout import RunLayout
 FRESH_S = 60.0
 """A lease refreshed since is somebody's, and so is a temporary file written since."""
 
-_ORDER = ("runs", "done", "classes", "images", "plans", "singles", "leases")
-assert set(_ORDER) == set(layout.FOLDERS)
-
 _THREADS = 16
 _CHUNK_OBJECTS = 100
 
@@ -42,20 +39,19 @@ def of_run(results: str, run_id: str) -> list[storage.Object]:
     RunInUseError where it is unfinished and somebody works on it.
     """
     run = RunLayout(results=storage.normalise(results), run_id=run_id)
-    single = (storage.stat_object(uri) for uri in (run.record, run.done))
-    found = [item for item in single if item]
-    for folder in (run.classes, run.images):
-        found += storage.list_objects(folder)
+    record, lease = storage.stat_object(run.record), storage.stat_object(run.lease)
+    if lease and not record:
+        _refuse_if_held(run)
+    found = [item for item in (record, storage.stat_object(run.done)) if item]
     # a plan that lost parts must not be taken up again: plan.json goes before them
     plan = storage.join(run.plan, "plan.json")
-    found += sorted(storage.list_objects(run.plan), key=lambda item: item.uri != plan)
-    found += storage.list_objects(run.singles)
-    lease = storage.stat_object(run.lease)
-    if not found and not lease:
+    for folder in (run.classes, run.images, run.plan, run.singles):
+        found += sorted(storage.list_objects(folder), key=lambda item: (item.uri != plan, item))
+        found += _temporary(folder)
+    found += [lease] if lease else []
+    if not found:
         raise LookupError(f"no run {run_id} lies at {run.results}")
-    if lease and not storage.exists(run.record):
-        _refuse_if_held(run)
-    return [*found, lease] if lease else found
+    return found
 
 
 def leftovers(results: str) -> list[storage.Object]:
@@ -65,12 +61,12 @@ def leftovers(results: str) -> list[storage.Object]:
     not name. A temporary file younger than `FRESH_S` may be a living writer's and stays.
     """
     results = storage.normalise(results)
-    found = []
+    found: list[storage.Object] = []
     for run in _finished(results):
         found += storage.list_objects(run.singles)
         if lease := storage.stat_object(run.lease):
             found.append(lease)
-    return [*found, *_unnamed_parts(results), *_temporary(results)]
+    return [*found, *_unnamed_parts(results), *filter(_is_old, _temporary(results))]
 
 
 def delete(results: str, objects: Iterable[storage.Object]) -> None:
@@ -111,8 +107,7 @@ def _refuse_if_held(run: RunLayout) -> None:
 
 def _finished(results: str) -> list[RunLayout]:
     runs = storage.join(results, "runs")
-    names = [storage.relative(runs, item.uri) for item in storage.list_objects(runs)]
-    ids = {layout.run_of(results, storage.join(runs, name)) for name in names}
+    ids = {layout.run_of(results, item.uri) for item in storage.list_objects(runs)}
     return [RunLayout(results=results, run_id=run_id) for run_id in sorted(filter(None, ids))]
 
 
@@ -136,14 +131,15 @@ def _parts(plan: str) -> set[str]:
         return set()
 
 
-def _temporary(results: str) -> list[storage.Object]:
-    oldest = time.time() - FRESH_S
-    found = []
-    for uri in storage.leftovers(results):
-        with suppress(FileNotFoundError):  # its writer lives and is done with it
-            if os.path.getmtime(uri) < oldest and (item := storage.stat_object(uri)):
-                found.append(item)
-    return found
+def _temporary(prefix: str) -> list[storage.Object]:
+    found = [storage.stat_object(uri) for uri in storage.leftovers(prefix)]
+    return [item for item in found if item]
+
+
+def _is_old(item: storage.Object) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.getmtime(item.uri) < time.time() - FRESH_S
+    return False  # its writer lives, and is done with it
 
 
 def _remove_empty_folders(results: str, uris: Sequence[str]) -> None:

@@ -1,0 +1,235 @@
+"""Decoder processes may die, hang or want too much: the photo is named, the next one decodes."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.bulk.decode import DecodeError, Decoders, Limits
+from pipeline.data.labels import VOC
+
+
+def _png(height: int, width: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), (1, 2, 3)).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+SMALL = _png(5, 7)
+SLOW = _png(6000, 8000)  # about half a second
+
+
+@pytest.fixture(scope="module")
+def decoders() -> Iterator[Decoders]:
+    made = Decoders(2, Limits(max_pixels=50_000_000), VOC)
+    yield made
+    made.close()
+
+
+def _made(**limits: float) -> Decoders:
+    """One warm child within these limits."""
+    made = Decoders(1, Limits(**{"max_pixels": 50_000_000, **limits}), VOC)  # type: ignore[arg-type]
+    try:
+        made.image(SMALL)
+    except DecodeError:
+        made.close()
+        raise
+    return made
+
+
+def _descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def _during(pid: int, act: Callable[[], object]) -> threading.Thread:
+    """Acts as soon as the process is busy: some 30 ms of CPU after now."""
+
+    def cpu() -> int:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+
+    before = cpu()
+
+    def watch() -> None:
+        while cpu() < before + 3:
+            time.sleep(0.002)
+        act()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def _gone_within(pid: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while _is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not _is_alive(pid)
+
+
+def test_a_child_that_is_killed_names_its_photo_and_the_next_one_decodes() -> None:
+    made = _made()
+    try:
+        [pid] = made.pids()
+        killer = _during(pid, lambda: os.kill(pid, signal.SIGKILL))
+        with pytest.raises(DecodeError, match="killed by SIGKILL") as died:
+            made.image(SLOW)
+        killer.join()
+        assert died.value.kind == "worker_died"
+        assert made.image(SMALL).shape == (5, 7, 3)
+        assert made.pids() != [pid]
+    finally:
+        made.close()
+
+
+def test_a_child_that_died_while_it_was_idle_costs_no_photo() -> None:
+    made = _made()
+    try:
+        for _ in range(3):
+            [pid] = made.pids()
+            os.kill(pid, signal.SIGKILL)
+            assert _gone_within(pid, 5)
+            assert made.image(SMALL).shape == (5, 7, 3)
+    finally:
+        made.close()
+
+
+def test_a_child_that_hangs_is_a_timeout_within_the_deadline_and_is_replaced() -> None:
+    made = _made(deadline_s=4.0)  # long enough for a replacement to start on a busy machine
+    try:
+        [pid] = made.pids()
+        os.kill(pid, signal.SIGSTOP)
+        started = time.monotonic()
+        with pytest.raises(DecodeError, match="not decoded within 4 s") as late:
+            made.image(SMALL)
+        assert 3.9 < time.monotonic() - started < 9
+        assert late.value.kind == "timeout"
+        assert not _is_alive(pid)
+        assert made.image(SMALL).shape == (5, 7, 3)
+    finally:
+        made.close()
+
+
+@pytest.mark.parametrize("data", [_png(6000, 8000), SMALL + bytes(150_000_000)], ids=["px", "file"])
+def test_a_photo_that_wants_too_much_memory_is_out_of_memory(data: bytes) -> None:
+    made = _made(memory_bytes=120 * 2**20)
+    try:
+        with pytest.raises(DecodeError, match="120 MiB") as large:
+            made.image(data)
+        assert large.value.kind == "out_of_memory"
+        assert made.image(SMALL).shape == (5, 7, 3)
+    finally:
+        made.close()
+
+
+def test_descriptors_do_not_leak(decoders: Decoders) -> None:
+    for data in (SMALL, b"a letter"):
+        decoders.image(SMALL)
+        before = _descriptors()
+        for _ in range(200):
+            if data is SMALL:
+                decoders.image(data)
+            else:
+                with pytest.raises(DecodeError):
+                    decoders.image(data)
+        assert _descriptors() <= before + 1
+
+
+def test_replaced_children_leave_no_descriptors_and_no_processes() -> None:
+    made = _made()
+    before = _descriptors()
+    pids = set()
+    for _ in range(5):
+        [pid] = made.pids()
+        pids.add(pid)
+        os.kill(pid, signal.SIGKILL)
+        assert _gone_within(pid, 5)
+        made.image(SMALL)
+    assert _descriptors() <= before + 1
+    pids.update(made.pids())
+    made.close()
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)  # not even as zombies
+
+
+def test_many_small_photos_in_memory_hold_few_descriptors(decoders: Decoders) -> None:
+    before = _descriptors()
+    held = [decoders.image(SMALL) for _ in range(300)]  # a soft limit of 1024 is usual
+    assert _descriptors() < before + 100
+    assert len({pixels.shape for pixels in held}) == 1
+
+
+_PARENT = """
+import io, sys, threading
+from PIL import Image
+from pipeline.bulk.decode import Decoders, Limits
+from pipeline.data.labels import VOC
+made = Decoders(2, Limits(max_pixels=90_000_000), VOC)
+buffer = io.BytesIO()
+Image.new("RGB", (8000, 6000)).save(buffer, "PNG", compress_level=1)
+made.image(buffer.getvalue())
+print(*made.pids(), flush=True)
+if sys.argv[1] == "busy":
+    def work():
+        while True:
+            made.image(buffer.getvalue())
+    for _ in range(2):
+        threading.Thread(target=work, daemon=True).start()
+threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize("state", ["idle", "busy"])
+def test_children_end_when_their_parent_is_killed(state: str) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", _PARENT, state],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=Path(__file__).parents[2],
+    )
+    assert parent.stdout is not None
+    with parent.stdout as output:
+        pids = [int(pid) for pid in output.readline().split()]
+    time.sleep(0.3)
+    parent.kill()
+    parent.wait()
+    assert len(pids) == 2
+    assert all(_gone_within(pid, 20) for pid in pids)
+
+
+def test_the_child_imports_neither_torch_nor_ray_nor_s3() -> None:
+    code = "import sys, pipeline.bulk.decode_child; print(*sys.modules)"
+    listed = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    ).stdout.split()
+    assert "numpy" in listed
+    assert {"torch", "ray", "s3fs", "duckdb", "pyarrow"}.isdisjoint(listed)
+
+
+def test_modules_that_lie_in_the_working_folder_are_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "numpy.py").write_text("raise SystemExit('a photo folder is no place for code')")
+    monkeypatch.chdir(tmp_path)
+    made = _made()
+    made.close()

@@ -1,0 +1,190 @@
+"""What is wrong with everything stops a segmenter; what is wrong with a photo does not."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.bulk.listing import Listed
+from pipeline.bulk.segmenter import FAILURES_IN_A_ROW, Segmenter, SystemicError, Work
+from pipeline.bulk.settings import Settings
+from pipeline.data import storage
+from pipeline.data.storage import StorageError
+
+SettingsFor = Callable[..., Settings]
+ListedBy = Callable[..., list[Listed]]
+WorkFor = Callable[..., Work]
+PhotoOf = Callable[[int], tuple[str, bytes, bytes]]
+
+
+@pytest.fixture
+def many(
+    tmp_path: Path, photo_of: PhotoOf, settings_for: SettingsFor, listed: ListedBy
+) -> tuple[Settings, list[Listed]]:
+    """More photos than make a streak, all of one size."""
+    settings = settings_for(str(tmp_path), labels=None)
+    data = photo_of(11)[1]
+    for i in range(60):
+        storage.write(f"{settings.images}/{i:03d}.jpg", data)
+    return settings, listed(settings)
+
+
+def _refuse(
+    monkeypatch: pytest.MonkeyPatch, refused: Callable[[str], bool], kind: Any = "access"
+) -> None:
+    read = storage.read
+
+    def refusing(uri: str, etag: str | None = None) -> bytes:
+        if uri.endswith(".jpg") and refused(uri):
+            raise StorageError(kind, f"{uri}: access denied")
+        return read(uri, etag)
+
+    monkeypatch.setattr(storage, "read", refusing)
+
+
+def _shards(work: Work) -> list[str]:
+    return [item.uri for item in storage.list_objects(work.layout.images)]
+
+
+@pytest.mark.parametrize("shard_images", [60, 20])
+def test_fifty_photos_in_a_row_that_fail_in_one_way_stop_the_run(
+    many: tuple[Settings, list[Listed]],
+    work_for: WorkFor,
+    monkeypatch: pytest.MonkeyPatch,
+    shard_images: int,
+) -> None:
+    settings, photos = many
+    work = work_for(settings)
+    with closing(Segmenter(work)) as segmenter:
+        _refuse(monkeypatch, lambda _: True)
+        shards = [photos[i : i + shard_images] for i in range(0, 60, shard_images)]
+        before = [segmenter.segment(i, shard) for i, shard in enumerate(shards[:-1])]
+        with pytest.raises(SystemicError, match=r"50 photos in a row failed \(access\): .*denied"):
+            segmenter.segment(len(before), shards[-1])
+    assert all(summary.errors == {"access": shard_images} for summary in before)
+    assert len(_shards(work)) == len(before)
+
+
+def test_failures_that_are_not_in_a_row_stop_nothing(
+    many: tuple[Settings, list[Listed]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, photos = many
+    with closing(Segmenter(work_for(settings))) as segmenter:
+        _refuse(monkeypatch, lambda uri: not uri.endswith("030.jpg"))
+        summary = segmenter.segment(0, photos)
+    assert summary.errors == {"access": 59}
+
+
+def test_any_number_of_broken_photos_in_a_row_stops_nothing(
+    tmp_path: Path,
+    settings_for: SettingsFor,
+    work_for: WorkFor,
+    photo_of: PhotoOf,
+    listed: ListedBy,
+) -> None:
+    settings = settings_for(str(tmp_path), labels=None)
+    data = photo_of(1)[1]
+    for i in range(60):
+        storage.write(f"{settings.images}/{i:03d}.jpg", data[: len(data) // 2])
+    with closing(Segmenter(work_for(settings))) as segmenter:
+        assert segmenter.segment(0, listed(settings)).errors == {"truncated": 60}
+
+
+def test_a_network_that_fits_no_photo_into_memory_stops_the_run(
+    many: tuple[Settings, list[Listed]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    settings, photos = many
+    work = work_for(settings)
+    assert len(photos) > FAILURES_IN_A_ROW
+    with closing(Segmenter(work)) as segmenter:
+        monkeypatch.setattr("pipeline.model.predict.segment", too_large)
+        with pytest.raises(SystemicError, match="out_of_memory"):
+            segmenter.segment(0, photos)
+    assert _shards(work) == []
+
+
+def test_a_batch_that_does_not_fit_is_done_photo_by_photo_and_only_the_large_one_fails(
+    tmp_path: Path,
+    settings_for: SettingsFor,
+    work_for: WorkFor,
+    photo_of: PhotoOf,
+    listed: ListedBy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from pipeline.model import predict
+
+    segment, calls = predict.segment, []
+
+    def picky(model: Any, images: Any, **how: Any) -> Any:
+        calls.append(len(images))
+        if len(images) > 1 or calls.count(1) == 2:
+            raise MemoryError
+        return segment(model, images, **how)
+
+    settings = settings_for(str(tmp_path), labels=None)
+    for number in (11, 23, 35, 47):  # one size
+        storage.write(f"{settings.images}/{number}.jpg", photo_of(number)[1])
+    monkeypatch.setattr(predict, "segment", picky)
+    with closing(Segmenter(work_for(settings, batch_images=4))) as segmenter:
+        data, summary = segmenter.rows_of(0, listed(settings))
+    kinds = pq.read_table(io.BytesIO(data))["error_kind"].to_pylist()
+    assert kinds == [None, "out_of_memory", None, None]
+    assert (calls, summary.errors) == ([4, 1, 1, 1, 1], {"out_of_memory": 1})
+
+
+def test_a_fault_of_the_network_that_is_not_memory_is_raised_and_nothing_committed(
+    many: tuple[Settings, list[Listed]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    settings, photos = many
+    work = work_for(settings)
+    monkeypatch.setattr("pipeline.model.predict.segment", broken)
+    with closing(Segmenter(work)) as segmenter, pytest.raises(RuntimeError, match="illegal"):
+        segmenter.segment(0, photos[:3])
+    assert _shards(work) == []
+
+
+def test_a_checkpoint_that_was_replaced_after_planning_is_refused(
+    tmp_path: Path, settings_for: SettingsFor, work_for: WorkFor, checkpoint: str
+) -> None:
+    copy = tmp_path / "model.safetensors"
+    copy.write_bytes(Path(checkpoint).read_bytes())
+    work = work_for(settings_for(str(tmp_path), checkpoint=str(copy)))
+    data = bytearray(copy.read_bytes())
+    data[-1] ^= 1  # of a weight's last bits
+    copy.write_bytes(bytes(data))
+    with pytest.raises(SystemicError, match=r"model\.safetensors was replaced"):
+        Segmenter(work)
+
+
+def test_photos_that_change_or_vanish_after_planning_are_rows_of_that_kind(
+    many: tuple[Settings, list[Listed]], work_for: WorkFor, photo_of: PhotoOf
+) -> None:
+    settings, photos = many
+    storage.write(photos[0].uri, photo_of(1)[1])
+    storage.delete([photos[1].uri])
+    with closing(Segmenter(work_for(settings))) as segmenter:
+        data, _ = segmenter.rows_of(0, photos[:3])
+    table = pq.read_table(io.BytesIO(data))
+    assert table["error_kind"].to_pylist() == ["changed", "vanished", None]
+
+
+def test_a_segmenter_that_is_closed_leaves_no_process(
+    tmp_path: Path, settings_for: SettingsFor, work_for: WorkFor
+) -> None:
+    segmenter = Segmenter(work_for(settings_for(str(tmp_path))))
+    pids = segmenter.decoders.pids()
+    segmenter.close()
+    assert pids
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)

@@ -1,0 +1,260 @@
+"""The end of a run is a pure function of its shards; plain Python counts and sorts again."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.bulk import finish
+from pipeline.bulk.finish import Finish, Outcome
+from pipeline.bulk.plan import Counts, Plan
+from pipeline.data import storage
+from pipeline.data.labels import VOC
+from pipeline.results import files, tables
+from pipeline.results.layout import RunLayout
+
+Rows = list[dict[str, Any]]
+
+FACTS = {
+    "checkpoint": "/c.safetensors",
+    "checkpoint_sha256": "0" * 64,
+    "code_version": "1",
+    "bytes_read": 7,
+    "seconds": 2.0,
+    "images_per_second": None,
+}
+
+
+def _class(c: int, draw: random.Random, *, labelled: bool) -> dict[str, Any]:
+    tp, fp, fn = (draw.choice([0, 0, draw.randrange(1000)]) for _ in range(3))
+    scores = {"tp": tp, "fp": fp, "fn": fn, "iou": tp / (tp + fp + fn) if tp + fp + fn else None}
+    pixels = draw.choice([0, draw.randrange(1, 10_000)])
+    return {
+        "class_id": c,
+        "class_name": VOC.names[c],
+        "pixels": pixels,
+        # few values, so that many are equal and the uri decides
+        "fraction": draw.choice([0.1, 0.25, 1 / 3, draw.random()]),
+        "confidence": draw.random() if pixels else None,
+        **(scores if labelled else {}),
+    }
+
+
+def _rows(count: int, *, labels: str = "some", errors: str = "some", classes: int = 6) -> Rows:
+    draw = random.Random(count)
+    rows: Rows = []
+    for i in range(count):
+        row: dict[str, Any] = {"uri": f"s3://b/{i * 7919 % count:05d} é'.jpg", "etag": f"e{i}"}
+        row |= {"bytes": i, "run_id": "r", "shard": i // 10, "model": "m", "settings": "s"}
+        if errors == "all" or (errors == "some" and i % 7 == 3):
+            kind = draw.choice(["truncated", "empty", "timeout"])
+            rows.append({**row, "status": "error", "error_kind": kind, "error": "no"})
+            continue
+        labelled = labels == "some" and i % 3 > 0
+        found = draw.sample(range(21), draw.randrange(1, classes))
+        row |= {"status": "ok", "height": 5, "width": 7, "mask": b"png", "confidence": 0.5}
+        row |= {"label_uri": "l", "label_etag": "x"} if labelled else {}
+        row |= {"label_error": "of another size"} if labels == "some" and i % 9 == 0 else {}
+        row["classes"] = [_class(c, draw, labelled=labelled) for c in sorted(found)]
+        rows.append(row)
+    return rows
+
+
+def _finish(prefix: str, rows: Rows) -> tuple[Finish, RunLayout]:
+    layout = RunLayout(results=f"{prefix}/o'results [1]", run_id="r")
+    schema = tables.with_footer(tables.IMAGES, VOC)
+    for shard in {row["shard"] for row in rows}:
+        mine = [row for row in rows if row["shard"] == shard]
+        storage.write(layout.shard(shard), tables.to_parquet(mine, schema))
+    plan = Plan(
+        run_id="r",
+        started_at="2026-01-02T03:04:05+00:00",
+        fingerprint="f",
+        identity={"images": "s3://b", "scales": [1.0]},
+        model="m",
+        settings="s",
+        counts=Counts(images=len(rows), shards=len({row["shard"] for row in rows})),
+    )
+    return Finish(layout, plan, VOC), layout
+
+
+def _parts(layout: RunLayout) -> list[bytes]:
+    return [
+        storage.read(uri) for uri in sorted(o.uri for o in storage.list_objects(layout.classes))
+    ]
+
+
+def _table(data: bytes) -> pa.Table:
+    return pq.read_table(pa.BufferReader(data))
+
+
+def _sorted_classes(rows: Rows) -> list[tuple[Any, ...]]:
+    """The `classes` table by hand, floats as float32 holds them."""
+    nested = tables.IMAGES.field("classes").type.value_type
+    names = [nested.field(i).name for i in range(nested.num_fields)]
+    flat = [
+        (row["uri"], "r", *(each.get(name) for name in names))
+        for row in rows
+        for each in row.get("classes") or []
+    ]
+    flat = [
+        tuple(float(np.float32(value)) if isinstance(value, float) else value for value in row)
+        for row in flat
+    ]
+    return sorted(flat, key=lambda row: (row[2], -row[5], row[0].encode()))
+
+
+def _tuples(table: pa.Table) -> list[tuple[Any, ...]]:
+    return [tuple(row.values()) for row in table.to_pylist()]
+
+
+def test_classes_equal_a_plain_sort(prefix: str) -> None:
+    rows = _rows(60)
+    finishing, layout = _finish(prefix, rows)
+    finishing.write_classes()
+    [part] = _parts(layout)
+    table = _table(part)
+    assert _tuples(table) == _sorted_classes(rows)
+    assert table.schema.equals(tables.CLASSES, check_metadata=False)
+    assert tables.classes_of(table.schema.metadata) == VOC
+
+
+def test_many_classes_become_several_parts_each_readable_and_sorted_over_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finish, "PART_BYTES", 20_000)
+    monkeypatch.setattr(finish, "_ROW_GROUP", 1000)
+    rows = _rows(900, classes=19)
+    finishing, layout = _finish(str(tmp_path), rows)
+    finishing.write_classes()
+    parts = _parts(layout)
+    assert len(parts) > 2
+    assert all(len(part) >= 20_000 for part in parts[:-1])
+    assert [row for part in parts for row in _tuples(_table(part))] == _sorted_classes(rows)
+    finishing.write_classes()
+    assert _parts(layout) == parts
+
+
+def test_classes_have_the_same_bytes_written_again_with_one_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finish, "PART_BYTES", 20_000)
+    finishing, layout = _finish(str(tmp_path), _rows(900, classes=19))
+    finishing.write_classes()
+    first = _parts(layout)
+    storage.delete([item.uri for item in storage.list_objects(layout.classes)])
+    connect: Callable[..., Any] = files.connect
+
+    def with_one_thread(*args: Any, **how: Any) -> Any:
+        con = connect(*args, **how)
+        con.execute("set threads = 1")
+        return con
+
+    monkeypatch.setattr(files, "connect", with_one_thread)
+    finishing.write_classes()
+    assert _parts(layout) == first
+
+
+def test_columns_that_are_all_null_keep_their_types(tmp_path: Path) -> None:
+    rows = _rows(10, labels="none", errors="none")
+    finishing, layout = _finish(str(tmp_path), rows)
+    finishing.write_classes()
+    finishing.write_done()
+    [part] = _parts(layout)
+    assert _table(part).schema.equals(tables.CLASSES, check_metadata=False)
+    done = _table(storage.read(layout.done))
+    assert done.schema.equals(tables.DONE, check_metadata=False)
+    assert set(done["error_kind"].to_pylist()) == set(done["label_etag"].to_pylist()) == {None}
+
+
+def test_done_holds_the_key_of_every_row(prefix: str) -> None:
+    rows = _rows(40)
+    finishing, layout = _finish(prefix, rows)
+    finishing.write_done()
+    names = tables.DONE.names
+    wanted = sorted(([row.get(name) for name in names] for row in rows), key=lambda row: row[0])
+    assert _tuples(_table(storage.read(layout.done))) == [tuple(row) for row in wanted]
+
+
+def _record(finishing: Finish, layout: RunLayout) -> dict[str, Any]:
+    finishing.write_record(finishing.outcome(), FACTS)
+    table = _table(storage.read(layout.record))
+    assert table.schema.equals(tables.RUNS, check_metadata=False)
+    [row] = table.to_pylist()
+    assert isinstance(row, dict)
+    return row
+
+
+def test_the_records_numbers_equal_plain_counting(prefix: str) -> None:
+    rows = _rows(90)
+    finishing, layout = _finish(prefix, rows)
+    record = _record(finishing, layout)
+    kinds = Counter(row["error_kind"] for row in rows if row["status"] == "error")
+    by_count = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+    label_errors = sum("label_error" in row for row in rows)
+    assert finishing.outcome() == Outcome(
+        images=90,
+        ok=90 - kinds.total(),
+        errors=kinds.total(),
+        label_errors=label_errors,
+        errors_by_kind=tuple(by_count),
+    )
+    assert [tuple(each.values()) for each in record["errors_by_kind"]] == by_count
+    counts: dict[int, list[int]] = {}
+    for each in (each for row in rows for each in row.get("classes") or [] if "tp" in each):
+        total = counts.setdefault(each["class_id"], [0, 0, 0])
+        counts[each["class_id"]] = [
+            a + each[b] for a, b in zip(total, ("tp", "fp", "fn"), strict=True)
+        ]
+    ious = {c: total[0] / sum(total) if sum(total) else None for c, total in counts.items()}
+    assert record["class_iou"] == [
+        {"class_id": c, "class_name": VOC.names[c], "tp": tp, "fp": fp, "fn": fn, "iou": ious[c]}
+        for c, (tp, fp, fn) in sorted(counts.items())
+    ]
+    known = [iou for iou in ious.values() if iou is not None]
+    assert record["mean_iou"] == pytest.approx(sum(known) / len(known))
+    assert (record["images"], record["ok"], record["errors"]) == (
+        90,
+        90 - kinds.total(),
+        kinds.total(),
+    )
+    assert (record["label_errors"], record["shards"]) == (label_errors, 9)
+    assert record["started_at"] == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    assert json.loads(record["arguments"]) == {"images": "s3://b", "scales": [1.0]}
+    assert {name: record[name] for name in FACTS} == FACTS
+
+
+def test_a_run_without_labels_has_no_iou(tmp_path: Path) -> None:
+    record = _record(*_finish(str(tmp_path), _rows(10, labels="none", errors="none")))
+    assert (record["mean_iou"], record["class_iou"], record["errors_by_kind"]) == (None, [], [])
+
+
+def test_a_run_of_errors_alone_ends_like_any_other(tmp_path: Path) -> None:
+    finishing, layout = _finish(str(tmp_path), _rows(30, errors="all"))
+    finishing.write_classes()
+    finishing.write_done()
+    record = _record(finishing, layout)
+    assert _parts(layout) == []
+    assert _table(storage.read(layout.done)).num_rows == 30
+    assert (record["images"], record["ok"], record["errors"], record["mean_iou"]) == (
+        30,
+        0,
+        30,
+        None,
+    )
+
+
+def test_the_record_of_a_run_without_photos_can_be_read(tmp_path: Path) -> None:
+    finishing, layout = _finish(str(tmp_path), [])
+    record = _record(finishing, layout)
+    assert (record["images"], record["class_iou"]) == (0, [])

@@ -1,0 +1,213 @@
+"""A shard's file holds what looking at each photo by itself gives, and nothing else."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline.bulk.listing import Listed
+from pipeline.bulk.segmenter import Segmenter, Summary, Work
+from pipeline.bulk.settings import Inference, Settings
+from pipeline.data import storage
+from pipeline.data.labels import VOC
+from pipeline.model import predict, weights
+from pipeline.results import tables
+
+SettingsFor = Callable[..., Settings]
+ListedBy = Callable[..., list[Listed]]
+WorkFor = Callable[..., Work]
+Fill = Callable[[str, int], None]
+Rows = list[dict[str, Any]]
+
+
+@contextmanager
+def _segmenter(work: Work) -> Iterator[Segmenter]:
+    with closing(Segmenter(work)) as segmenter:
+        yield segmenter
+
+
+def _rows(work: Work, photos: list[Listed]) -> Rows:
+    with _segmenter(work) as segmenter:
+        data, _ = segmenter.rows_of(3, photos)
+    rows: Rows = pq.read_table(io.BytesIO(data)).to_pylist()
+    return rows
+
+
+def _mask(row: dict[str, Any]) -> np.ndarray:
+    with Image.open(io.BytesIO(row["mask"])) as image:
+        assert (image.format, image.mode) == ("PNG", "L")
+        return np.array(image)
+
+
+def _pixels(uri: str) -> np.ndarray:
+    with Image.open(io.BytesIO(storage.read(uri))) as image:
+        return np.array(image)
+
+
+def _counted(mask: np.ndarray, confidence: np.ndarray, label: np.ndarray | None) -> Rows:
+    """The nested rows of an image, pixel by pixel."""
+    pairs: Counter[tuple[int, int]] = Counter()
+    pixels: Counter[int] = Counter()
+    summed: Counter[int] = Counter()
+    truth = np.full(mask.shape, 255) if label is None else label
+    for found, true, share in zip(
+        mask.ravel().tolist(), truth.ravel().tolist(), confidence.ravel().tolist(), strict=True
+    ):
+        pixels[found] += 1
+        summed[found] += share
+        if true != 255:
+            pairs[true, found] += 1
+    rows = []
+    for c in sorted(set(pixels) | {true for true, _ in pairs}):
+        tp = pairs[c, c]
+        fp = sum(count for (true, found), count in pairs.items() if found == c != true)
+        fn = sum(count for (true, found), count in pairs.items() if true == c != found)
+        union = tp + fp + fn
+        scores = {"tp": tp, "fp": fp, "fn": fn, "iou": tp / union if union else None}
+        rows.append(
+            {
+                "class_id": c,
+                "class_name": VOC.names[c],
+                "pixels": pixels[c],
+                "fraction": pixels[c] / mask.size,
+                "confidence": summed[c] / pixels[c] if pixels[c] else None,
+                **(scores if label is not None else dict.fromkeys(scores)),
+            }
+        )
+    return rows
+
+
+def _close(found: Rows, expected: Rows) -> None:
+    """Equal, but for the last digits of float32."""
+    assert [list(row) for row in found] == [list(row) for row in expected]
+    for row, wanted in zip(found, expected, strict=True):
+        for name, value in wanted.items():
+            assert row[name] == (pytest.approx(value, rel=1e-5) if type(value) is float else value)
+
+
+def test_rows_equal_those_of_looking_at_each_photo_alone(
+    prefix: str, fill: Fill, settings_for: SettingsFor, work_for: WorkFor, listed: ListedBy
+) -> None:
+    fill(prefix, 8)
+    settings = settings_for(prefix)
+    photos = listed(settings)
+    photos[3] = photos[3]._replace(label_uri=None, label_etag=None)
+    work = work_for(settings)
+    rows = _rows(work, photos)
+    model, _ = weights.load(settings.checkpoint)
+    seen = set()
+    for photo, row in zip(photos, rows, strict=True):
+        masks, confidences = predict.segment(model, _pixels(photo.uri)[None])
+        mask, confidence = masks[0].numpy(), confidences[0].numpy()
+        label = None if photo.label_uri is None else _pixels(photo.label_uri)
+        np.testing.assert_array_equal(_mask(row), mask)
+        assert (row["height"], row["width"]) == mask.shape
+        assert row["confidence"] == pytest.approx(confidence.mean(), rel=1e-5)
+        _close(row["classes"], _counted(mask, confidence, label))
+        assert Listed(*(row[name] for name in Listed._fields)) == photo
+        assert (row["shard"], row["run_id"], row["status"]) == (3, "test", "ok")
+        assert (row["model"], row["settings"]) == (work.model, work.settings)
+        assert row["error"] is row["error_kind"] is row["label_error"] is None
+        seen |= {each["class_name"] for each in row["classes"] if (each["tp"] or 0) > 500}
+    assert {"background", "cat", "person", "motorbike"} <= seen
+
+
+def test_a_broken_photo_is_a_row_with_its_kind_and_one_line_that_says_why(
+    prefix: str,
+    fill: Fill,
+    fill_broken: Callable[[str], None],
+    broken_kinds: dict[str, str],
+    bad_labels: dict[str, str],
+    settings_for: SettingsFor,
+    work_for: WorkFor,
+    listed: ListedBy,
+) -> None:
+    fill(prefix, 3)
+    fill_broken(prefix)
+    settings = settings_for(prefix, inference=Inference(max_object_bytes=20_000))
+    with _segmenter(work_for(settings)) as segmenter:
+        photos = listed(settings)
+        data, summary = segmenter.rows_of(0, photos)
+    rows = {
+        storage.relative(settings.images, row["uri"]): row
+        for row in pq.read_table(io.BytesIO(data)).to_pylist()
+    }
+    too_large = {"0/0000-chelsea.png": "too_large"}  # 26 KB
+    errors = {name: row["error_kind"] for name, row in rows.items() if row["status"] == "error"}
+    assert errors == broken_kinds | too_large
+    for row in (rows[name] for name in errors):
+        assert row["error"].isprintable()
+        assert 0 < len(row["error"]) <= 500
+        assert row["mask"] is row["classes"] is row["confidence"] is row["height"] is None
+    for name, message in bad_labels.items():
+        assert message in rows[name]["label_error"]
+        assert rows[name]["status"] == "ok"
+        assert {each["tp"] for each in rows[name]["classes"]} == {None}
+    assert summary == Summary(
+        shard=0,
+        images=len(photos),
+        errors=Counter(errors.values()),
+        label_errors=2,
+        bytes_read=summary.bytes_read,
+        wait_s=summary.wait_s,
+        infer_s=summary.infer_s,
+    )
+
+
+def test_a_shards_file_has_the_tables_schema_with_its_footer_and_stays_once_it_is_there(
+    prefix: str, fill: Fill, settings_for: SettingsFor, work_for: WorkFor, listed: ListedBy
+) -> None:
+    fill(prefix, 2)
+    settings = settings_for(prefix)
+    work, photos = work_for(settings), listed(settings)
+    with _segmenter(work) as segmenter:
+        assert segmenter.segment(5, photos).committed
+        data = storage.read(work.layout.shard(5))
+        assert data == segmenter.rows_of(5, photos)[0]
+        schema = pq.read_schema(pa.BufferReader(data))
+        assert schema.equals(tables.IMAGES, check_metadata=False)
+        assert tables.classes_of(schema.metadata) == VOC
+        assert schema.metadata[b"schema_version"] == b"1"
+        storage.write(work.layout.shard(6), b"another driver's")
+        assert not segmenter.segment(6, photos).committed
+        assert storage.read(work.layout.shard(6)) == b"another driver's"
+
+
+def test_two_shards_at_once_give_the_files_of_one_after_the_other(
+    tmp_path: Path, fill: Fill, settings_for: SettingsFor, work_for: WorkFor, listed: ListedBy
+) -> None:
+    fill(str(tmp_path), 16)
+    settings = settings_for(str(tmp_path))
+    photos = listed(settings)
+    shards = [photos[i : i + 4] for i in range(0, 16, 4)]
+    with _segmenter(work_for(settings)) as segmenter, ThreadPoolExecutor(2) as pool:
+        in_turn = [segmenter.rows_of(i, shard)[0] for i, shard in enumerate(shards)]
+        at_once = list(pool.map(lambda i: segmenter.rows_of(i, shards[i])[0], range(4)))
+    assert at_once == in_turn
+
+
+def test_masks_depend_neither_on_the_batch_nor_on_its_neighbours(
+    tmp_path: Path, fill: Fill, settings_for: SettingsFor, work_for: WorkFor, listed: ListedBy
+) -> None:
+    fill(str(tmp_path), 16)
+    settings = settings_for(str(tmp_path))
+    photos = listed(settings)
+    alone = {row["uri"]: row for row in _rows(work_for(settings), photos)}
+    for order in (photos, photos[::-1][:9]):
+        for row in _rows(work_for(settings, batch_images=4), order):
+            same = _mask(row) == _mask(alone[row["uri"]])
+            assert same.mean() >= 0.999
+            assert abs(row["confidence"] - alone[row["uri"]]["confidence"]) < 1e-3
+    assert list(alone.values())[9:] == _rows(work_for(settings), photos[9:])
+    assert _rows(work_for(settings), []) == []

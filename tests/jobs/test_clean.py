@@ -1,0 +1,70 @@
+"""`jobs/clean.py` as a person types it: what it prints, its exit code, what it leaves."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from jobs.clean import main
+from pipeline.data import storage
+from pipeline.results.layout import RunLayout
+from results.made_up import write_run
+
+Capture = pytest.CaptureFixture[str]
+
+
+def names(results: str) -> set[str]:
+    return {storage.relative(results, item.uri) for item in storage.list_objects(results)}
+
+
+def test_a_dry_run_says_what_would_go_and_leaves_it(prefix: str, capsys: Capture) -> None:
+    write_run(prefix, "a")
+    before = names(prefix)
+    assert main([prefix, "--run-id", "a", "--dry-run"]) == 0
+    assert names(prefix) == before
+    would = capsys.readouterr().out.splitlines()
+    assert main([prefix, "--run-id", "a"]) == 0
+    assert names(prefix) == set()
+    did = capsys.readouterr().out.splitlines()
+    assert would[:-1] == did[:-1]
+    assert would[-1] == did[-1].replace("deleted", "would delete")
+    images = sum(name.startswith("images/") for name in before)
+    assert any(line.split()[:3] == ["images", str(images), "objects"] for line in did)
+    assert did[-1].startswith(f"deleted run a below {prefix}: {len(before)} objects, ")
+
+
+def test_without_a_run_only_leftovers_go(prefix: str, capsys: Capture) -> None:
+    write_run(prefix, "a")
+    before = names(prefix)
+    storage.write(RunLayout(results=prefix, run_id="a").lease, b"12345")
+    assert main([prefix]) == 0
+    assert names(prefix) == before
+    assert capsys.readouterr().out.splitlines()[-1].endswith(": 1 objects, 5 bytes")
+    assert main([prefix]) == 0
+    assert capsys.readouterr().out.endswith(": 0 objects, 0 bytes\n")
+
+
+def test_a_run_that_is_not_there_or_in_use_is_one_line_and_exit_1(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    results = str(tmp_path)
+    write_run(results, "a", finished=False)
+    lease = {"host": "node7", "pid": 42, "heartbeat": datetime.now(UTC).isoformat()}
+    storage.write(RunLayout(results=results, run_id="a").lease, json.dumps(lease).encode())
+    before = names(results)
+    assert main([results, "--run-id", "b"]) == 1
+    assert capsys.readouterr() == ("", f"no run b lies at {results}\n")
+    assert main([results, "--run-id", "a"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("run a is being worked on by node7:42")
+    assert said.count("\n") == 1
+    assert names(results) == before
+
+
+@pytest.mark.parametrize("argv", [[], ["x", "--run-id", "../x"], ["gs://x"], ["x", "--runs"]])
+def test_bad_arguments_are_one_line_and_exit_2(argv: list[str], capsys: Capture) -> None:
+    assert main(argv) == 2
+    assert capsys.readouterr().err.count("\n") == 1

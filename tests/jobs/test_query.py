@@ -1,0 +1,225 @@
+"""`jobs/query.py` as a person types it: each format holds what was asked, and harms nobody."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.query import main
+from pipeline.results.query import connect
+from results.made_up import image_row, write_run
+
+ROOT = Path(__file__).parents[2]
+NASTY = [
+    *("=1+1", "+1", "-1", "@x", "\tx", "\rx", "'=1", 'a"b,c\nd', " x ", "", "é☃", "\x1b[2J"),
+    *("\x9b2J", "\x7f", "x\u202ey", "[bold]x[/bold]", "a\\b"),
+]
+
+Capture = pytest.CaptureFixture[bytes]
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> str:
+    """A finished run whose URIs are nasty strings, and whose last mask looks like a formula."""
+    place = str(tmp_path / "results")
+    rows = [image_row(f"{i}", "a", error=text) for i, text in enumerate(NASTY)]
+    rows[-1]["mask"] = b"\xf8\x00\xff"  # +AD/ in base64
+    write_run(place, "a", [rows])
+    return place
+
+
+def answer(capsysbinary: Capture, results: str, sql: str, *more: str) -> bytes:
+    assert main([results, sql, *more]) == 0
+    said = capsysbinary.readouterr()
+    assert said.err == b""
+    return said.out
+
+
+def test_json_is_one_array_that_holds_every_value(results: str, capsysbinary: Capture) -> None:
+    sql = "SELECT error, mask, confidence FROM images ORDER BY uri::INT"
+    out = answer(capsysbinary, results, sql, "--format", "json")
+    rows = json.loads(out)
+    assert [row["error"] for row in rows] == NASTY
+    assert base64.b64decode(rows[-1]["mask"]) == b"\xf8\x00\xff"
+    assert {row["confidence"] for row in rows} == {0.3}  # a float32, as short as it is
+    assert not set(out.decode()) & set("\x1b\x9b\x7f\u202e")
+
+
+def test_json_knows_times_nests_sums_and_what_is_no_number(
+    results: str, capsysbinary: Capture
+) -> None:
+    sql = (
+        "SELECT started_at, DATE '2026-02-03' AS day, sum(images) AS n, 1 AS x, 2 AS x, "
+        "[{'b': 'a'::BLOB, 'f': 0.1::FLOAT}] AS l, MAP {'k': 1.5} AS m, 'nan'::DOUBLE AS nan, "
+        "['-inf'::FLOAT] AS inf, 1.25::DECIMAL(9, 2) AS d, NULL AS z, true AS t, "
+        "INTERVAL 3 DAY AS i FROM runs GROUP BY ALL"
+    )
+    [row] = json.loads(answer(capsysbinary, results, sql, "--format", "json"))
+    assert row.pop("i")
+    assert row == {
+        "started_at": "2026-01-01T12:00:00+00:00",
+        "day": "2026-02-03",
+        "n": len(NASTY),
+        "x": 1,
+        "x_1": 2,
+        "l": [{"b": "YQ==", "f": 0.1}],
+        "m": {"k": 1.5},
+        "nan": None,
+        "inf": [None],
+        "d": 1.25,
+        "z": None,
+        "t": True,
+    }
+    nothing = "SELECT * FROM images WHERE false"
+    assert json.loads(answer(capsysbinary, results, nothing, "--format", "json")) == []
+
+
+def test_csv_holds_every_value_and_no_formula(results: str, capsysbinary: Capture) -> None:
+    sql = "SELECT uri, error, NULL AS z, mask, -1 AS n FROM images ORDER BY uri::INT"
+    out = answer(capsysbinary, results, sql, "--format", "csv").decode()
+    header, *rows = csv.reader(io.StringIO(out, newline=""))
+    assert header == ["uri", "error", "z", "mask", "n"]
+    for (_, error, null, _, number), text in zip(rows, NASTY, strict=True):
+        assert error == (f"'{text}" if text[:1] in {"=", "+", "-", "@", "\t", "\r"} else text)
+        assert (null, number) == ("", "-1")
+    assert base64.b64decode(rows[-1][3]) == b"\xf8\x00\xff"
+    assert '\r\n9,"",,' in out  # an empty string is no null
+
+
+def test_parquet_is_what_duckdb_answers(
+    results: str, capsysbinary: Capture, tmp_path: Path
+) -> None:
+    sql = "SELECT * FROM images ORDER BY uri"
+    with connect(results) as con:
+        expected = con.sql(sql).to_arrow_table()
+    piped = answer(capsysbinary, results, sql, "--format", "parquet")
+    assert pq.read_table(io.BytesIO(piped)).equals(expected)
+    file = tmp_path / "answer.parquet"
+    arguments = ("--format", "parquet", "--output", str(file))
+    assert answer(capsysbinary, results, sql, *arguments) == b""
+    assert file.read_bytes() == piped
+
+
+def test_the_table_shows_sizes_of_masks_and_no_control_character(
+    results: str, capsysbinary: Capture
+) -> None:
+    out = answer(capsysbinary, results, "SELECT error, mask FROM images").decode()
+    assert not {c for c in out if ord(c) < 32 or 0x7F <= ord(c) < 0xA0 or c == "\u202e"} - {"\n"}
+    assert "<3 bytes>" in out
+    assert r"\x1b[2J" in out
+    assert "[bold]x[/bold]" in out
+    long = answer(capsysbinary, results, "SELECT repeat('x', 5000) AS a, 1 AS b").decode()
+    assert "x" * 5000 in long
+
+
+def test_a_long_table_says_that_there_is_more(results: str, capsysbinary: Capture) -> None:
+    out = answer(capsysbinary, results, "SELECT range AS n FROM range(1001)").decode()
+    assert "the first 1000 rows" in " ".join(out.split())
+    assert " 999 " in out
+    assert " 1000 │" not in out
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "json"])
+def test_a_terminal_is_never_sent_a_raw_control_character(results: str, form: str) -> None:
+    code, out, err = in_terminal([results, "SELECT error FROM images", "--format", form])
+    assert (code, err) == (0, "")
+    assert not {c for c in out if ord(c) < 32 or 0x7F <= ord(c) < 0xA0} - {"\n", "\r"}
+
+
+def test_parquet_is_refused_by_a_terminal(results: str) -> None:
+    code, out, err = in_terminal([results, "SELECT 1", "--format", "parquet"])
+    assert (code, out) == (2, "")
+    assert err == "parquet is not for a terminal: give --output, or pipe it\n"
+
+
+def in_terminal(argv: list[str]) -> tuple[int, str, str]:
+    """Exit code, output and errors of the job where standard output is a terminal."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(ROOT / "jobs" / "query.py"), *argv]
+    process = subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, text=True)
+    os.close(theirs)
+    out = b""
+    try:
+        while data := os.read(ours, 65536):
+            out += data
+    except OSError:  # the other end is closed
+        pass
+    os.close(ours)
+    _, err = process.communicate()
+    return process.returncode, out.decode(), err
+
+
+@pytest.mark.parametrize("how", [["-m", "jobs.query"], [str(ROOT / "jobs" / "query.py")]])
+def test_a_reader_that_leaves_early_is_no_error(results: str, how: list[str]) -> None:
+    sql = "SELECT range AS n FROM range(1000000)"
+    command = [sys.executable, *how, results, sql, "--format", "csv"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"n\r\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("sql", "said"),
+    [
+        ("SELEC 1", "syntax error"),
+        ("SELECT * FROM runz", 'Did you mean "runs"?'),
+        ("SELECT error('a\nb\x1b') FROM images", "Invalid Input Error: a"),
+        ("SELECT * FROM argv", "argv does not exist"),  # our own variables are no tables
+    ],
+)
+def test_what_is_wrong_with_the_question_is_one_line_and_exit_1(
+    results: str, capsys: pytest.CaptureFixture[str], sql: str, said: str
+) -> None:
+    assert main([results, sql]) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert "\x1b" not in error
+
+
+def test_a_failed_question_leaves_no_file_and_not_half_of_one(results: str, tmp_path: Path) -> None:
+    file = tmp_path / "answer.csv"
+    file.write_bytes(b"earlier")
+    late = "SELECT if(range = 500000, error('late'), range) FROM range(1000000)"
+    assert main([results, late, "--format", "csv", "--output", str(file)]) == 1
+    assert file.read_bytes() == b"earlier"
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["answer.csv", "results"]
+
+
+def test_no_results_are_one_line_and_exit_1(
+    prefix: str, capsys: pytest.CaptureFixture[Any]
+) -> None:
+    assert main([prefix, "SELECT 1"]) == 1
+    assert capsys.readouterr() == ("", f"no results lie at {prefix}\n")
+
+
+@pytest.mark.parametrize("argv", [[], ["x"], ["gs://x", "SELECT 1"], ["x", "y", "--format", "z"]])
+def test_bad_arguments_are_one_line_and_exit_2(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_results_on_s3_are_asked_alike(s3_prefix: str, capsysbinary: Capture) -> None:
+    write_run(s3_prefix, "a")
+    sql = "SELECT run_id, count(*) AS n FROM latest GROUP BY ALL"
+    out = answer(capsysbinary, s3_prefix, sql, "--format", "json")
+    assert json.loads(out) == [{"run_id": "a", "n": 10}]

@@ -1,0 +1,148 @@
+"""What is deleted is one run, whole, in an order that never shows half of it as finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from pipeline.data import storage
+from pipeline.results import clean
+from pipeline.results.layout import FOLDERS, RunLayout
+from pipeline.results.query import connect
+from results.made_up import write_run
+
+
+def write_all(results: str, run_id: str, *, finished: bool = True) -> RunLayout:
+    """A run with an object in each folder, its lease an hour old."""
+    run = RunLayout(results=results, run_id=run_id)
+    write_run(results, run_id, finished=finished)
+    storage.write(run.single(17, 3), b"row")
+    write_lease(run, age_s=3600)
+    return run
+
+
+def write_lease(run: RunLayout, *, age_s: float) -> None:
+    beat = datetime.now(UTC) - timedelta(seconds=age_s)
+    lease = {"host": "node7", "pid": 42, "heartbeat": beat.isoformat()}
+    storage.write(run.lease, json.dumps(lease).encode())
+
+
+def names(results: str) -> set[str]:
+    return {storage.relative(results, item.uri) for item in storage.list_objects(results)}
+
+
+def found(results: str, objects: list[storage.Object]) -> list[str]:
+    return [storage.relative(results, item.uri) for item in objects]
+
+
+def test_a_run_goes_whole_and_its_neighbours_by_name_stay(prefix: str) -> None:
+    for run_id in ("a1", "a.b", "a-", "A", "a_parquet"):
+        write_all(prefix, run_id)
+    others = names(prefix)
+    write_all(prefix, "a")
+    objects = clean.of_run(prefix, "a")
+    assert set(found(prefix, objects)) == names(prefix) - others
+    clean.delete(prefix, objects)
+    assert names(prefix) == others
+
+
+def test_the_record_goes_first_and_the_plan_before_its_parts(prefix: str) -> None:
+    write_all(prefix, "a")
+    order = found(prefix, clean.of_run(prefix, "a"))
+    folders = list(dict.fromkeys(name.partition("/")[0] for name in order))
+    assert folders == ["runs", "done", "classes", "images", "plans", "singles", "leases"]
+    assert set(folders) == set(FOLDERS)
+    assert order.index("plans/run=a/plan.json") < order.index("plans/run=a/part-00000-aa.parquet")
+
+
+def test_a_deletion_cut_off_anywhere_is_no_finished_run_and_is_ended_by_another(
+    tmp_path: Path,
+) -> None:
+    results = str(tmp_path)
+    write_all(results, "other")
+    write_all(results, "a")
+    while left := [name for name in names(results) if "run=a" in name]:
+        clean.delete(results, clean.of_run(results, "a")[:1])
+        with connect(results) as con:
+            assert con.execute("SELECT run_id FROM runs").fetchall() == [("other",)]
+            con.execute("SELECT * FROM classes").fetchall()
+        assert len([name for name in names(results) if "run=a" in name]) == len(left) - 1
+    with pytest.raises(LookupError, match="no run a lies at"):
+        clean.of_run(results, "a")
+
+
+def test_local_folders_go_with_their_last_file_and_temporary_files_too(tmp_path: Path) -> None:
+    results = tmp_path / "store"
+    run = write_all(str(results), "a")
+    (Path(run.images) / f".shard-000009.parquet.{'0' * 16}.tmp").write_bytes(b"half")
+    clean.delete(str(results), clean.of_run(str(results), "a"))
+    assert list(results.iterdir()) == []
+
+
+def test_many_objects_are_deleted(prefix: str) -> None:
+    run = RunLayout(results=prefix, run_id="a")
+    for i in range(250):
+        storage.write(run.single(0, i), b".")
+    clean.delete(prefix, clean.of_run(prefix, "a"))
+    assert names(prefix) == set()
+
+
+def test_an_unfinished_run_is_not_deleted_while_somebody_works_on_it(prefix: str) -> None:
+    run = write_all(prefix, "a", finished=False)
+    write_lease(run, age_s=50)
+    with pytest.raises(clean.RunInUseError, match=r"run a is being worked on by node7:42"):
+        clean.of_run(prefix, "a")
+    write_lease(run, age_s=-5)  # a clock that runs ahead
+    with pytest.raises(clean.RunInUseError):
+        clean.of_run(prefix, "a")
+    write_lease(run, age_s=70)
+    assert clean.of_run(prefix, "a")
+    write_lease(run, age_s=24 * 3600 + 5)  # not five seconds
+    assert clean.of_run(prefix, "a")
+    storage.write(run.lease, b"half a lea")
+    assert clean.of_run(prefix, "a")
+
+
+def test_a_finished_run_is_deleted_whatever_its_lease_says(prefix: str) -> None:
+    write_lease(write_all(prefix, "a"), age_s=0)
+    assert clean.of_run(prefix, "a")
+
+
+def test_leftovers_are_what_finished_runs_no_longer_need(prefix: str) -> None:
+    write_all(prefix, "done")
+    write_all(prefix, "open", finished=False)
+    assert set(found(prefix, clean.leftovers(prefix))) == {
+        "leases/run=done.json",
+        "singles/run=done/000017/00003.parquet",
+    }
+
+
+def test_parts_that_the_plan_does_not_name_are_leftovers_once_there_is_a_plan(prefix: str) -> None:
+    write_run(prefix, "planned", finished=False)
+    for run_id in ("planned", "planning", "broken"):
+        plan = RunLayout(results=prefix, run_id=run_id).plan
+        storage.write(f"{plan}/part-00000-bb.parquet", b"of the planner that came second")
+    storage.write(f"{RunLayout(results=prefix, run_id='broken').plan}/plan.json", b"{}")
+    assert found(prefix, clean.leftovers(prefix)) == ["plans/run=planned/part-00000-bb.parquet"]
+    assert len(clean.of_run(prefix, "planning")) == 1
+
+
+def test_temporary_files_are_leftovers_unless_their_writer_may_still_live(tmp_path: Path) -> None:
+    write_run(str(tmp_path), "a", finished=False)
+    for name, age_s in (("old", 3600), ("young", 5)):
+        file = tmp_path / "images" / "run=a" / f".{name}.{'0' * 16}.tmp"
+        file.write_bytes(b"half")
+        os.utime(file, (time.time() - age_s,) * 2)
+    assert found(str(tmp_path), clean.leftovers(str(tmp_path))) == [
+        f"images/run=a/.old.{'0' * 16}.tmp"
+    ]
+
+
+def test_a_run_id_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not usable"):
+        clean.of_run(str(tmp_path), "../a")
