@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -27,6 +28,7 @@ from pipeline.data.storage import StorageError
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job with the command line `argv`; its exit code."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` is an interruption
     try:
         settings = parse(Settings, argv, description=__doc__)
     except ValueError as error:

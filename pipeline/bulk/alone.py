@@ -105,7 +105,7 @@ class Alone:
                 self._actor = None
                 if node is not None and _is_alive(node):
                     deaths += 1
-                    logger.warning("the process died with %s alone on it: %s", photo.uri, error)
+                    logger.warning("the process died with %r alone on it: %s", photo.uri, error)
                 if deaths == DEATHS:
                     message = f"its process died {DEATHS} times with nothing else on it"
                     return self._condemned(shard, photo, "worker_died", message)

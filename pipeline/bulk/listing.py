@@ -93,10 +93,11 @@ class Listing:
 
     def _photos(self) -> Iterator[tuple[str, str, int, str]]:
         prefix, included = self._settings.images, self._settings.included
+        own = storage.join(self._settings.results, "")  # results may lie below the photos
         found = False
         for item in storage.list_objects(prefix):
             name = storage.relative(prefix, item.uri)
-            if included.match(name):
+            if included.match(name) and not item.uri.startswith(own):
                 found = True
                 yield (*_row(item), stem(name))
             else:

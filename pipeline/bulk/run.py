@@ -239,7 +239,11 @@ _NOTHING = Outcome(images=0, ok=0, errors=0, label_errors=0, errors_by_kind=())
 
 
 def _pool(settings: Settings) -> Pool:
-    """The actors asked for; without a word on CPUs they share those of this machine."""
+    """The actors asked for; without a word on CPUs they share those of this machine.
+
+    On a cluster this machine says nothing about the others: there it is two each.
+    """
     low, high = settings.actors
-    cpus = settings.cpus_per_actor or max(1, len(os.sched_getaffinity(0)) // high)
+    shared = 2 if waves.has_cluster() else max(1, len(os.sched_getaffinity(0)) // high)
+    cpus = settings.cpus_per_actor or shared
     return Pool(min_actors=low, max_actors=high, cpus=cpus, gpus=settings.gpus_per_actor)

@@ -81,7 +81,8 @@ class Settings:
     gpus_per_actor: float = 0.0
     """GPUs for each; 0 runs on the CPU."""
     cpus_per_actor: int | None = None
-    """CPUs, decoder processes and torch threads for each; by default they share this machine."""
+    """CPUs, decoder processes and torch threads for each; by default they share this machine, and
+    have 2 each on a cluster."""
     batch_images: int | None = None
     """Photos of one size that go through the network together; 8 on a GPU, 1 on a CPU."""
     max_error_fraction: float = 0.05

@@ -45,12 +45,17 @@ class Pool:
     gpus: float
 
 
+def has_cluster() -> bool:
+    """Whether there is a Ray to join, rather than one to start."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 def connect(pool: Pool) -> None:
     """Joins the Ray of RAY_ADDRESS, or starts one on this machine that is large enough."""
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
+    if has_cluster():
         ray.init(**quiet)
         return
     # the actors, and one that someone may add by hand; Ray's own tasks need one more

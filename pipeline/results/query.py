@@ -205,16 +205,15 @@ class _Listed(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec ships 
         super().__init__()
         self.protocol = remote.protocol
         self._remote = remote
-        self._files = {item.uri: item for item in files}
+        self._sizes = {item.uri: item.size for item in files}
 
     def glob(self, path: str, **_: object) -> list[str]:
-        return [path] if path in self._files else []
+        return [path] if path in self._sizes else []
 
     def info(self, path: str, **_: object) -> dict[str, object]:
-        if path not in self._files:
+        if path not in self._sizes:
             raise FileNotFoundError(path)
-        item = self._files[path]
-        return {"name": path, "size": item.size, "type": "file", "ETag": f'"{item.etag}"'}
+        return {"name": path, "size": self._sizes[path], "type": "file"}
 
     def modified(self, path: str) -> datetime:
         return datetime.fromtimestamp(0, UTC)  # never: a result's file is written once
@@ -222,5 +221,5 @@ class _Listed(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec ships 
     def open(self, path: str, mode: str = "rb", **_: object) -> Any:
         found = self.info(path)
         file = self._remote.open(path, mode, block_size=_READ_AHEAD_BYTES, size=found["size"])
-        file.details = found  # what is read is what was listed
+        file.details = found  # or it would ask
         return file

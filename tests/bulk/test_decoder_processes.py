@@ -26,7 +26,12 @@ def _png(height: int, width: int) -> bytes:
 
 
 SMALL = _png(5, 7)
-SLOW = _png(6000, 8000)  # about half a second
+
+
+@pytest.fixture(scope="module")
+def slow() -> bytes:
+    """A photo of 144 MB of pixels, which takes about half a second."""
+    return _png(6000, 8000)
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +89,13 @@ def _gone_within(pid: int, seconds: float) -> bool:
     return not _is_alive(pid)
 
 
-def test_a_child_that_is_killed_names_its_photo_and_the_next_one_decodes() -> None:
+def test_a_child_that_is_killed_names_its_photo_and_the_next_one_decodes(slow: bytes) -> None:
     made = _made()
     try:
         [pid] = made.pids()
         killer = _during(pid, lambda: os.kill(pid, signal.SIGKILL))
         with pytest.raises(DecodeError, match="killed by SIGKILL") as died:
-            made.image(SLOW)
+            made.image(slow)
         killer.join()
         assert died.value.kind == "worker_died"
         assert made.image(SMALL).shape == (5, 7, 3)
@@ -127,13 +132,15 @@ def test_a_child_that_hangs_is_a_timeout_within_the_deadline_and_is_replaced() -
         made.close()
 
 
-@pytest.mark.parametrize("data", [_png(6000, 8000), SMALL + bytes(150_000_000)], ids=["px", "file"])
-def test_a_photo_that_wants_too_much_memory_is_out_of_memory(data: bytes) -> None:
+@pytest.mark.parametrize("large", ["pixels", "file"])
+def test_a_photo_that_wants_too_much_memory_is_out_of_memory(slow: bytes, large: str) -> None:
+    data = slow if large == "pixels" else SMALL + bytes(150_000_000)
     made = _made(memory_bytes=120 * 2**20)
     try:
-        with pytest.raises(DecodeError, match="120 MiB") as large:
+        with pytest.raises(DecodeError) as too_large:
             made.image(data)
-        assert large.value.kind == "out_of_memory"
+        assert too_large.value.kind == "out_of_memory"
+        assert "120 MiB" in str(too_large.value)
         assert made.image(SMALL).shape == (5, 7, 3)
     finally:
         made.close()

@@ -182,8 +182,9 @@ def test_done_holds_the_key_of_every_row(prefix: str) -> None:
     finishing, layout = _finish(prefix, rows)
     finishing.write_done()
     names = tables.DONE.names
-    wanted = sorted(([row.get(name) for name in names] for row in rows), key=lambda row: row[0])
-    assert _tuples(_table(storage.read(layout.done))) == [tuple(row) for row in wanted]
+    in_order = sorted(rows, key=lambda row: str(row["uri"]))
+    wanted = [tuple(row.get(name) for name in names) for row in in_order]
+    assert _tuples(_table(storage.read(layout.done))) == wanted
 
 
 def _record(finishing: Finish, layout: RunLayout) -> dict[str, Any]:

@@ -139,10 +139,13 @@ def test_a_path_below_a_file_is_one_clear_error(tmp_path: Path) -> None:
         storage.create(str(tmp_path / "file" / "x" / "y"), b"")
 
 
-def test_names_that_are_not_text_are_passed_over(tmp_path: Path) -> None:
+def test_names_that_are_not_text_are_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with open(os.fsencode(tmp_path) + b"/\xff.jpg", "wb"):
         pass
     assert list(storage.list_objects(str(tmp_path))) == []
+    assert "\\xff.jpg" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from results.made_up import write_run
 
 from jobs.clean import main
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout
-from results.made_up import write_run
 
 Capture = pytest.CaptureFixture[str]
 

@@ -9,12 +9,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from results.made_up import write_run
 
 from pipeline.data import storage
 from pipeline.results import clean
 from pipeline.results.layout import FOLDERS, RunLayout
 from pipeline.results.query import connect
-from results.made_up import write_run
 
 
 def write_all(results: str, run_id: str, *, finished: bool = True) -> RunLayout:
@@ -81,7 +81,7 @@ def test_local_folders_go_with_their_last_file_and_temporary_files_too(tmp_path:
     run = write_all(str(results), "a")
     (Path(run.images) / f".shard-000009.parquet.{'0' * 16}.tmp").write_bytes(b"half")
     clean.delete(str(results), clean.of_run(str(results), "a"))
-    assert list(results.iterdir()) == []
+    assert list(tmp_path.rglob("*")) in ([], [results])
 
 
 def test_many_objects_are_deleted(prefix: str) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from results.made_up import class_rows, image_row, rows_of, write_run
 
 from pipeline.data import storage
 from pipeline.results import tables
 from pipeline.results.layout import RunLayout
 from pipeline.results.query import connect
-from results.made_up import class_rows, image_row, rows_of, write_run
 
 VIEWS = ("images", "classes", "runs", "latest", "iou")
 
@@ -182,16 +182,6 @@ def test_a_query_on_s3_sends_no_request_for_what_the_listing_said(
     monkeypatch.setattr(remote, "_call_s3", counted)
     ask(s3_prefix, "SELECT sum(octet_length(mask)) FROM images")
     assert set(sent) == {"get_object"}
-
-
-@pytest.mark.s3
-def test_a_replaced_object_is_an_error_and_not_other_rows(s3_prefix: str) -> None:
-    write_run(s3_prefix, "a", [rows_of("a")])
-    with connect(s3_prefix) as con:
-        other = tables.to_parquet(rows_of("a", seed=1, images=60), tables.IMAGES)
-        storage.write(RunLayout(results=s3_prefix, run_id="a").shard(0), other)
-        with pytest.raises(Exception, match="FileExpired|no longer|changed|Invalid|magic"):
-            con.execute("SELECT max(mask) FROM images").fetchall()
 
 
 def test_arrow_takes_the_answer_as_it_is(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ disk: they are written to a hidden temporary file beside it first.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import secrets
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.data.storage.base import PAGE_OBJECTS, Object, StorageError, check_size
+
+logger = logging.getLogger(__name__)
 
 _TEMPORARY = re.compile(r"\.[^/]*\.[0-9a-f]{16}\.tmp\Z")
 
@@ -26,7 +29,8 @@ def is_temporary(path: str) -> bool:
 def list_pages(path: str) -> Iterator[list[Object]]:
     """The files below the folder `path`, page by page.
 
-    A missing folder has no objects; names that are not UTF-8 and links to nowhere are passed over.
+    A missing folder has no objects. Links to nowhere are passed over; so are names that are not
+    UTF-8, with a warning each.
     """
     page: list[Object] = []
     for entry in _walk(path):
@@ -43,7 +47,7 @@ def list_pages(path: str) -> Iterator[list[Object]]:
 def _walk(path: str) -> Iterator[os.DirEntry[str]]:
     try:
         with os.scandir(path) as entries:
-            found = [entry for entry in entries if _is_utf8(entry.name)]
+            found = [entry for entry in entries if _is_text(entry)]
     except FileNotFoundError:
         return
     except OSError as error:
@@ -55,10 +59,11 @@ def _walk(path: str) -> Iterator[os.DirEntry[str]]:
             yield entry
 
 
-def _is_utf8(name: str) -> bool:
+def _is_text(entry: os.DirEntry[str]) -> bool:
     try:
-        name.encode()
+        entry.name.encode()
     except UnicodeEncodeError:
+        logger.warning("left out, its name is not UTF-8: %r", os.fsencode(entry.path))
         return False
     return True
 

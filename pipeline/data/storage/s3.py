@@ -69,7 +69,7 @@ def list_pages(prefix: str) -> Iterator[list[Object]]:
         yield [
             Object(f"s3://{bucket}/{item['Key']}", item["ETag"].strip('"'), item["Size"])
             for item in found
-            if not item["Key"].endswith("/")  # a "folder" that some tools make
+            if item["Size"] or not item["Key"].endswith("/")  # the "folders" that some tools make
         ]
         if not answer.get("IsTruncated"):
             return
