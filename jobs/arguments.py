@@ -48,5 +48,6 @@ def _one_line(box: str) -> str:
     last = is_rule.index(True, first) if True in is_rule[first:] else len(lines)
     said = lines[first:last]
     if said and said[0].startswith("Missing from"):
-        return f"missing: {', '.join(line.split()[0] for line in said if line.startswith('--'))}"
+        names = [line.split()[0] for line in said if line.startswith("--") or line.isupper()]
+        return f"missing: {', '.join(names)}"
     return re.sub(r"^Error parsing \w+: ", "", " ".join(" ".join(said).split()))

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 import ray
 
 from pipeline.bulk.listing import Listed
+from pipeline.bulk.progress import Summary
 from pipeline.bulk.rows import RowMaker
-from pipeline.bulk.segmenter import Segmenter, Summary, Work
+from pipeline.bulk.segmenter import Segmenter, Work
 from pipeline.bulk.waves import Pool, RunStoppedError
 from pipeline.data import storage
 from pipeline.results import tables
@@ -78,7 +79,8 @@ class Alone:
         summary.errors.update(kind for kind in table["error_kind"].to_pylist() if kind)
         summary.committed = storage.create(self._work.layout.shard(shard), data)
         singles = range(len(photos))
-        storage.delete([self._work.layout.single(shard, i) for i in singles])
+        layout = self._work.layout
+        storage.delete([layout.single(shard, i) for i in singles], within=layout.results)
         return summary
 
     def _single(self, shard: int, position: int, photo: Listed) -> bytes:

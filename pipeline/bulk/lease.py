@@ -34,9 +34,10 @@ class HeldError(RuntimeError):
 class Lease:
     """The lease of one run, held from `acquire` to `release`; `lost` is set if another took it."""
 
-    def __init__(self, uri: str, run_id: str) -> None:
+    def __init__(self, uri: str, run_id: str, *, within: str | None = None) -> None:
         self._uri = uri
         self._run_id = run_id
+        self._within = within  # local folders that become empty with the lease go, up to this one
         self._token = secrets.token_hex(8)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
@@ -55,7 +56,7 @@ class Lease:
             self._thread.join()
         with contextlib.suppress(storage.StorageError):
             if _read(self._uri).get("token") == self._token:
-                storage.delete([self._uri])
+                storage.delete([self._uri], within=self._within)
 
     def _take_over(self) -> None:
         holder = _read(self._uri)
@@ -104,9 +105,9 @@ class Lease:
 
 
 @contextlib.contextmanager
-def held(uri: str, run_id: str) -> Iterator[Lease]:
+def held(uri: str, run_id: str, *, within: str | None = None) -> Iterator[Lease]:
     """The run's lease, while the block runs."""
-    lease = Lease(uri, run_id)
+    lease = Lease(uri, run_id, within=within)
     lease.acquire()
     try:
         yield lease

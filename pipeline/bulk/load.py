@@ -18,6 +18,11 @@ from pipeline.data import storage
 AHEAD_BYTES = 256 * 2**20
 """Decoded pixels that may wait to be consumed."""
 
+Fetched = tuple[bytes, bytes | storage.StorageError | None]
+"""A photo's bytes, and its label's, or why there are none, or None where it has no label."""
+
+Fetching = Future[Fetched]
+
 _FETCHERS = 16
 _FIRST_GUESS_BYTES = 3_000_000  # of a photo's pixels, until some were seen
 
@@ -51,24 +56,38 @@ class Loader:
         self._decoding.shutdown(cancel_futures=True)
 
     def stream(self, photos: Sequence[Listed]) -> Iterator[Loaded]:
-        """The photos with their pixels, in the order given."""
+        """The photos with their pixels, in the order given; loading begins with the call."""
         waiting = deque((photo, self._fetchers.submit(self._fetch, photo)) for photo in photos)
         decoding: deque[Future[Loaded]] = deque()
+        self._decode_ahead(waiting, decoding, _FIRST_GUESS_BYTES)
+        return self._decoded(waiting, decoding)
+
+    def _decoded(
+        self, waiting: deque[tuple[Listed, Fetching]], decoding: deque[Future[Loaded]]
+    ) -> Iterator[Loaded]:
         guess = _FIRST_GUESS_BYTES
         while waiting or decoding:
-            while waiting and self._may_decode(decoding, guess):
-                photo, fetched = waiting.popleft()
-                decoding.append(self._decoding.submit(self._decode, photo, fetched))
+            self._decode_ahead(waiting, decoding, guess)
             loaded = decoding.popleft().result()
             guess = max(guess, _size(loaded))
             yield loaded
+
+    def _decode_ahead(
+        self,
+        waiting: deque[tuple[Listed, Fetching]],
+        decoding: deque[Future[Loaded]],
+        guess: int,
+    ) -> None:
+        while waiting and self._may_decode(decoding, guess):
+            photo, fetched = waiting.popleft()
+            decoding.append(self._decoding.submit(self._decode, photo, fetched))
 
     def _may_decode(self, decoding: deque[Future[Loaded]], guess: int) -> bool:
         held = sum(_size(each.result()) if each.done() else guess for each in decoding)
         return len(decoding) < self._decoder_count or held + guess <= AHEAD_BYTES
 
-    def _fetch(self, photo: Listed) -> tuple[bytes, bytes | storage.StorageError | None]:
-        """The photo's bytes, and its label's or why there are none. Raises StorageError."""
+    def _fetch(self, photo: Listed) -> Fetched:
+        """Raises StorageError where the photo cannot be read."""
         if photo.bytes > self._max_object_bytes:
             return b"", None
         image = storage.read(photo.uri, photo.etag)
@@ -79,11 +98,7 @@ class Loader:
         except storage.StorageError as error:
             return image, error
 
-    def _decode(
-        self,
-        photo: Listed,
-        fetched: Future[tuple[bytes, bytes | storage.StorageError | None]],
-    ) -> Loaded:
+    def _decode(self, photo: Listed, fetched: Fetching) -> Loaded:
         if photo.bytes > self._max_object_bytes:
             message = f"{photo.bytes} bytes are over the limit of {self._max_object_bytes}"
             return Loaded(listed=photo, error_kind="too_large", error=message)

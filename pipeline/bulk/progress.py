@@ -5,10 +5,23 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-
-from pipeline.bulk.segmenter import Summary
+from dataclasses import dataclass, field
 
 _WINDOW_S = 60.0
+
+
+@dataclass(kw_only=True)
+class Summary:
+    """What a shard came to, for progress and the run's record. Times in seconds."""
+
+    shard: int
+    images: int = 0
+    errors: Counter[str] = field(default_factory=Counter)  # images by kind
+    label_errors: int = 0
+    bytes_read: int = 0
+    wait_s: float = 0.0  # the network waited for pixels
+    infer_s: float = 0.0
+    committed: bool = False  # False: another writer was first
 
 
 class Progress:

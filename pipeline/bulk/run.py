@@ -20,9 +20,9 @@ from pipeline.bulk import lease, plan, waves
 from pipeline.bulk.alone import Alone
 from pipeline.bulk.finish import Finish, Outcome
 from pipeline.bulk.plan import Plan
-from pipeline.bulk.progress import Progress
+from pipeline.bulk.progress import Progress, Summary
 from pipeline.bulk.rows import RowMaker
-from pipeline.bulk.segmenter import Summary, Work, checkpoint_fingerprint
+from pipeline.bulk.segmenter import Work, checkpoint_fingerprint
 from pipeline.bulk.settings import Settings
 from pipeline.bulk.waves import Pool, RunStoppedError, photos_of
 from pipeline.data import storage
@@ -78,7 +78,7 @@ def run(settings: Settings, watch: Watch) -> Ended:
         return Ended(
             plan=known, outcome=None, seconds=0.0, images_per_second=None, nothing_to_do=True
         )
-    with lease.held(layout.lease, layout.run_id) as held:
+    with lease.held(layout.lease, layout.run_id, within=layout.results) as held:
         known = known or plan.make(settings, layout, identity)
         return _Run(settings, layout, known, checkpoint, watch, held).to_its_end()
 

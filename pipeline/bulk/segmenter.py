@@ -11,9 +11,8 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ import torch
 from pipeline.bulk.decode import Decoders, Limits, Pixels
 from pipeline.bulk.listing import Listed
 from pipeline.bulk.load import AHEAD_BYTES, Loaded, Loader
+from pipeline.bulk.progress import Summary
 from pipeline.bulk.rows import RowMaker
 from pipeline.bulk.settings import Inference
 from pipeline.data import storage
@@ -49,20 +49,6 @@ class Work:
     batch_images: int
     cpus: int
     gpu: bool
-
-
-@dataclass(kw_only=True)
-class Summary:
-    """What a shard came to, for progress and the run's record. Times in seconds."""
-
-    shard: int
-    images: int = 0
-    errors: Counter[str] = field(default_factory=Counter)  # images by kind
-    label_errors: int = 0
-    bytes_read: int = 0
-    wait_s: float = 0.0  # the network waited for pixels
-    infer_s: float = 0.0
-    committed: bool = False  # False: another writer was first
 
 
 def checkpoint_fingerprint(data: bytes) -> str:
@@ -95,6 +81,7 @@ class Segmenter:
         )
         self._schema = tables.with_footer(tables.IMAGES, self.classes)
         self._streak = _Streak()
+        self._turn = threading.Lock()
 
     def close(self) -> None:
         """Ends the decoder processes and the threads."""
@@ -114,19 +101,23 @@ class Segmenter:
         """The bytes of the shard's file, not written anywhere, and their summary."""
         summary = Summary(shard=shard, images=len(photos))
         rows: dict[str, dict[str, Any]] = {}
-        for batch in self._batches(photos, summary):
-            for loaded, row in zip(batch, self._rows_of_batch(shard, batch, summary), strict=True):
-                rows[loaded.listed.uri] = row
+        stream = _timed(self._loader.stream(photos), summary)
+        # one shard at a time is in the network, so that it is soon done and committed
+        with self._turn:
+            for batch in self._batches(stream, summary):
+                of_batch = self._rows_of_batch(shard, batch, summary)
+                for loaded, row in zip(batch, of_batch, strict=True):
+                    rows[loaded.listed.uri] = row
         ordered = [rows[photo.uri] for photo in photos]
         summary.errors.update(row["error_kind"] for row in ordered if row["status"] == "error")
         summary.label_errors = sum(row.get("label_error") is not None for row in ordered)
         return tables.to_parquet(ordered, self._schema), summary
 
-    def _batches(self, photos: Sequence[Listed], summary: Summary) -> Iterator[list[Loaded]]:
+    def _batches(self, stream: Iterator[Loaded], summary: Summary) -> Iterator[list[Loaded]]:
         """Photos of one size together, failed ones alone; a function of the plan's order only."""
         by_size: dict[tuple[int, ...], list[Loaded]] = {}
         held = 0
-        for loaded in _timed(self._loader.stream(photos), summary):
+        for loaded in stream:
             self._streak.count(loaded)
             summary.bytes_read += loaded.fetched_bytes
             if loaded.image is None:
@@ -164,7 +155,7 @@ class Segmenter:
 
 
 class _Network:
-    """The model on its device, used by one thread at a time."""
+    """The model on its device."""
 
     def __init__(self, model: Any, work: Work) -> None:
         inference = work.inference
@@ -180,19 +171,17 @@ class _Network:
                 threshold_pixels=inference.window_above,
             ),
         }
-        self._one_at_a_time = threading.Lock()
 
     def segment(self, images: list[Pixels]) -> list[tuple[Any, Any] | None]:
         """(mask, confidence) of each image of one size; None where memory does not suffice."""
-        with self._one_at_a_time:
-            try:
-                masks, confidences = predict.segment(self._model, np.stack(images), **self._how)
-            except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                # below: outside of the handler, whose traceback holds the tensors
-            else:
-                return list(zip(masks.numpy(), confidences.numpy(), strict=True))
+        try:
+            masks, confidences = predict.segment(self._model, np.stack(images), **self._how)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            # below: outside of the handler, whose traceback holds the tensors
+        else:
+            return list(zip(masks.numpy(), confidences.numpy(), strict=True))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return [None] if len(images) == 1 else [self.segment([image])[0] for image in images]

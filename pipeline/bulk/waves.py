@@ -24,7 +24,8 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.util.annotations import RayDeprecationWarning
 
 from pipeline.bulk.listing import Listed
-from pipeline.bulk.segmenter import Segmenter, Summary, SystemicError, Work
+from pipeline.bulk.progress import Summary
+from pipeline.bulk.segmenter import Segmenter, SystemicError, Work
 from pipeline.data.storage import StorageError
 
 _CONCURRENT_SHARDS = 2  # one is fetched and decoded while the other is in the network

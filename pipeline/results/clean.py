@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import groupby
-from pathlib import Path
 
 from pipeline.data import storage
 from pipeline.results import layout
@@ -76,11 +75,10 @@ def delete(results: str, objects: Iterable[storage.Object]) -> None:
         for _, group in groupby(objects, lambda item: folder_of(results, item)):
             uris = [item.uri for item in group]
             # alone, because the order within plans counts: plan.json comes first
-            storage.delete(uris[:1])
+            storage.delete(uris[:1], within=results)
             rest = uris[1:]
             chunks = [rest[i : i + _CHUNK_OBJECTS] for i in range(0, len(rest), _CHUNK_OBJECTS)]
-            list(pool.map(storage.delete, chunks))
-            _remove_empty_folders(results, uris)
+            list(pool.map(lambda chunk: storage.delete(chunk, within=results), chunks))
 
 
 def folder_of(results: str, item: storage.Object) -> str:
@@ -140,14 +138,3 @@ def _is_old(item: storage.Object) -> bool:
     with suppress(FileNotFoundError):
         return os.path.getmtime(item.uri) < time.time() - FRESH_S
     return False  # its writer lives, and is done with it
-
-
-def _remove_empty_folders(results: str, uris: Sequence[str]) -> None:
-    """Removes local folders that held the objects and now hold nothing; S3 has no folders."""
-    if storage.filesystem(results) is not None:
-        return
-    folders = {str(parent) for uri in uris for parent in Path(uri).parents}
-    inside = [folder for folder in folders if folder.startswith(f"{results}/")]
-    for folder in sorted(inside, key=len, reverse=True):
-        with suppress(OSError):  # it is not empty
-            os.rmdir(folder)

@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,38 +18,34 @@ from pipeline.data import storage
 
 _OFFLINE = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
 
-_REMOTE_THREADS = 16
-"""Most of a query over many small remote files is waiting for answers."""
-
-_REMOTE_BLOCK_BYTES = 128 * 1024
-"""Fetched ahead of a read: a footer comes whole, a skipped row group does not."""
+_READ_AHEAD_BYTES = 2**20
+"""Of remote files: neighbouring columns come with one request, skipped row groups do not."""
 
 
 def connect(
-    results: str, objects: Iterable[storage.Object], *, memory_limit: str | None = None
+    results: str, files: Iterable[storage.Object], *, memory_limit: str | None = None
 ) -> duckdb.DuckDBPyConnection:
-    """An in-memory DuckDB that can read these objects below `results`, and needs no network else.
+    """An in-memory DuckDB that can read these files below `results`, and fetches nothing else.
 
     Beyond `memory_limit` ("2GB") queries spill to the temporary folder.
     """
-    spill = os.path.join(tempfile.gettempdir(), f"duckdb-{secrets.token_hex(8)}")
-    settings: dict[str, str | bool | int | float | list[str]] = {**_OFFLINE}
-    settings["temp_directory"] = spill
-    if memory_limit:
-        settings["memory_limit"] = memory_limit
+    settings: dict[str, str | bool | int | float | list[str]] = {
+        **_OFFLINE,
+        "temp_directory": os.path.join(tempfile.gettempdir(), f"duckdb-{secrets.token_hex(8)}"),
+        **({"memory_limit": memory_limit} if memory_limit else {}),
+    }
     con = duckdb.connect(":memory:", config=settings)
-    con.execute("SET TimeZone = 'UTC'")
+    con.execute("SET TimeZone = 'UTC'; SET parquet_metadata_cache = true")
     if (remote := storage.filesystem(results)) is not None:
-        con.register_filesystem(_Listed(remote, {item.uri: item.size for item in objects}))
-        con.execute(f"SET threads = {max(_REMOTE_THREADS, os.cpu_count() or 1)}")
+        con.register_filesystem(_Listed(remote, files))
     return con
 
 
 def select(
-    con: duckdb.DuckDBPyConnection, schema: pa.Schema, objects: Iterable[storage.Object]
+    con: duckdb.DuckDBPyConnection, schema: pa.Schema, files: Iterable[storage.Object]
 ) -> str:
     """A SELECT of the schema's columns of all rows of the files, be there any or none."""
-    if uris := [_escaped(item.uri) for item in objects]:
+    if uris := [_escaped(item.uri) for item in files]:
         listed = ", ".join(map(quoted, uris))
         columns = ", ".join(schema.names)
         return f"SELECT {columns} FROM read_parquet([{listed}], hive_partitioning = false)"
@@ -79,11 +75,11 @@ class _Listed(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec ships 
 
     cachable = False
 
-    def __init__(self, remote: Any, sizes: Mapping[str, int]) -> None:
+    def __init__(self, remote: Any, files: Iterable[storage.Object]) -> None:
         super().__init__()
         self.protocol = remote.protocol
         self._remote = remote
-        self._sizes = sizes
+        self._sizes = {item.uri: item.size for item in files}
 
     def glob(self, path: str, **_: object) -> list[str]:
         return [path] if path in self._sizes else []
@@ -97,5 +93,7 @@ class _Listed(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec ships 
         return datetime.fromtimestamp(0, UTC)  # never: a result's file is written once
 
     def open(self, path: str, mode: str = "rb", **_: object) -> Any:
-        size = self.info(path)["size"]
-        return self._remote.open(path, mode, block_size=_REMOTE_BLOCK_BYTES, size=size)
+        found = self.info(path)
+        file = self._remote.open(path, mode, block_size=_READ_AHEAD_BYTES, size=found["size"])
+        file.details = found  # or it would ask
+        return file

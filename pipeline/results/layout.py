@@ -20,7 +20,7 @@ FOLDERS = ("images", "classes", "done", "runs", "plans", "singles", "leases")
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 _SHARD = re.compile(r"shard-(\d{6,})\.parquet\Z")
-_RUN = re.compile(r"run=([A-Za-z0-9][A-Za-z0-9._-]{0,99}?)(?:\.parquet|\.json|/|\Z)")
+_RUN = re.compile(r"run=([A-Za-z0-9][A-Za-z0-9._-]{0,99}?)(?:\.parquet\Z|\.json\Z|/|\Z)")
 
 
 def check_run_id(run_id: str) -> None:

@@ -8,26 +8,14 @@ few row groups; unfinished runs answer from the nested column of their images.
 from __future__ import annotations
 
 import json
-import os
-import re
-import secrets
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any
+from datetime import datetime
 
 import duckdb
-import fsspec
-import pyarrow as pa
 
 from pipeline.data import storage
-from pipeline.results import layout, tables
-
-_OFFLINE = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
-
-_READ_AHEAD_BYTES = 2**20
-"""Of remote files: neighbouring columns come with one request, skipped row groups do not."""
+from pipeline.results import files, layout, tables
 
 
 def connect(uri: str, *, memory_limit: str | None = None) -> duckdb.DuckDBPyConnection:
@@ -46,15 +34,7 @@ def connect(uri: str, *, memory_limit: str | None = None) -> duckdb.DuckDBPyConn
     """
     results = storage.normalise(uri)
     snapshot = _look(results)
-    settings: dict[str, str | bool | int | float | list[str]] = {
-        **_OFFLINE,
-        "temp_directory": os.path.join(tempfile.gettempdir(), f"duckdb-{secrets.token_hex(8)}"),
-        **({"memory_limit": memory_limit} if memory_limit else {}),
-    }
-    con = duckdb.connect(":memory:", config=settings)
-    con.execute("SET TimeZone = 'UTC'; SET parquet_metadata_cache = true")
-    if (remote := storage.filesystem(results)) is not None:
-        con.register_filesystem(_Listed(remote, snapshot.files))
+    con = files.connect(results, snapshot.files, memory_limit=memory_limit)
     for name, select in _views(con, snapshot).items():
         con.execute(f"CREATE VIEW {name} AS {select}")
     return con
@@ -122,29 +102,16 @@ def _started(run: layout.RunLayout) -> datetime | None:
 
 def _views(con: duckdb.DuckDBPyConnection, snapshot: _Snapshot) -> dict[str, str]:
     """The SELECT behind each view, in an order in which each finds those that it uses."""
-    images = _select(con, tables.IMAGES, snapshot.images)
-    finished = _select(con, tables.CLASSES, snapshot.classes)
-    unfinished = _unnested(_select(con, tables.IMAGES, snapshot.unfinished))
+    images = files.select(con, tables.IMAGES, snapshot.images)
+    finished = files.select(con, tables.CLASSES, snapshot.classes)
+    unfinished = _unnested(files.select(con, tables.IMAGES, snapshot.unfinished))
     return {
         "images": images,
         "classes": f"{finished} UNION ALL {unfinished}" if snapshot.unfinished else finished,
-        "runs": _select(con, tables.RUNS, snapshot.records),
+        "runs": files.select(con, tables.RUNS, snapshot.records),
         "latest": _latest(snapshot.started),
         "iou": _IOU,
     }
-
-
-def _select(
-    con: duckdb.DuckDBPyConnection, schema: pa.Schema, files: Iterable[storage.Object]
-) -> str:
-    """The schema's columns of all rows of the files, be there any or none."""
-    if uris := [_escaped(item.uri) for item in files]:
-        listed = ", ".join(map(_quoted, uris))
-        columns = ", ".join(schema.names)
-        return f"SELECT {columns} FROM read_parquet([{listed}], hive_partitioning = false)"
-    types = con.from_arrow(schema.empty_table()).types
-    nulls = zip(types, schema.names, strict=True)
-    return f"SELECT {', '.join(f'NULL::{kind} AS {name}' for kind, name in nulls)} WHERE false"
 
 
 def _unnested(images: str) -> str:
@@ -158,8 +125,8 @@ def _unnested(images: str) -> str:
 def _latest(unfinished: Mapping[str, datetime | None]) -> str:
     starts = ["SELECT run_id, started_at FROM runs"]
     for run_id, started in unfinished.items():
-        at = _quoted(started.isoformat()) if started else "NULL"
-        starts.append(f"SELECT {_quoted(run_id)}, {at}::TIMESTAMPTZ")
+        at = files.quoted(started.isoformat()) if started else "NULL"
+        starts.append(f"SELECT {files.quoted(run_id)}, {at}::TIMESTAMPTZ")
     return f"""
         WITH ages AS (
             SELECT run_id, row_number() OVER (ORDER BY started_at NULLS FIRST, run_id) AS age
@@ -179,47 +146,3 @@ _IOU = """
         sum(tp)::BIGINT AS tp, sum(fp)::BIGINT AS fp, sum(fn)::BIGINT AS fn,
         sum(tp)::DOUBLE / nullif(sum(tp + fp + fn), 0)::DOUBLE AS iou
     FROM classes WHERE tp IS NOT NULL GROUP BY run_id, class_id, class_name"""
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _escaped(uri: str) -> str:
-    """The local path as a DuckDB pattern that it alone matches; remote names are no patterns."""
-    if uri.startswith("/"):
-        return re.sub(r"[\[*?]", r"[\g<0>]", uri)
-    return uri
-
-
-class _Listed(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec ships no types
-    """The files of one listing, read through `remote`, each name meaning itself.
-
-    DuckDB asks for size and date of each file several times a query; by itself the remote
-    filesystem would send a request each time (7 a file), and would take names for patterns.
-    """
-
-    cachable = False
-
-    def __init__(self, remote: Any, files: Iterable[storage.Object]) -> None:
-        super().__init__()
-        self.protocol = remote.protocol
-        self._remote = remote
-        self._sizes = {item.uri: item.size for item in files}
-
-    def glob(self, path: str, **_: object) -> list[str]:
-        return [path] if path in self._sizes else []
-
-    def info(self, path: str, **_: object) -> dict[str, object]:
-        if path not in self._sizes:
-            raise FileNotFoundError(path)
-        return {"name": path, "size": self._sizes[path], "type": "file"}
-
-    def modified(self, path: str) -> datetime:
-        return datetime.fromtimestamp(0, UTC)  # never: a result's file is written once
-
-    def open(self, path: str, mode: str = "rb", **_: object) -> Any:
-        found = self.info(path)
-        file = self._remote.open(path, mode, block_size=_READ_AHEAD_BYTES, size=found["size"])
-        file.details = found  # or it would ask
-        return file

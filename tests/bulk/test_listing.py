@@ -114,6 +114,24 @@ def test_what_include_leaves_out_is_counted(tmp_path: Path, settings_for: Settin
         assert (len(list(listing.images())), listing.left_out) == (5, 0)
 
 
+def test_labels_and_results_that_lie_below_the_photos_are_no_photos(
+    tmp_path: Path, settings_for: SettingsFor, listed: ListedBy
+) -> None:
+    _put(str(tmp_path), "1.jpg", "labels/1.png", "labels2/2.jpg", "results/report/overlay.png")
+    found = listed(settings_for(str(tmp_path), images=str(tmp_path)))
+    matched = {storage.relative(str(tmp_path), photo.uri): photo.label_uri for photo in found}
+    assert matched == {"1.jpg": f"{tmp_path}/labels/1.png", "labels2/2.jpg": None}
+
+
+def test_photos_and_labels_may_lie_side_by_side(
+    tmp_path: Path, settings_for: SettingsFor, listed: ListedBy
+) -> None:
+    _put(str(tmp_path), "1.jpg", "1.png", "2.jpg")
+    both = {"images": str(tmp_path), "labels": str(tmp_path), "include": ("*.jpg",)}
+    found = listed(settings_for(str(tmp_path), **both))
+    assert [photo.label_uri for photo in found] == [f"{tmp_path}/1.png", None]
+
+
 @pytest.mark.parametrize("names", [[], ["a.txt", "b.svg"]])
 def test_no_photos_are_refused_saying_where_and_how_many_were_passed_over(
     tmp_path: Path, settings_for: SettingsFor, listed: ListedBy, names: list[str]

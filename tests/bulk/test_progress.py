@@ -6,8 +6,7 @@ from collections import Counter
 
 import pytest
 
-from pipeline.bulk.progress import Progress
-from pipeline.bulk.segmenter import Summary
+from pipeline.bulk.progress import Progress, Summary
 
 
 class Clock:

@@ -62,8 +62,8 @@ def test_iou_of_a_run_equals_counting_the_pixels_of_masks_and_labels(
         both += int((cat & (truth == 8)).sum())
         either += int(((cat | (truth == 8)) & (truth != 255)).sum())
     [(iou,)] = duckdb.execute(
-        f"select c.iou from (select unnest(class_iou) as c from '{tmp_path}/results/runs/*.parquet') "
-        "where c.class_name = 'cat'"
+        "select c.iou from (select unnest(class_iou) as c "
+        f"from '{tmp_path}/results/runs/*.parquet') where c.class_name = 'cat'"
     ).fetchall()
     assert either > 10_000
     assert iou == pytest.approx(both / either, abs=1e-12)

@@ -126,10 +126,13 @@ def write(uri: str, data: bytes) -> None:
     _backend(uri).write(uri, data)
 
 
-def delete(uris: list[str]) -> None:
-    """Deletes the objects; those that are gone already are fine."""
+def delete(uris: list[str], *, within: str | None = None) -> None:
+    """Deletes the objects; those that are gone already are fine.
+
+    Local folders that become empty go too, up to and including `within`.
+    """
     if uris:
-        _backend(uris[0]).delete(uris)
+        _backend(uris[0]).delete(uris, within)
 
 
 def leftovers(prefix: str) -> list[str]:

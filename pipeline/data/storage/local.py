@@ -13,11 +13,13 @@ import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from pipeline.data.storage.base import PAGE_OBJECTS, Object, StorageError, check_size
 
 logger = logging.getLogger(__name__)
 
+_PRUNED_AT_MOST = 10
 _TEMPORARY = re.compile(r"\.[^/]*\.[0-9a-f]{16}\.tmp\Z")
 
 
@@ -121,8 +123,7 @@ def _temporary(path: str, data: bytes) -> Iterator[str]:
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(8)}.tmp")
     try:
-        os.makedirs(folder, exist_ok=True)
-        with open(temporary, "xb") as file:
+        with _open_new(temporary) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -134,6 +135,15 @@ def _temporary(path: str, data: bytes) -> Iterator[str]:
             os.unlink(temporary)
 
 
+def _open_new(path: str) -> BinaryIO:
+    """A new file in a folder that is made for it, even while another process prunes folders."""
+    for _ in range(_PRUNED_AT_MOST):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            return open(path, "xb")
+    raise FileNotFoundError(2, "its folder vanishes", path)
+
+
 def _sync_folder(path: str) -> None:
     descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
     try:
@@ -142,19 +152,23 @@ def _sync_folder(path: str) -> None:
         os.close(descriptor)
 
 
-def delete(paths: list[str]) -> None:
+def delete(paths: list[str], within: str | None) -> None:
     """Deletes the files; those that are gone already are fine.
 
-    Folders exist for their files alone here: two that become empty go with them.
+    Folders that become empty go too, from the files' own up to `within`.
     """
     for path in paths:
         try:
             Path(path).unlink(missing_ok=True)
         except OSError as error:
             raise _translate(path, error) from error
-        with contextlib.suppress(OSError):
-            os.rmdir(os.path.dirname(path))
-            os.rmdir(os.path.dirname(os.path.dirname(path)))
+        for folder in Path(path).parents if within else ():
+            if not folder.is_relative_to(within or ""):
+                break
+            try:
+                folder.rmdir()
+            except OSError:
+                break  # it is not empty
 
 
 def leftovers(path: str) -> list[str]:

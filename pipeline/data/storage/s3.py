@@ -134,8 +134,8 @@ def write(uri: str, data: bytes) -> None:
     _call(uri, "put_object", {"Bucket": bucket, "Key": key, "Body": data})
 
 
-def delete(uris: list[str]) -> None:
-    """Deletes the objects; those that are gone already are fine."""
+def delete(uris: list[str], within: str | None) -> None:
+    """Deletes the objects; those that are gone already are fine. There are no folders."""
     for uri in uris:  # one by one: not every server has the bulk call
         bucket, key = split(uri)
         _call(uri, "delete_object", {"Bucket": bucket, "Key": key})
