@@ -45,13 +45,14 @@ class Progress:
         self.errors.update(summary.errors)
         self.bytes_read += summary.bytes_read
         self._recent.append((self._clock(), self.images_now))
-        # two points at least, so that slow shards still give a rate
-        while len(self._recent) > 2 and self._clock() - self._recent[0][0] > _WINDOW_S:
+        # the oldest point stays until the next one is a window old: slow shards give a rate too
+        while len(self._recent) > 2 and self._clock() - self._recent[1][0] >= _WINDOW_S:
             self._recent.popleft()
 
     @property
     def images_done(self) -> int:
-        return self.images_before + self.images_now
+        """At most all: what was done before is known by the shard, not by the image."""
+        return min(self.images, self.images_before + self.images_now)
 
     @property
     def seconds(self) -> float:

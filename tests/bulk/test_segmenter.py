@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from pipeline.bulk.listing import Listed
-from pipeline.bulk.segmenter import Segmenter, Summary, Work
+from pipeline.bulk.progress import Summary
+from pipeline.bulk.segmenter import Segmenter, Work
 from pipeline.bulk.settings import Inference, Settings
 from pipeline.data import storage
 from pipeline.data.labels import VOC
