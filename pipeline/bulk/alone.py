@@ -40,10 +40,11 @@ class AloneStage:
     """The actor: a segmenter that is given one photo at a time."""
 
     def __init__(self, work: Work) -> None:
-        self._segmenter = Segmenter(work)
+        self._work = work
 
-    def node(self) -> str:
-        """The id of the node that this process runs on."""
+    def start(self) -> str:
+        """Makes the segmenter; the id of the node that this process runs on."""
+        self._segmenter = Segmenter(self._work)
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
@@ -60,6 +61,7 @@ class Alone:
         self._rows = rows
         self._schema = tables.with_footer(tables.IMAGES, rows.classes)
         self._actor: Any = None
+        self._node: str | None = None  # None until the actor's segmenter stands
         self._stage = ray.remote(AloneStage).options(
             num_cpus=pool.cpus, num_gpus=pool.gpus, max_restarts=0, max_task_retries=0
         )
@@ -94,23 +96,24 @@ class Alone:
     def _file_of(self, shard: int, photo: Listed) -> bytes:
         deaths = 0
         for _ in range(TRIES):
-            if self._actor is None:
-                self._actor = self._stage.remote(self._work)
-            node = None
             try:
-                node = ray.get(self._actor.node.remote())
+                if self._actor is None:
+                    self._actor = self._stage.remote(self._work)
+                    self._node = ray.get(self._actor.start.remote())
                 data: bytes = ray.get(self._actor.file_of.remote(shard, photo), timeout=DEADLINE_S)
             except ray.exceptions.GetTimeoutError:
                 self.close()
                 return self._condemned(shard, photo, "timeout", f"no mask within {DEADLINE_S:g} s")
             except ray.exceptions.RayActorError as error:
-                self._actor = None
+                self._actor, node, self._node = None, self._node, None
                 if node is not None and _is_alive(node):
                     deaths += 1
                     logger.warning("the process died with %r alone on it: %s", photo.uri, error)
                 if deaths == DEATHS:
                     message = f"its process died {DEATHS} times with nothing else on it"
                     return self._condemned(shard, photo, "worker_died", message)
+            except ray.exceptions.RayError as error:  # a bug, or a fault of the system
+                raise RunStoppedError(str(error).strip().splitlines()[-1]) from error
             else:
                 return data
         raise RunStoppedError(f"no process lives long enough to segment {photo.uri}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import array
 import json
+import math
 import mmap
 import os
 import queue
@@ -31,6 +32,7 @@ from pipeline.data.labels import Classes
 Pixels = npt.NDArray[np.uint8]
 
 _MESSAGE_BYTES = 65536
+_MAPPED_FROM_BYTES = 4 * 2**20
 
 
 class DecodeError(ValueError):
@@ -98,7 +100,7 @@ class _Child:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.bulk.decode_child", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "pipeline.bulk.decode_child", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=_environment(),
@@ -180,9 +182,17 @@ def receive(source: socket.socket) -> tuple[dict[str, Any], int]:
 
 
 def _mapped(descriptor: int, shape: tuple[int, ...]) -> Pixels:
-    """The memory behind the descriptor as an array, without a copy; read-only."""
+    """The memory behind the descriptor as an array, read-only; large ones without a copy.
+
+    A mapping holds a descriptor, so small ones are copied: there may be thousands of them.
+    """
+    size = math.prod(shape)
     try:
+        if size < _MAPPED_FROM_BYTES:
+            return np.frombuffer(os.pread(descriptor, size, 0), np.uint8).reshape(shape)
         memory = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+    except OSError as error:
+        raise DecodeError("out_of_memory", f"no address space for {size} bytes") from error
     finally:
         os.close(descriptor)
     return np.frombuffer(memory, np.uint8).reshape(shape)

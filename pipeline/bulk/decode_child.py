@@ -7,7 +7,6 @@ the interpreter's lock, so that no hung decoder outlives its parent.
 
 from __future__ import annotations
 
-import mmap
 import os
 import resource
 import signal
@@ -73,11 +72,9 @@ def _answer(
 
 
 def _content(descriptor: int) -> bytes:
-    size = os.fstat(descriptor).st_size
-    if size == 0:
-        return b""
-    with mmap.mmap(descriptor, size, prot=mmap.PROT_READ) as memory:
-        return memory[:]
+    with open(descriptor, "rb", buffering=0, closefd=False) as file:
+        file.seek(0)  # the position is shared with who wrote it
+        return file.readall()
 
 
 def _silence_libraries() -> None:

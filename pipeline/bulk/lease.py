@@ -126,9 +126,9 @@ def _read(uri: str) -> dict[str, Any]:
 
 
 def _boot() -> str:
-    """Tells this machine, since it was started, from every other one."""
+    """Where a process id means one process: this container, this machine since it was started."""
     with open("/proc/sys/kernel/random/boot_id") as file:
-        return file.read().strip()
+        return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:

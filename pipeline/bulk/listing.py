@@ -48,6 +48,7 @@ class Listed(NamedTuple):
     bytes: int
     label_uri: str | None
     label_etag: str | None
+    label_bytes: int | None = None
 
 
 class Listing:
@@ -74,8 +75,8 @@ class Listing:
         self._check_labels()
         self._con.execute(
             "create view listed as select photo.uri, photo.etag, photo.bytes, "
-            "label.uri as label_uri, label.etag as label_etag from photo left join label "
-            "using (stem)"
+            "label.uri as label_uri, label.etag as label_etag, label.bytes as label_bytes "
+            "from photo left join label using (stem)"
         )
         self._con.execute("create view wanted as " + self._wanted())
         return self
@@ -93,11 +94,13 @@ class Listing:
 
     def _photos(self) -> Iterator[tuple[str, str, int, str]]:
         prefix, included = self._settings.images, self._settings.included
-        own = storage.join(self._settings.results, "")  # results may lie below the photos
+        # results and labels may lie below the photos
+        places = filter(None, (self._settings.results, self._settings.labels))
+        others = tuple(storage.join(place, "") for place in places if place != prefix)
         found = False
         for item in storage.list_objects(prefix):
             name = storage.relative(prefix, item.uri)
-            if included.match(name) and not item.uri.startswith(own):
+            if included.match(name) and not item.uri.startswith(others):
                 found = True
                 yield (*_row(item), stem(name))
             else:

@@ -6,8 +6,9 @@ pixels by a budget, whatever the sizes of the photos.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -57,34 +58,13 @@ class Loader:
 
     def stream(self, photos: Sequence[Listed]) -> Iterator[Loaded]:
         """The photos with their pixels, in the order given; loading begins with the call."""
-        waiting = deque((photo, self._fetchers.submit(self._fetch, photo)) for photo in photos)
-        decoding: deque[Future[Loaded]] = deque()
-        self._decode_ahead(waiting, decoding, _FIRST_GUESS_BYTES)
-        return self._decoded(waiting, decoding)
+        fetching = [(photo, self._fetchers.submit(self._fetch, photo)) for photo in photos]
+        ahead = _Ahead(fetching, self._decode_later, fewest=self._decoder_count)
+        ahead.advance()
+        return iter(ahead)
 
-    def _decoded(
-        self, waiting: deque[tuple[Listed, Fetching]], decoding: deque[Future[Loaded]]
-    ) -> Iterator[Loaded]:
-        guess = _FIRST_GUESS_BYTES
-        while waiting or decoding:
-            self._decode_ahead(waiting, decoding, guess)
-            loaded = decoding.popleft().result()
-            guess = max(guess, _size(loaded))
-            yield loaded
-
-    def _decode_ahead(
-        self,
-        waiting: deque[tuple[Listed, Fetching]],
-        decoding: deque[Future[Loaded]],
-        guess: int,
-    ) -> None:
-        while waiting and self._may_decode(decoding, guess):
-            photo, fetched = waiting.popleft()
-            decoding.append(self._decoding.submit(self._decode, photo, fetched))
-
-    def _may_decode(self, decoding: deque[Future[Loaded]], guess: int) -> bool:
-        held = sum(_size(each.result()) if each.done() else guess for each in decoding)
-        return len(decoding) < self._decoder_count or held + guess <= AHEAD_BYTES
+    def _decode_later(self, photo: Listed, fetched: Fetching) -> Future[Loaded]:
+        return self._decoding.submit(self._decode, photo, fetched)
 
     def _fetch(self, photo: Listed) -> Fetched:
         """Raises StorageError where the photo cannot be read."""
@@ -93,6 +73,9 @@ class Loader:
         image = storage.read(photo.uri, photo.etag)
         if photo.label_uri is None:
             return image, None
+        if (photo.label_bytes or 0) > self._max_object_bytes:
+            limit = f"{photo.label_bytes} bytes are over the limit of {self._max_object_bytes}"
+            return image, storage.StorageError("access", f"label {photo.label_uri}: {limit}")
         try:
             return image, storage.read(photo.label_uri, photo.label_etag)
         except storage.StorageError as error:
@@ -102,18 +85,22 @@ class Loader:
         if photo.bytes > self._max_object_bytes:
             message = f"{photo.bytes} bytes are over the limit of {self._max_object_bytes}"
             return Loaded(listed=photo, error_kind="too_large", error=message)
+        fetched_bytes = 0
         try:
             data, label_data = fetched.result()
+            fetched_bytes = len(data) + (len(label_data) if isinstance(label_data, bytes) else 0)
             image = self._decoders.image(data)
         except (storage.StorageError, DecodeError) as error:
-            return Loaded(listed=photo, error_kind=error.kind, error=str(error))
+            return Loaded(
+                listed=photo, error_kind=error.kind, error=str(error), fetched_bytes=fetched_bytes
+            )
         label, label_error = self._label(label_data, (image.shape[0], image.shape[1]))
         return Loaded(
             listed=photo,
             image=image,
             label=label,
             label_error=label_error,
-            fetched_bytes=len(data) + (len(label_data) if isinstance(label_data, bytes) else 0),
+            fetched_bytes=fetched_bytes,
         )
 
     def _label(
@@ -125,6 +112,59 @@ class Loader:
             return (None if data is None else self._decoders.label(data, size)), None
         except DecodeError as error:
             return None, str(error)
+
+
+class _Ahead:
+    """The photos of one shard: those being decoded, within the budget, and those that wait.
+
+    Whenever one is decoded or consumed, as many are sent after it as the budget allows; the
+    size of those in work is guessed as the largest one seen.
+    """
+
+    def __init__(
+        self,
+        waiting: Sequence[tuple[Listed, Fetching]],
+        decode: Callable[[Listed, Fetching], Future[Loaded]],
+        *,
+        fewest: int,
+    ) -> None:
+        self._waiting = deque(waiting)
+        self._decoding: deque[Future[Loaded]] = deque()
+        self._decode = decode
+        self._fewest = fewest  # so many are held whatever their sizes
+        self._guess = _FIRST_GUESS_BYTES
+        self._lock = threading.RLock()
+
+    def __iter__(self) -> Iterator[Loaded]:
+        while True:
+            self.advance()
+            with self._lock:
+                if not self._decoding:
+                    return
+                first = self._decoding.popleft()
+            yield first.result()
+
+    def advance(self, _: object = None) -> None:
+        """Sends photos to be decoded, as many as may be held."""
+        with self._lock:
+            while self._waiting and self._has_room():
+                future = self._decode(*self._waiting.popleft())
+                self._decoding.append(future)
+                future.add_done_callback(self.advance)
+
+    def _has_room(self) -> bool:
+        done = [_size(each.result()) for each in self._decoding if _has_pixels(each)]
+        self._guess = max(self._guess, *done, 0)
+        in_work = len(self._decoding) - len(done)
+        if len(self._decoding) < self._fewest:
+            return True
+        # beyond twice the decoders they would only wait, their sizes not yet known
+        held = sum(done) + (in_work + 1) * self._guess
+        return in_work < 2 * self._fewest and held <= AHEAD_BYTES
+
+
+def _has_pixels(each: Future[Loaded]) -> bool:
+    return each.done() and not each.cancelled() and each.exception() is None
 
 
 def _size(loaded: Loaded) -> int:

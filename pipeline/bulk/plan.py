@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -37,6 +38,7 @@ _IMAGE = pa.struct(
         pa.field("bytes", pa.int64()),
         pa.field("label_uri", pa.string()),
         pa.field("label_etag", pa.string()),
+        pa.field("label_bytes", pa.int64()),
     ]
 )
 SHARDS = pa.schema([pa.field("shard", pa.int32()), pa.field("images", pa.list_(_IMAGE))])
@@ -89,17 +91,25 @@ class Plan:
 
 
 def run_id_of(settings: Settings, identity: dict[str, Any]) -> str:
-    """The run id given, or else an unfinished run of the same arguments, or else today's."""
+    """The run id given, or else an unfinished run of the same arguments, or else today's.
+
+    With --only-new, today's next one: another run of the day does what came since the last.
+    """
     if settings.run_id is not None:
         return settings.run_id
     ending = fingerprint({**identity, "checkpoint": settings.checkpoint})[:8]
-    today = RunLayout(results=settings.results, run_id=f"{datetime.now(UTC):%Y-%m-%d}-{ending}")
-    if not storage.exists(f"{today.plan}/plan.json"):
-        for run in _runs_planned(settings.results):
-            layout = RunLayout(results=settings.results, run_id=run)
-            if run.endswith(f"-{ending}") and not storage.exists(layout.record):
-                return run
-    return today.run_id
+    today = f"{datetime.now(UTC):%Y-%m-%d}-{ending}"
+    planned = [run for run in _runs_planned(settings.results) if ending in run.split("-")[3:4]]
+    unfinished = [run for run in planned if not _is_finished(settings.results, run)]
+    if unfinished:
+        return today if today in unfinished else unfinished[0]
+    if not settings.only_new or today not in planned:
+        return today
+    return next(run for n in itertools.count(2) if (run := f"{today}-{n}") not in planned)
+
+
+def _is_finished(results: str, run_id: str) -> bool:
+    return storage.exists(RunLayout(results=results, run_id=run_id).record)
 
 
 def _runs_planned(results: str) -> Iterator[str]:

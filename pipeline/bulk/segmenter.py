@@ -33,6 +33,10 @@ FAILURES_IN_A_ROW = 50
 """So many photos in a row that fail in one way which is not theirs are a fault of the system."""
 
 
+_OBJECTS_OWN = ("vanished", "changed")
+"""What a healthy storage says of an object that was deleted or replaced after the plan."""
+
+
 class SystemicError(RuntimeError):
     """Nothing is to be gained by going on: the run stops, and can be continued."""
 
@@ -65,7 +69,7 @@ class Segmenter:
         if checkpoint_fingerprint(data) != work.model:
             raise SystemicError(f"{work.checkpoint} was replaced after the run was planned")
         torch.set_num_threads(work.cpus)
-        model, self.classes = weights.load(work.checkpoint)
+        model, self.classes = weights.load(work.checkpoint, data=data)
         # the children start before CUDA does
         limits = Limits(max_pixels=work.inference.max_pixels)
         self.decoders = Decoders(work.cpus, limits, self.classes)
@@ -80,7 +84,7 @@ class Segmenter:
             classes=self.classes,
         )
         self._schema = tables.with_footer(tables.IMAGES, self.classes)
-        self._streak = _Streak()
+        self._streak, self._network_streak = _Streak(), _Streak()
         self._turn = threading.Lock()
 
     def close(self) -> None:
@@ -118,7 +122,7 @@ class Segmenter:
         by_size: dict[tuple[int, ...], list[Loaded]] = {}
         held = 0
         for loaded in stream:
-            self._streak.count(loaded)
+            self._streak.count(loaded.error_kind, loaded.error)
             summary.bytes_read += loaded.fetched_bytes
             if loaded.image is None:
                 yield [loaded]
@@ -149,8 +153,10 @@ class Segmenter:
         for loaded, result in zip(batch, results, strict=True):
             if result is None:
                 message = "the network does not fit into memory with this photo"
+                self._network_streak.count("out_of_memory", message)
                 yield self._rows.error(shard, loaded.listed, "out_of_memory", message)
             else:
+                self._network_streak.count(None)
                 yield self._rows.ok(shard, loaded, *result)
 
 
@@ -200,16 +206,15 @@ class _Streak:
         self._kind: str | None = None
         self._length = 0
 
-    def count(self, loaded: Loaded) -> None:
+    def count(self, kind: str | None, error: str | None = None) -> None:
         """Raises SystemicError at `FAILURES_IN_A_ROW`."""
-        kind = loaded.error_kind
-        if kind is None or kind in tables.PERMANENT_ERRORS:
+        if kind is None or kind in tables.PERMANENT_ERRORS or kind in _OBJECTS_OWN:
             self._kind, self._length = None, 0
             return
         self._length = self._length + 1 if kind == self._kind else 1
         self._kind = kind
         if self._length >= FAILURES_IN_A_ROW:
-            raise SystemicError(f"{self._length} photos in a row failed ({kind}): {loaded.error}")
+            raise SystemicError(f"{self._length} photos in a row failed ({kind}): {error}")
 
 
 def _timed(stream: Iterator[Loaded], summary: Summary) -> Iterator[Loaded]:

@@ -42,6 +42,7 @@ class Inference:
             raise ValueError(
                 f"--scales {' '.join(map(str, self.scales))}: each must be over 0 and at most 8"
             )
+        object.__setattr__(self, "scales", tuple(map(float, self.scales)))
         if self.output_stride not in (None, 4, 8, 16, 32):
             raise ValueError(f"--output-stride {self.output_stride}: take 4, 8, 16 or 32")
         if not 0 <= self.window_overlap < self.window:
@@ -103,8 +104,8 @@ class Settings:
             raise ValueError(f"--actors {self.actors[0]} {self.actors[1]}: take 1 <= MIN <= MAX")
         if not 0 <= self.max_error_fraction <= 1:
             raise ValueError(f"--max-error-fraction {self.max_error_fraction} is not in 0 to 1")
-        if self.gpus_per_actor < 0:
-            raise ValueError(f"--gpus-per-actor {self.gpus_per_actor} is negative")
+        if not 0 <= self.gpus_per_actor < float("inf"):
+            raise ValueError(f"--gpus-per-actor {self.gpus_per_actor}: must be 0 or more")
         _check_positive(
             self, "limit", "shard_images", "shard_bytes", "cpus_per_actor", "batch_images"
         )

@@ -39,15 +39,18 @@ def load(
     reset_classifier: bool = False,
     output_stride: int | None = None,
     atrous_rates: tuple[int, ...] | None = None,
+    data: bytes | None = None,
 ) -> tuple[DeepLabV3, Classes]:
     """The network in `uri` (eval mode, fp32, CPU) and its classes.
 
+    `data` are the file's bytes where the caller has read them, to know which file it was.
     `num_classes` is what the caller needs; where the file differs it is refused, or, with
     `reset_classifier`, the last layers get fresh weights. `output_stride` and `atrous_rates` (at
     output stride 16) replace what the file or its layout's default says. Raises CheckpointError
     where the file is no checkpoint or fits no network, ValueError for arguments that do not fit.
     """
-    config, classes, state = _open(uri, atrous_rates)
+    data = _read(uri) if data is None else data
+    config, classes, state = _open(data, uri, atrous_rates)
     if num_classes is not None and num_classes != config.num_classes:
         if not reset_classifier:
             raise CheckpointError(
@@ -116,8 +119,10 @@ def _read(uri: str) -> bytes:
     return storage.read(storage.normalise(uri))
 
 
-def _open(uri: str, atrous_rates: tuple[int, ...] | None) -> tuple[ModelConfig, Classes, State]:
-    file = parse(_read(uri), name=uri)
+def _open(
+    data: bytes, uri: str, atrous_rates: tuple[int, ...] | None
+) -> tuple[ModelConfig, Classes, State]:
+    file = parse(data, name=uri)
     if METADATA_KEY in file.metadata:
         config, classes = _described(file, uri)
         if atrous_rates is not None:

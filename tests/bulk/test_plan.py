@@ -204,3 +204,19 @@ def test_an_unfinished_run_of_the_same_arguments_is_continued_and_a_finished_one
     storage.write(before.record, b"finished")
     assert plan.run_id_of(settings, identity) == today
     assert plan.run_id_of(replace(settings, run_id="mine"), identity) == "mine"
+
+
+def test_only_new_runs_again_on_the_same_day_under_a_name_of_its_own(
+    tmp_path: Path, fill: Fill, settings_for: SettingsFor
+) -> None:
+    fill(str(tmp_path), 1)
+    settings = replace(settings_for(str(tmp_path), only_new=True), run_id=None)
+    identity = settings.identity(model="m")
+    names = []
+    for _ in range(3):
+        layout = RunLayout(results=settings.results, run_id=plan.run_id_of(settings, identity))
+        plan.make(settings, layout, identity)
+        assert plan.run_id_of(settings, identity) == layout.run_id  # continued until it is done
+        storage.write(layout.record, b"done")
+        names.append(layout.run_id)
+    assert names[1:] == [f"{names[0]}-2", f"{names[0]}-3"]

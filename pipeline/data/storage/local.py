@@ -57,7 +57,7 @@ def _walk(path: str) -> Iterator[os.DirEntry[str]]:
     for entry in sorted(found, key=lambda entry: entry.name):
         if entry.is_dir():
             yield from _walk(entry.path)
-        elif not is_temporary(entry.name):
+        elif entry.is_file() and not is_temporary(entry.name):
             yield entry
 
 
