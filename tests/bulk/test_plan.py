@@ -207,7 +207,7 @@ def test_an_unfinished_run_of_the_same_arguments_is_continued_and_a_finished_one
 
 
 def test_only_new_runs_again_on_the_same_day_under_a_name_of_its_own(
-    tmp_path: Path, fill: Fill, settings_for: SettingsFor
+    tmp_path: Path, fill: Any, settings_for: SettingsFor
 ) -> None:
     fill(str(tmp_path), 1)
     settings = replace(settings_for(str(tmp_path), only_new=True), run_id=None)

@@ -1,0 +1,77 @@
+"""`ray job submit` as README has it, to a Ray that asks for a token."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.demo.photos import photos
+
+ROOT = Path(__file__).parents[2]
+RAY = str(Path(sysconfig.get_path("scripts")) / "ray")
+CHECKPOINT = "jobs/demo/tfzoo-voc-mobilenetv2.safetensors"
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment that leads to a head node of this test's own."""
+    (tmp_path / "token").write_text("t" * 64)
+    environment = {**os.environ, "RAY_AUTH_MODE": "token"}
+    environment |= {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    environment.pop("RAY_ADDRESS", None)
+    port, dashboard = _free_port(), _free_port()
+    command = [RAY, "start", "--head", "--block", "--num-cpus=3", "--disable-usage-stats"]
+    command += ["--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}"]
+    with (tmp_path / "head.log").open("w") as log:
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        while "Ray runtime started" not in (tmp_path / "head.log").read_text():
+            assert process.poll() is None, (tmp_path / "head.log").read_text()
+            time.sleep(0.2)
+        yield {**environment, "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+        process.send_signal(signal.SIGTERM)  # with --block it ends what it started
+        process.wait(timeout=60)
+
+
+def test_a_submitted_job_gives_its_rows_and_its_exit_code(
+    head: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "chelsea.png").write_bytes(photos()["chelsea.png"])
+    job = ["python", "jobs/segment.py", "--images", f"{tmp_path}/photos"]
+    job += ["--results", f"{tmp_path}/results", "--checkpoint", CHECKPOINT, "--run-id", "job"]
+    submit = [RAY, "job", "submit", "--working-dir", ".", "--", *job]
+    good = _run(submit, head)
+    assert good.returncode == 0, good.stdout + good.stderr
+    assert "segment finished run=job images=1 ok=1" in good.stdout
+    rows = pq.read_table(f"{tmp_path}/results/images/run=job/shard-000000.parquet").to_pylist()
+    assert [row["status"] for row in rows] == ["ok"]
+    assert "cat" in {each["class_name"] for each in rows[0]["classes"]}
+    bad = _run([*submit, "--scales", "0"], head)
+    assert bad.returncode != 0
+    assert "--scales 0.0: each must be over 0" in bad.stdout
+
+
+def _run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
