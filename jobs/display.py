@@ -61,6 +61,7 @@ class Display:
 
     def _print_line(self) -> None:
         if (progress := self._latest) is not None:
+            progress.look()
             done, total = progress.images_done, progress.images
             counted = f"{done} of {total} images ({done / max(1, total):.0%})"
             after = duration(progress.seconds)
@@ -81,7 +82,7 @@ def _facts(progress: Progress) -> str:
         [
             f"{progress.images_per_second:.1f} images/s",
             f"{progress.errors.total()} errors",
-            f"{duration(left)} left" if left is not None else "no shard is done yet",
+            f"{duration(left)} left" if left is not None else "starting",
         ]
     )
 

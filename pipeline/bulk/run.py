@@ -5,32 +5,26 @@ Whatever stops a run leaves whole files behind and nothing else; the same comman
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-
 from pipeline.bulk import lease, plan, waves
-from pipeline.bulk.alone import Alone
 from pipeline.bulk.finish import Finish, Outcome
 from pipeline.bulk.plan import Plan
 from pipeline.bulk.progress import Progress, Summary
+from pipeline.bulk.reconcile import Reconciler, shards_done
 from pipeline.bulk.rows import RowMaker
 from pipeline.bulk.segmenter import Work, checkpoint_fingerprint
 from pipeline.bulk.settings import Settings
-from pipeline.bulk.waves import Pool, RunStoppedError, photos_of
+from pipeline.bulk.waves import Pool, RunStoppedError
 from pipeline.data import storage
 from pipeline.data.labels import Classes
 from pipeline.model import weights
-from pipeline.results.layout import RunLayout, shard_number
-
-logger = logging.getLogger(__name__)
+from pipeline.results.layout import RunLayout
 
 _GPU_BATCH, _CPU_BATCH = 8, 1  # on a CPU batches only push each other out of its caches
 
@@ -72,7 +66,7 @@ def run(settings: Settings, watch: Watch) -> Ended:
         plan.check_same(known, identity)
     if settings.dry_run:
         known = known or plan.make(settings, layout, identity, write=False)
-        watch(known, _progress(known, _shards_done(layout), settings))
+        watch(known, _progress(known, shards_done(layout)))
         return Ended(plan=known, outcome=None, seconds=0.0, images_per_second=None)
     if known is not None and storage.exists(layout.record):
         return Ended(
@@ -99,12 +93,7 @@ def _check(settings: Settings) -> _Checkpoint:
     )
 
 
-def _shards_done(layout: RunLayout) -> set[int]:
-    numbers = (shard_number(item.uri) for item in storage.list_objects(layout.images))
-    return {number for number in numbers if number is not None}
-
-
-def _progress(known: Plan, done: set[int], settings: Settings) -> Progress:
+def _progress(known: Plan, done: set[int]) -> Progress:
     # shards are equal but for the last, or where bytes cut them: good enough for a display
     share = len(done) / known.counts.shards if known.counts.shards else 0.0
     return Progress(images=known.counts.images, images_before=round(known.counts.images * share))
@@ -128,7 +117,7 @@ class _Run:
         self._checkpoint = checkpoint
         self._watch = watch
         self._held = held
-        self._progress = _progress(known, _shards_done(layout), settings)
+        self._progress = _progress(known, shards_done(layout))
         self._pool = _pool(settings)
         self._work = Work(
             layout=layout,
@@ -143,8 +132,16 @@ class _Run:
 
     def to_its_end(self) -> Ended:
         self._watch(self._plan, self._progress)
+        rows = RowMaker(
+            run_id=self._layout.run_id,
+            model=self._plan.model,
+            settings=self._plan.settings,
+            classes=self._checkpoint.classes,
+        )
+        reconciler = Reconciler(self._work, self._pool, rows, self._count)
+        self._progress.in_work = reconciler.photos_in_work
         for part in self._plan.parts:
-            self._wave(part)
+            reconciler.complete(part)
         finish = Finish(self._layout, self._plan, self._checkpoint.classes)
         outcome = finish.outcome() if self._plan.counts.images else _NOTHING
         self._check_outcome(outcome)
@@ -165,50 +162,6 @@ class _Run:
             },
         )
         return Ended(plan=self._plan, outcome=outcome, seconds=seconds, images_per_second=rate)
-
-    def _wave(self, part: plan.Part) -> None:
-        """The part's shards, until none is missing."""
-        numbers = range(part.first_shard, part.first_shard + part.shards)
-        if not self._missing(numbers):
-            return
-        shards = plan.read_part(self._layout, part)
-        waves.connect(self._pool)
-        if self._pool.max_actors > 1 and not self._progress.images_done:
-            # one shard by one actor, before the pool grows: what fails at once costs little
-            first = Pool(min_actors=1, max_actors=1, cpus=self._pool.cpus, gpus=self._pool.gpus)
-            self._send(shards.slice(0, 1), first)
-        for one_at_a_time in (False, True):
-            missing = self._missing(numbers)
-            if missing:
-                if one_at_a_time:
-                    logger.warning("%d shards came back from no process; again", len(missing))
-                indices = [number - part.first_shard for number in missing]
-                self._send(shards.take(indices), self._pool, one_at_a_time=one_at_a_time)
-        if missing := self._missing(numbers):
-            self._photo_by_photo(shards.take([number - part.first_shard for number in missing]))
-
-    def _missing(self, numbers: range) -> list[int]:
-        done = _shards_done(self._layout)
-        return [number for number in numbers if number not in done]
-
-    def _send(self, shards: pa.Table, pool: Pool, *, one_at_a_time: bool = False) -> None:
-        summaries = waves.run(self._work, shards, pool, one_at_a_time=one_at_a_time)
-        # closed at once when something is raised here, so that the actors stop
-        with contextlib.closing(summaries):
-            for summary in summaries:
-                self._count(summary)
-
-    def _photo_by_photo(self, shards: pa.Table) -> None:
-        logger.warning("%d shards kill their process; photo by photo now", len(shards))
-        rows = RowMaker(
-            run_id=self._layout.run_id,
-            model=self._plan.model,
-            settings=self._plan.settings,
-            classes=self._checkpoint.classes,
-        )
-        with contextlib.closing(Alone(self._work, self._pool, rows)) as alone:
-            for row in shards.to_pylist():
-                self._count(alone.segment(row["shard"], photos_of(row["images"])))
 
     def _count(self, summary: Summary) -> None:
         """Counts a shard, tells who watches, and stops the run by the rules."""

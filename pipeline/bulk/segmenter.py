@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,16 +92,21 @@ class Segmenter:
         self._loader.close()
         self.decoders.close()
 
-    def segment(self, shard: int, photos: Sequence[Listed]) -> Summary:
+    def segment(
+        self, shard: int, photos: Sequence[Listed], tell: Callable[[int], None] | None = None
+    ) -> Summary:
         """Segments the shard and creates its file; a file that is there already stays.
 
+        `tell` hears how many photos are through, as it goes.
         Raises SystemicError, and StorageError where the results cannot be written.
         """
-        data, summary = self.rows_of(shard, photos)
+        data, summary = self.rows_of(shard, photos, tell)
         summary.committed = storage.create(self._work.layout.shard(shard), data)
         return summary
 
-    def rows_of(self, shard: int, photos: Sequence[Listed]) -> tuple[bytes, Summary]:
+    def rows_of(
+        self, shard: int, photos: Sequence[Listed], tell: Callable[[int], None] | None = None
+    ) -> tuple[bytes, Summary]:
         """The bytes of the shard's file, not written anywhere, and their summary."""
         summary = Summary(shard=shard, images=len(photos))
         rows: dict[str, dict[str, Any]] = {}
@@ -112,6 +117,8 @@ class Segmenter:
                 of_batch = self._rows_of_batch(shard, batch, summary)
                 for loaded, row in zip(batch, of_batch, strict=True):
                     rows[loaded.listed.uri] = row
+                if tell is not None:
+                    tell(len(rows))
         ordered = [rows[photo.uri] for photo in photos]
         summary.errors.update(row["error_kind"] for row in ordered if row["status"] == "error")
         summary.label_errors = sum(row.get("label_error") is not None for row in ordered)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -30,6 +31,7 @@ from pipeline.data.storage import StorageError
 
 _CONCURRENT_SHARDS = 2  # one is fetched and decoded while the other is in the network
 _SHARDS_IN_FLIGHT = 3  # and one more waits at the actor
+_TELL_EVERY_S = 2.0
 
 
 class RunStoppedError(RuntimeError):
@@ -74,10 +76,42 @@ def photos_of(images: list[dict[str, Any]]) -> list[Listed]:
     return [Listed(**image) for image in images]
 
 
+class Board:
+    """An actor that knows how many photos of each shard are through, for who watches the run."""
+
+    def __init__(self) -> None:
+        self._through: dict[int, int] = {}
+
+    def tell(self, shard: int, photos: int) -> None:
+        self._through[shard] = photos
+
+    def forget(self, shard: int) -> None:
+        self._through.pop(shard, None)
+
+    def photos(self) -> int:
+        """Photos of shards that are not forgotten."""
+        return sum(self._through.values())
+
+
+class _Teller:
+    """Tells the board about one shard, not too often."""
+
+    def __init__(self, board: Any, shard: int) -> None:
+        self._board = board
+        self._shard = shard
+        self._next = time.monotonic() + _TELL_EVERY_S
+
+    def __call__(self, photos: int) -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + _TELL_EVERY_S
+            self._board.tell.remote(self._shard, photos)
+
+
 class Stage:
     """The actor: a segmenter, and its words to the driver. No exception leaves it."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, board: Any) -> None:
+        self._board = board
         self._fatal: str | None = None
         try:
             self._segmenter = Segmenter(work)
@@ -93,7 +127,7 @@ class Stage:
         summary, fatal = Summary(shard=shard), self._fatal
         if fatal is None:
             try:
-                summary = self._segmenter.segment(shard, photos)
+                summary = self._segmenter.segment(shard, photos, _Teller(self._board, shard))
             except (SystemicError, StorageError) as error:
                 fatal = str(error)
             except Exception as error:  # a bug: said to the driver, which ends the run
@@ -106,13 +140,14 @@ def run(
     work: Work,
     shards: pa.Table,
     pool: Pool,
+    board: Any,
     *,
     one_at_a_time: bool = False,
 ) -> Generator[Summary, None, None]:
     """Sends the shards through the pool; the summaries of those that come back, as they come.
 
-    With `one_at_a_time` nothing is queued on an actor behind another shard, so that a death
-    costs no other shard. Raises RunStoppedError.
+    `board` is the handle of a `Board`. With `one_at_a_time` nothing is queued on an actor behind
+    another shard, so that a death costs no other shard. Raises RunStoppedError.
     """
     _set_context(len(shards))
     rows = [shards.take([i]) for i in range(len(shards))]  # one block each
@@ -121,7 +156,7 @@ def run(
     warnings.simplefilter("ignore", RayDeprecationWarning)
     summaries = ray.data.from_arrow(rows).map_batches(
         Stage,
-        fn_constructor_args=(work,),
+        fn_constructor_args=(work, board),
         batch_size=1,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
@@ -141,6 +176,7 @@ def run(
             fatal = row.pop("fatal")
             if fatal:
                 raise RunStoppedError(fatal)
+            board.forget.remote(row["shard"])
             yield Summary(**{**row, "errors": Counter(json.loads(row["errors"]))})
     except ray.exceptions.RayError as error:
         raise RunStoppedError(f"Ray gave up: {str(error).splitlines()[0]}") from error

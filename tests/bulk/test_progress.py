@@ -80,3 +80,20 @@ def test_time_left_is_never_negative_where_what_was_before_is_a_guess() -> None:
     progress.add(_shard(64))
     assert progress.seconds_left == 0.0
     assert progress.images_done == 100
+
+
+def test_photos_of_shards_in_work_count_and_the_time_before_the_first_does_not() -> None:
+    clock = Clock()
+    progress = Progress(images=100, images_before=0, clock=clock)
+    clock.now += 20
+    progress.look()
+    assert (progress.images_done, progress.seconds_left) == (0, None)
+    progress.in_work = lambda: 8
+    clock.now += 4
+    progress.look()
+    assert (progress.images_done, progress.images_per_second) == (8, 2.0)
+    assert progress.seconds_left == 46.0
+    progress.in_work = lambda: 0  # the shard's process died
+    clock.now += 1
+    progress.look()
+    assert progress.images_per_second >= 0.0

@@ -1,0 +1,95 @@
+"""A part of the plan is done until nothing is missing, whatever dies.
+
+Waves first; what came back from no process goes again with nothing queued beside it; and what
+then still kills its process goes photo by photo. The results' listing, not anyone's word, says
+what is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from pipeline.bulk import plan, waves
+from pipeline.bulk.alone import Alone
+from pipeline.bulk.plan import Part
+from pipeline.bulk.progress import Summary
+from pipeline.bulk.rows import RowMaker
+from pipeline.bulk.segmenter import Work
+from pipeline.bulk.waves import Pool, photos_of
+from pipeline.data import storage
+from pipeline.results.layout import RunLayout, shard_number
+
+logger = logging.getLogger(__name__)
+
+
+def shards_done(layout: RunLayout) -> set[int]:
+    """The numbers of the shards whose file exists."""
+    numbers = (shard_number(item.uri) for item in storage.list_objects(layout.images))
+    return {number for number in numbers if number is not None}
+
+
+class Reconciler:
+    """Does parts of one plan; `count` is told of every shard that is done, and may stop it."""
+
+    def __init__(
+        self, work: Work, pool: Pool, rows: RowMaker, count: Callable[[Summary], None]
+    ) -> None:
+        self._work = work
+        self._pool = pool
+        self._rows = rows
+        self._count = count
+        self._board: Any = None
+
+    def photos_in_work(self) -> int:
+        """Photos that are through, of shards that are not done."""
+        try:
+            return 0 if self._board is None else ray.get(self._board.photos.remote(), timeout=1)
+        except ray.exceptions.RayError:  # only a display is poorer
+            return 0
+
+    def complete(self, part: Part) -> None:
+        """Does the part's shards until none is missing. Raises RunStoppedError."""
+        done = shards_done(self._work.layout)
+        if self._missing(part, done):
+            shards = plan.read_part(self._work.layout, part)
+            waves.connect(self._pool)
+            self._board = self._board or ray.remote(waves.Board).options(num_cpus=0).remote()
+            if self._pool.max_actors > 1 and not done:
+                # one shard by one actor, before the pool grows: what fails at once costs little
+                self._wave(shards.slice(0, 1), replace(self._pool, min_actors=1, max_actors=1))
+            self._reconcile(part, shards)
+
+    def _reconcile(self, part: Part, shards: pa.Table) -> None:
+        for one_at_a_time in (False, True):
+            missing = self._missing(part, shards_done(self._work.layout))
+            if not missing:
+                return
+            if one_at_a_time:
+                logger.warning("%d shards came back from no process; again", len(missing))
+            self._wave(shards.take(missing), self._pool, one_at_a_time=one_at_a_time)
+        if missing := self._missing(part, shards_done(self._work.layout)):
+            logger.warning("%d shards kill their process; photo by photo now", len(missing))
+            self._photo_by_photo(shards.take(missing))
+
+    def _missing(self, part: Part, done: set[int]) -> list[int]:
+        """Positions in the part of the shards that have no file."""
+        return [i for i in range(part.shards) if part.first_shard + i not in done]
+
+    def _wave(self, shards: pa.Table, pool: Pool, *, one_at_a_time: bool = False) -> None:
+        summaries = waves.run(self._work, shards, pool, self._board, one_at_a_time=one_at_a_time)
+        # closed at once when something is raised here, so that the actors stop
+        with contextlib.closing(summaries):
+            for summary in summaries:
+                self._count(summary)
+
+    def _photo_by_photo(self, shards: pa.Table) -> None:
+        with contextlib.closing(Alone(self._work, self._pool, self._rows)) as alone:
+            for row in shards.to_pylist():
+                self._count(alone.segment(row["shard"], photos_of(row["images"])))
