@@ -36,6 +36,7 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     (tmp_path / "token").write_text("t" * 64)
     environment = {**os.environ, "RAY_AUTH_MODE": "token"}
     environment |= {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    environment["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
     environment.pop("RAY_ADDRESS", None)
     port, dashboard = _free_port(), _free_port()
     command = [RAY, "start", "--head", "--block", "--num-cpus=3", "--disable-usage-stats"]
