@@ -38,9 +38,10 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     environment |= {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
     environment["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
     environment.pop("RAY_ADDRESS", None)
-    port, dashboard = _free_port(), _free_port()
+    port, dashboard, agent = _free_port(), _free_port(), _free_port()
     command = [RAY, "start", "--head", "--block", "--num-cpus=3", "--disable-usage-stats"]
     command += ["--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}"]
+    command += [f"--dashboard-agent-listen-port={agent}"]  # another Ray may have the usual one
     with (tmp_path / "head.log").open("w") as log:
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -62,6 +63,9 @@ def test_a_submitted_job_gives_its_rows_and_its_exit_code(
     job += ["--results", f"{tmp_path}/results", "--checkpoint", CHECKPOINT, "--run-id", "job"]
     submit = [RAY, "job", "submit", "--working-dir", ".", "--", *job]
     good = _run(submit, head)
+    while "No available agent" in good.stderr:  # the head is up before its agent is
+        time.sleep(2)
+        good = _run(submit, head)
     assert good.returncode == 0, good.stdout + good.stderr
     assert "segment finished run=job images=1 ok=1" in good.stdout
     rows = pq.read_table(f"{tmp_path}/results/images/run=job/shard-000000.parquet").to_pylist()
