@@ -1,6 +1,6 @@
-"""Atrous spatial pyramid pooling with image-level features, and the heads that end in logits.
+"""Atrous spatial pyramid pooling with image-level features.
 
-Enters: a backbone's feature map (n, c, h, w). Leaves: logits (n, k, h, w) of the same size.
+Enters: a backbone's feature map (n, c, h, w). Leaves: 256 features (n, 256, h, w) of that size.
 Names are torchvision's: `convs.0` is the 1x1 branch, then the 3x3 branches, pooling last.
 Source: arXiv 1706.05587, Sec. 3.3.
 """
@@ -10,13 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from pipeline.model.config import ModelConfig
 from pipeline.model.convolution import Convolution, convolve
 
 FILTERS = 256
-
-AUXILIARY_DROPOUT = 0.1
-"""torchvision's; it belongs to a head that is left out after training."""
 
 
 class ImagePooling(nn.Sequential):
@@ -33,7 +29,8 @@ class ImagePooling(nn.Sequential):
 class ASPP(nn.Module):
     """The branches side by side, concatenated and projected to 256 channels.
 
-    `pooling_first` puts image-level features first in the concatenation (TensorFlow).
+    `branches` is how many 3x3 branches there are beside the 1x1 branch. `pooling_first` puts
+    image-level features first in the concatenation (TensorFlow).
     """
 
     def __init__(
@@ -76,39 +73,3 @@ class ASPP(nn.Module):
             parts = [parts[-1], *parts[:-1]]
         projected: torch.Tensor = self.project(torch.cat(parts, dim=1))
         return projected
-
-
-class Head(nn.Sequential):
-    """ASPP, in torchvision's style another 3x3 convolution, then 1x1 to logits."""
-
-    def __init__(self, inputs: int, config: ModelConfig) -> None:
-        tensorflow = config.style == "tensorflow"
-        aspp = ASPP(
-            inputs,
-            branches=len(config.atrous_rates),
-            image_pooling=config.image_pooling,
-            dropout=config.dropout,
-            folded=tensorflow,
-            pooling_first=tensorflow,
-        )
-        extra: list[nn.Module] = []
-        if config.style == "torchvision":
-            extra = [*convolve(FILTERS, FILTERS, 3), nn.ReLU()]
-        super().__init__(aspp, *extra, Convolution(FILTERS, config.num_classes, bias=True))
-
-    def arrange(self, rates: Sequence[int]) -> None:
-        """Sets the rates of the 3x3 branches; no weight changes."""
-        aspp = self[0]
-        assert isinstance(aspp, ASPP)
-        aspp.arrange(rates)
-
-
-def auxiliary_head(inputs: int, num_classes: int) -> nn.Sequential:
-    """torchvision's auxiliary FCN head: 3x3 to a quarter of the channels, then 1x1 to logits."""
-    width = inputs // 4
-    return nn.Sequential(
-        *convolve(inputs, width, 3),
-        nn.ReLU(),
-        nn.Dropout(AUXILIARY_DROPOUT),
-        Convolution(width, num_classes, bias=True),
-    )

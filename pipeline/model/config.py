@@ -9,12 +9,17 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from pipeline.model.checks import (
+    check_choice,
+    check_integer,
+    check_pixel_statistics,
+    check_rates,
+    check_share,
+)
+
 Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"]
 Style = Literal["paper", "torchvision", "tensorflow"]
-
-BACKBONES: tuple[str, ...] = get_args(Backbone)
-STYLES: tuple[str, ...] = get_args(Style)
-OUTPUT_STRIDES = (4, 8, 16, 32)
+Head = Literal["aspp", "cascade"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -25,20 +30,32 @@ RATES_STRIDE = 16
 MAX_CLASSES = 255
 """A mask is 8 bits, and 255 is kept for pixels to ignore."""
 
+MAX_CONVS = 8
+"""Ours: more than anybody uses, and a checkpoint's JSON cannot ask for a million layers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A DeepLabv3. The defaults are the paper's final model, trained at output stride 16.
 
-    `atrous_rates` are the rates at output stride 16, scaled by 16 / `output_stride`; () leaves
-    the 3x3 branches out. `multi_grid` holds the unit rates of the last stage. `mean` and `std`
-    are per channel (red, green, blue), on pixels scaled to 0..1.
+    `head` 'aspp' looks at the features with atrous spatial pyramid pooling: `atrous_rates` are
+    the rates of its 3x3 branches, as many as there are, at output stride 16, scaled by
+    16 / `output_stride`; () leaves them out. Where `decoder`, its result is refined with
+    features of stride 4 (DeepLabv3+, arXiv 1802.02611), and the logits are at stride 4.
+    `head` 'cascade' is a ResNet of 4 to 7 `blocks`, each after the fourth a copy of it, and a
+    1x1 convolution (Sec. 3.2); it has no ASPP: `atrous_rates=(), image_pooling=False`.
+
+    `output_stride` is a power of two from 4 to 32, with 5, 6 or 7 blocks to 64, 128 or 256.
+    `multi_grid` holds the unit rates of the fourth block and of those after it. `num_convs` are
+    the 3x3 convolutions before the logits, by default what the head's source has: two in the
+    decoder, one in torchvision's ASPP head, else none. `mean` and `std` are per channel (red,
+    green, blue), on pixels scaled to 0..1.
 
     `style` decides what published files disagree on:
-    - 'paper': stride in a stage's last unit, rate x unit rate in every unit, logits straight
-      after the projection.
-    - 'torchvision': stride in the first unit, which keeps the previous stage's rate; an extra
-      3x3 convolution before the logits; an auxiliary head where `auxiliary`.
+    - 'paper': stride in a block's last unit, rate x unit rate in every unit.
+    - 'torchvision': stride in the first unit, which keeps the previous block's rate; the style
+      of every ImageNet file. An auxiliary head where `auxiliary`. `num_convs=0` puts the paper's
+      head on it.
     - 'tensorflow': SAME padding, images padded to 16k+1 a side, align_corners, pooling first in
       the concatenation, batch normalisation folded into biases. MobileNetV2 only.
     """
@@ -47,8 +64,12 @@ class ModelConfig:
     num_classes: int = 21
     output_stride: int = 16
     multi_grid: tuple[int, ...] = (1, 2, 4)
+    head: Head = "aspp"
+    blocks: int = 4
     atrous_rates: tuple[int, ...] = (6, 12, 18)
     image_pooling: bool = True
+    decoder: bool = False
+    num_convs: int | None = None
     style: Style = "paper"
     auxiliary: bool = False
     # The paper states none; the authors' code keeps 0.9.
@@ -57,24 +78,11 @@ class ModelConfig:
     std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        _check_choice("backbone", self.backbone, BACKBONES)
-        _check_choice("style", self.style, STYLES)
-        _check_choice("output_stride", self.output_stride, OUTPUT_STRIDES)
-        if not _is_integer(self.num_classes) or not 2 <= self.num_classes <= MAX_CLASSES:
-            raise ValueError(
-                f"num_classes must be an integer from 2 to {MAX_CLASSES} (a mask is 8 bits and "
-                f"255 means ignore), got {self.num_classes!r}"
-            )
-        for name in ("image_pooling", "auxiliary"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}; 0 turns it off")
-        _check_pixel_statistics(self.mean, self.std)
-        _check_rates("multi_grid", self.multi_grid)
-        _check_rates("atrous_rates", self.atrous_rates)
-        self._check_multi_grid()
+        self._check_values()
+        self._check_head()
         self._check_style()
+        self._check_strides()
+        self._check_multi_grid()
         _ = self.rates
 
     @property
@@ -89,13 +97,25 @@ class ModelConfig:
             )
         return tuple(rate // self.output_stride for rate in scaled)
 
+    @property
+    def convs(self) -> int:
+        """How many 3x3 convolutions are before the logits: `num_convs`, or its default."""
+        if self.num_convs is not None:
+            return self.num_convs
+        if self.decoder:
+            return 2
+        return 1 if self.head == "aspp" and self.style == "torchvision" else 0
+
     def to_json(self) -> str:
         """This config as one line of JSON; `from_json` gives it back."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "ModelConfig":
-        """The config that `to_json` wrote. Raises ValueError where it is not one."""
+        """The config that `to_json` wrote, or an older version of it, which lacks fields.
+
+        Raises ValueError where it is not one.
+        """
         try:
             fields: Any = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -115,6 +135,64 @@ class ModelConfig:
         }
         return cls(**values)
 
+    def _check_values(self) -> None:
+        check_choice("backbone", self.backbone, get_args(Backbone))
+        check_choice("style", self.style, get_args(Style))
+        check_choice("head", self.head, get_args(Head))
+        for name in ("image_pooling", "decoder", "auxiliary"):
+            check_choice(name, getattr(self, name), (True, False))
+        check_integer(
+            "num_classes", self.num_classes, 2, MAX_CLASSES, "a mask is 8 bits, 255 means ignore"
+        )
+        check_integer("blocks", self.blocks, 4, 7, "the paper's cascade ends with block7")
+        if self.num_convs is not None:
+            check_integer("num_convs", self.num_convs, 0, MAX_CONVS, "None: as the head's source")
+        check_share("dropout", self.dropout, "0 turns it off")
+        check_pixel_statistics(self.mean, self.std)
+        check_rates("multi_grid", self.multi_grid)
+        check_rates("atrous_rates", self.atrous_rates)
+
+    def _check_head(self) -> None:
+        if self.head == "aspp":
+            if self.blocks != 4:
+                raise ValueError(
+                    f"blocks={self.blocks} needs head 'cascade'; ASPP stands on block4: blocks=4"
+                )
+            return
+        if self.backbone == "mobilenet_v2":
+            raise ValueError("head 'cascade' is for ResNets, got mobilenet_v2; use head 'aspp'")
+        wanted = {
+            "atrous_rates": (), "image_pooling": False, "decoder": False, "auxiliary": False
+        }  # fmt: skip
+        wrong = [f"{name}={value}" for name, value in wanted.items() if getattr(self, name)]
+        wrong += ["num_convs=None"] if self.convs else []
+        if wrong:
+            raise ValueError(
+                f"head 'cascade' is a 1x1 convolution after the last block: give {', '.join(wrong)}"
+            )
+
+    def _check_style(self) -> None:
+        resnet = self.backbone != "mobilenet_v2"
+        if self.style == "tensorflow" and resnet:
+            raise ValueError(
+                f"style 'tensorflow' is for backbone mobilenet_v2, got {self.backbone}; use "
+                "'paper' or 'torchvision'"
+            )
+        if self.style == "tensorflow" and (self.decoder or self.convs):
+            raise ValueError(
+                "style 'tensorflow' has its logits right after the ASPP: give decoder=False, "
+                "num_convs=None, or use 'paper' or 'torchvision'"
+            )
+        if self.auxiliary and (self.style != "torchvision" or not resnet):
+            raise ValueError(
+                f"auxiliary=True needs style 'torchvision' and a ResNet, got {self.style!r} and "
+                f"{self.backbone}; set auxiliary=False"
+            )
+
+    def _check_strides(self) -> None:
+        possible = tuple(2**power for power in range(2, self.blocks + 2))
+        check_choice(f"output_stride of {self.blocks} blocks", self.output_stride, possible)
+
     def _check_multi_grid(self) -> None:
         if all(rate == 1 for rate in self.multi_grid):
             return
@@ -125,48 +203,6 @@ class ModelConfig:
         units = 2 if self.backbone == "resnet18" else 3
         if len(self.multi_grid) != units:
             raise ValueError(
-                f"multi_grid must hold {units} unit rates, one a unit of {self.backbone}'s last "
-                f"stage, got {self.multi_grid}; (1, 1, 1) turns it off"
-            )
-
-    def _check_style(self) -> None:
-        resnet = self.backbone != "mobilenet_v2"
-        if self.style == "tensorflow" and resnet:
-            raise ValueError(
-                f"style 'tensorflow' is for backbone mobilenet_v2, got {self.backbone}; use "
-                "'paper' or 'torchvision'"
-            )
-        if self.auxiliary and (self.style != "torchvision" or not resnet):
-            raise ValueError(
-                f"auxiliary=True needs style 'torchvision' and a ResNet, got {self.style!r} and "
-                f"{self.backbone}; set auxiliary=False"
-            )
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    # A bool or a float that compares equal to an allowed number is still not it.
-    if not any(type(value) is type(choice) and value == choice for choice in allowed):
-        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
-
-
-def _check_rates(name: str, rates: object) -> None:
-    if not isinstance(rates, tuple) or not all(_is_integer(r) and r > 0 for r in rates):
-        raise ValueError(f"{name} must be a tuple of positive integers, got {rates!r}")
-
-
-def _check_pixel_statistics(mean: object, std: object) -> None:
-    for name, values in (("mean", mean), ("std", std)):
-        if not (isinstance(values, tuple) and len(values) == 3 and all(map(_is_number, values))):
-            raise ValueError(f"{name} must be three numbers, one a channel, got {values!r}")
-        if any(not 0 <= value <= 1 for value in values) or (name == "std" and 0 in values):
-            raise ValueError(
-                f"{name} must be on the 0..1 pixel scale, got {values!r}; divide by 255?"
+                f"multi_grid must hold {units} unit rates, one a unit of {self.backbone}'s "
+                f"block4, got {self.multi_grid}; (1, 1, 1) turns it off"
             )

@@ -1,4 +1,4 @@
-"""DeepLabv3: a normalised image (n, 3, h, w) -> logits (n, k, h, w).
+"""DeepLabv3, with ASPP, cascade or decoder: a normalised image (n, 3, h, w) -> logits (n, k, h, w).
 
 `logits` gives them at feature resolution and `upsample` resizes them once, so that inference at
 several scales resizes straight to the original size. Output stride and rates are no weights:
@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipeline.model.aspp import Head, auxiliary_head
 from pipeline.model.config import ModelConfig
 from pipeline.model.convolution import initialise
+from pipeline.model.features import Features
+from pipeline.model.heads import auxiliary_head, build_head
 from pipeline.model.mobilenet import MobileNetV2
 from pipeline.model.resize import Size, resize, resize_aligned
-from pipeline.model.resnet import Features, ResNet
+from pipeline.model.resnet import ResNet
 
 TENSORFLOW_GRID = 16
 """TensorFlow's DeepLab wants sides of 16k + 1, so that strides by 2 keep corners aligned."""
@@ -44,8 +45,9 @@ class DeepLabV3(nn.Module):
         if config.backbone == "mobilenet_v2":
             self.backbone = MobileNetV2(folded=config.style == "tensorflow")
         else:
-            self.backbone = ResNet(config.backbone, style=config.style)
-        self.classifier = Head(self.backbone.channels, config)
+            last = config.style == "paper"
+            self.backbone = ResNet(config.backbone, stride_last=last, blocks=config.blocks)
+        self.classifier = build_head(self.backbone.channels, self.backbone.low_channels, config)
         self.aux_classifier: nn.Sequential | None = None
         if config.auxiliary:
             assert isinstance(self.backbone, ResNet)
@@ -62,7 +64,8 @@ class DeepLabV3(nn.Module):
     def set_output_stride(self, output_stride: int) -> None:
         """Changes strides and rates in place; `config` says so afterwards.
 
-        Raises ValueError where a rate would be no integer, and changes nothing then.
+        Raises ValueError where the network has no such stride or a rate would be no integer, and
+        changes nothing then.
         """
         config = dataclasses.replace(self.config, output_stride=output_stride)
         if isinstance(self.backbone, ResNet):
@@ -76,18 +79,18 @@ class DeepLabV3(nn.Module):
         height, width = x.shape[-2:]
         size = (height, width)
         features = self._features(x)
-        logits = self.upsample(self.classifier(features.final), image_size=size, size=size)
+        logits = self.upsample(self.classifier(features), image_size=size, size=size)
         if not self.training or self.aux_classifier is None:
             return logits
         auxiliary = self.aux_classifier(features.middle)
         return TrainingLogits(logits, self.upsample(auxiliary, image_size=size, size=size))
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (n, k, fh, fw) of images (n, 3, h, w) at feature resolution.
+        """Logits (n, k, fh, fw) of images (n, 3, h, w) at feature resolution: 4 with a decoder.
 
         In TensorFlow's style they are those of the padded images; `upsample` leaves that out.
         """
-        logits: torch.Tensor = self.classifier(self._features(x).final)
+        logits: torch.Tensor = self.classifier(self._features(x))
         return logits
 
     def upsample(self, logits: torch.Tensor, *, image_size: Size, size: Size) -> torch.Tensor:

@@ -1,30 +1,23 @@
 """Layouts of other people's weight files: names and shapes -> our config and state_dict.
 
-torchvision's names are ours, so its tensors pass as they are and only the config is inferred.
-The TensorFlow DeepLab zoo's MobileNetV2, as an npz of its frozen graph, is renamed and
-transposed. Neither file says its output stride or its rates: each layout has a default.
+torchvision's names are ours, and so are those of VainF's DeepLabv3+; VainF's DeepLabv3 has its
+head one level deeper. No file says its output stride, its rates or its dropout: each layout has
+a default, what its authors publish the file with.
 """
 
 import re
+from dataclasses import dataclass
 
 import torch
 
+from pipeline.model import frozen_graph
 from pipeline.model.config import Backbone, ModelConfig
 from pipeline.model.formats import CheckpointError, TensorFile, shorten
-from pipeline.model.mobilenet import STAGES
 
 State = dict[str, torch.Tensor]
 
-TORCHVISION_STRIDE = 8
-TORCHVISION_RATES = (6, 12, 18)
-"""12, 24, 36 at output stride 8: what torchvision trains its DeepLabv3 with."""
-TORCHVISION_DROPOUT = 0.5
-
-ZOO_STRIDE = 8
-ZOO_PIXELS = (0.5, 0.5, 0.5)
-"""Mean and std: the zoo scales pixels to -1..1."""
-ZOO_SCOPES = ("MobilenetV2.", "aspp", "image_pooling.", "concat_projection.", "decoder.", "logits.")
-"""What names weights; beside them a frozen graph holds constants of its own."""
+RATES = (6, 12, 18)
+"""At output stride 16, so 12, 24, 36 at 8: what all of them train with."""
 
 # Units of layer3, and whether they are bottlenecks.
 RESNETS: dict[tuple[int, bool], Backbone] = {
@@ -35,55 +28,117 @@ RESNETS: dict[tuple[int, bool], Backbone] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where a family of files keeps ASPP and logits, and what it never says.
+
+    All of them have torchvision's backbone, and one 3x3 convolution before the logits.
+    """
+
+    aspp: str
+    logits: str
+    decoder: bool = False
+    output_stride: int
+    dropout: float
+    renamed: tuple[str, str] = ("", "")
+    """How their names begin, and ours in its place."""
+
+
+LAYOUTS = (
+    # torchvision.models.segmentation
+    Layout(aspp="classifier.0", logits="classifier.4", output_stride=8, dropout=0.5),
+    # VainF/DeepLabV3Plus-Pytorch, deeplabv3_resnet*
+    Layout(
+        aspp="classifier.classifier.0",
+        logits="classifier.classifier.4",
+        output_stride=16,
+        dropout=0.1,
+        renamed=("classifier.classifier.", "classifier."),
+    ),
+    # VainF/DeepLabV3Plus-Pytorch, deeplabv3plus_resnet*: its decoder has one 3x3 convolution
+    Layout(
+        aspp="classifier.aspp",
+        logits="classifier.classifier.3",
+        decoder=True,
+        output_stride=16,
+        dropout=0.1,
+    ),
+)
+
+
 def recognise(
     file: TensorFile, *, name: str, atrous_rates: tuple[int, ...] | None = None
 ) -> tuple[ModelConfig, State]:
-    """The config and state_dict of a file of torchvision's or the zoo's layout.
+    """The config and state_dict of a file of torchvision's, VainF's or the zoo's layout.
 
     `atrous_rates` (at output stride 16) replace the layout's own. Raises CheckpointError.
     """
     if file.npz:
-        return zoo_config(file.tensors, name), zoo_state(file.tensors, name)
-    return torchvision_config(file.tensors, name, atrous_rates), file.tensors
+        if atrous_rates:
+            raise CheckpointError(
+                f"{name} has no atrous branches, but rates {atrous_rates}; leave atrous_rates out"
+            )
+        config = frozen_graph.read_config(file.tensors, name)
+        return config, frozen_graph.read_state(file.tensors, name)
+    layout = _layout(file.tensors, name)
+    config = _config(layout, file.tensors, name, atrous_rates)
+    theirs, ours = layout.renamed
+    state = {
+        ours + key.removeprefix(theirs) if theirs and key.startswith(theirs) else key: tensor
+        for key, tensor in file.tensors.items()
+    }
+    return config, state
 
 
-def torchvision_config(
-    tensors: State, name: str, atrous_rates: tuple[int, ...] | None
-) -> ModelConfig:
-    """The config of a torchvision DeepLabv3: backbone, heads and classes from names and shapes."""
-    logits = tensors.get("classifier.4.weight")
-    if logits is None or logits.ndim != 4 or "classifier.0.convs.0.0.weight" not in tensors:
+def _layout(tensors: State, name: str) -> Layout:
+    if any(key.startswith("backbone.low_level_features.") for key in tensors):
         raise CheckpointError(
-            f"{name} is of no known layout (its first names: {shorten(sorted(tensors))}); a "
-            "backbone alone, from ImageNet, is what load_backbone is for"
+            f"{name} is VainF's MobileNetV2, which is not supported: it pads before the 1x1 "
+            "expansion, so that its borders carry the normalisation's bias; its ResNets load"
         )
-    branches = _branches(tensors)
-    rates = TORCHVISION_RATES if atrous_rates is None else atrous_rates
+    for layout in LAYOUTS:
+        logits = tensors.get(f"{layout.logits}.weight")
+        found = f"{layout.aspp}.convs.0.0.weight" in tensors
+        if found and logits is not None and logits.ndim == 4:
+            return layout
+    raise CheckpointError(
+        f"{name} is of no known layout (its first names: {shorten(sorted(tensors))}); a "
+        "backbone alone, from ImageNet, is what load_backbone is for"
+    )
+
+
+def _config(
+    layout: Layout, tensors: State, name: str, atrous_rates: tuple[int, ...] | None
+) -> ModelConfig:
+    """The config of a file: what names and shapes tell, and the layout's defaults."""
+    branches = _branches(tensors, layout.aspp)
+    rates = RATES if atrous_rates is None else atrous_rates
     if len(rates) != branches:
         raise CheckpointError(
             f"{name} has {branches} atrous branches, but rates {rates}; give atrous_rates"
         )
+    backbone = _backbone(tensors, name)
     try:
         return ModelConfig(
-            backbone=_backbone(tensors, name),
-            num_classes=logits.shape[0],
-            output_stride=TORCHVISION_STRIDE,
+            backbone=backbone,
+            num_classes=tensors[f"{layout.logits}.weight"].shape[0],
+            output_stride=layout.output_stride,
             multi_grid=(1, 1, 1),
             atrous_rates=rates,
-            image_pooling=f"classifier.0.convs.{branches + 1}.1.weight" in tensors,
+            image_pooling=f"{layout.aspp}.convs.{branches + 1}.1.weight" in tensors,
+            decoder=layout.decoder,
+            num_convs=1,
             style="torchvision",
             auxiliary="aux_classifier.0.weight" in tensors,
-            dropout=TORCHVISION_DROPOUT,
+            dropout=layout.dropout,
         )
-    except CheckpointError:
-        raise
     except ValueError as error:
         raise CheckpointError(f"{name}: {error}") from None
 
 
-def _branches(tensors: State) -> int:
+def _branches(tensors: State, aspp: str) -> int:
     index = 1
-    while f"classifier.0.convs.{index}.0.weight" in tensors:
+    while f"{aspp}.convs.{index}.0.weight" in tensors:
         index += 1
     return index - 1
 
@@ -101,91 +156,3 @@ def _backbone(tensors: State, name: str) -> Backbone:
             f"{name} has a backbone of no known depth ({len(units)} units in layer3); known are "
             f"mobilenet_v2 and {', '.join(RESNETS.values())}"
         ) from None
-
-
-def zoo_config(tensors: State, name: str) -> ModelConfig:
-    """The config of the zoo's MobileNetV2: image pooling, one 1x1 branch, no 3x3."""
-    weights = tensors.get("logits.semantic.weights")
-    if weights is None or weights.ndim != 4:
-        raise CheckpointError(
-            f"{name} is an npz, but not of the TensorFlow DeepLab zoo: it has no "
-            "logits.semantic.weights (1, 1, 256, classes)"
-        )
-    try:
-        return ModelConfig(
-            backbone="mobilenet_v2",
-            num_classes=weights.shape[3],
-            output_stride=ZOO_STRIDE,
-            multi_grid=(1, 1, 1),
-            atrous_rates=(),
-            style="tensorflow",
-            mean=ZOO_PIXELS,
-            std=ZOO_PIXELS,
-        )
-    except ValueError as error:
-        raise CheckpointError(f"{name}: {error}") from None
-
-
-def zoo_state(tensors: State, name: str) -> State:
-    """Our state_dict from the zoo's folded weights: HWIO to OIHW, depthwise scales multiplied in.
-
-    Raises CheckpointError where a name is missing, or a weight of another network is there.
-    """
-    state: State = {}
-    used: set[str] = set()
-    lacking: list[str] = []
-    for ours, (weight, scale, bias) in _zoo_names().items():
-        wanted = [key for key in (weight, scale, bias) if key]
-        absent = [key for key in wanted if key not in tensors]
-        lacking += absent
-        used.update(wanted)
-        if not absent:
-            state[f"{ours}.weight"] = _to_torch(tensors[weight], tensors.get(scale))
-            state[f"{ours}.bias"] = tensors[bias]
-    weights = [key for key, tensor in tensors.items() if tensor.is_floating_point()]
-    extra = [key for key in weights if key.startswith(ZOO_SCOPES) and key not in used]
-    if lacking or extra:
-        raise CheckpointError(
-            f"{name} is not the zoo's MobileNetV2 without atrous branches: missing "
-            f"{shorten(lacking) or 'nothing'}; unexpected {shorten(extra) or 'nothing'}"
-        )
-    return state
-
-
-def _to_torch(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    if weight.ndim != 4:
-        return weight
-    if scale is None:
-        return weight.permute(3, 2, 0, 1)
-    # Depthwise weights are (h, w, channels, 1); their normalisation's scale is kept apart.
-    if scale.shape != weight.shape[2:3]:
-        return weight
-    return weight.permute(2, 3, 0, 1) * scale[:, None, None, None]
-
-
-def _zoo_names() -> dict[str, tuple[str, str, str]]:
-    """Our layer -> the zoo's weight, scale ('' where it is folded in) and bias."""
-    names = {"backbone.features.0.0": _folded("MobilenetV2.Conv")}
-    for index in range(sum(units for _, _, units, _ in STAGES)):
-        theirs = "MobilenetV2.expanded_conv" + (f"_{index}" if index else "")
-        ours = f"backbone.features.{index + 1}.conv"
-        # The first unit does not expand.
-        first = 1 if index else 0
-        if index:
-            names[f"{ours}.0.0"] = _folded(f"{theirs}.expand")
-        depthwise = f"{theirs}.depthwise"
-        norm = f"{depthwise}.BatchNorm.FusedBatchNorm"
-        names[f"{ours}.{first}.0"] = (
-            f"{depthwise}.depthwise_weights", f"{norm}.Scaled", f"{norm}.Offset",
-        )  # fmt: skip
-        names[f"{ours}.{first + 1}"] = _folded(f"{theirs}.project")
-    names["classifier.0.convs.0.0"] = _folded("aspp0")
-    names["classifier.0.convs.1.1"] = _folded("image_pooling")
-    names["classifier.0.project.0"] = _folded("concat_projection")
-    names["classifier.1"] = ("logits.semantic.weights", "", "logits.semantic.biases")
-    return names
-
-
-def _folded(scope: str) -> tuple[str, str, str]:
-    bias = f"{scope}.BatchNorm.FusedBatchNorm.Offset"
-    return f"{scope}.Conv2D.merged_input", "", bias

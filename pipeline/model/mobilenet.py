@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from pipeline.model.convolution import Convolution, convolve
+from pipeline.model.features import Features
 from pipeline.model.rates import Stage, Unit, stride_first
-from pipeline.model.resnet import Features
 
 STEM_STRIDE = 2
 STEM_CHANNELS = 32
@@ -27,6 +27,8 @@ STAGES = (
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
+LOW_UNIT, LOW_CHANNELS = 3, 24
+"""The last unit at stride 4: its features are `Features.low`."""
 MIDDLE_UNIT = 13
 """The last unit before the last natural stride: its features are `Features.middle`."""
 
@@ -71,7 +73,7 @@ class MobileNetV2(nn.Module):
                 units.append(InvertedResidual(inputs, outputs, expansion=expansion, folded=folded))
                 inputs = outputs
         self.features = nn.Sequential(*units)
-        self.channels = inputs
+        self.low_channels, self.channels = LOW_CHANNELS, inputs
 
     def arrange(self, *, output_stride: int) -> None:
         """Sets every unit's stride and rate; no weight changes."""
@@ -83,8 +85,9 @@ class MobileNetV2(nn.Module):
             block.arrange(unit)
 
     def forward(self, x: torch.Tensor) -> Features:
-        middle = x
+        low = middle = x
         for index, unit in enumerate(self.features):
             x = unit(x)
+            low = x if index == LOW_UNIT else low
             middle = x if index == MIDDLE_UNIT else middle
-        return Features(middle, x)
+        return Features(low, middle, x)

@@ -1,31 +1,27 @@
-"""Atrous ResNet 18, 34, 50 and 101 at output stride 4, 8, 16 or 32.
+"""Atrous ResNet 18, 34, 50 and 101, and the cascade of block5 to block7 behind them.
 
 The stem (7x7 convolution and max-pool) always strides by 4, so output stride 4 keeps it and
-replaces every later stride by a rate. state_dict names are torchvision's, so its files load as
-they are. Source: arXiv 1512.03385 and, for the rates, 1706.05587.
+replaces every later stride by a rate; each further block doubles the largest output stride, from
+32 to 256. state_dict names are torchvision's, so its files load as they are; block5 to block7
+are `layer5` to `layer7`. Source: arXiv 1512.03385 and, for rates and cascade, 1706.05587.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from pipeline.model.config import Style
 from pipeline.model.convolution import convolve
+from pipeline.model.features import Features
 from pipeline.model.rates import Stage, Unit, stride_first, stride_last
 
 STEM_STRIDE = 4
 WIDTHS = (64, 128, 256, 512)
 
-
-class Features(NamedTuple):
-    """Feature maps (n, c, h, w): before the last stage, and at the end."""
-
-    middle: torch.Tensor
-    final: torch.Tensor
+CASCADED = ("layer5.", "layer6.", "layer7.")
+"""Begins the names of what an ImageNet network does not have."""
 
 
 class Basic(nn.Module):
@@ -84,50 +80,79 @@ DEPTHS: dict[str, tuple[type[Basic] | type[Bottleneck], tuple[int, int, int, int
 
 
 class ResNet(nn.Module):
-    """Images (n, 3, h, w) -> `Features` at about h / output_stride x w / output_stride."""
+    """Images (n, 3, h, w) -> `Features` at about h / output_stride x w / output_stride.
 
-    def __init__(self, name: str, *, style: Style) -> None:
+    `stride_last` puts a block's stride in its last unit (the paper's ResNet) and not in its
+    first (torchvision's). Of `blocks` (4 to 7), those after the fourth are copies of it: the
+    same units, at its width. Source: arXiv 1706.05587, Sec. 3.2.
+    """
+
+    def __init__(self, name: str, *, stride_last: bool, blocks: int = 4) -> None:
         super().__init__()
-        kind, self.depths = DEPTHS[name]
-        self.style = style
+        kind, depths = DEPTHS[name]
+        copies = blocks - len(depths)
+        self.depths = (*depths, *[depths[-1]] * copies)
+        self.stride_last = stride_last
         self.conv1, self.bn1 = convolve(3, WIDTHS[0], 7, stride=2)
-        widths = [width * kind.expansion for width in WIDTHS]
-        inputs = [WIDTHS[0], *widths]
-        stages = [
-            nn.Sequential(
-                kind(inputs[i], width, stride_last=style == "paper"),
-                *(kind(widths[i], width, stride_last=style == "paper") for _ in range(units - 1)),
-            )
-            for i, (width, units) in enumerate(zip(WIDTHS, self.depths, strict=True))
-        ]
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.middle_channels, self.channels = widths[-2:]
+        inputs, stages = WIDTHS[0], []
+        for width, units in zip((*WIDTHS, *[WIDTHS[-1]] * copies), self.depths, strict=True):
+            stages.append(_stage(kind, inputs, width, units=units, stride_last=stride_last))
+            inputs = width * kind.expansion
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages[:4]
+        for number, stage in enumerate(stages[4:], start=5):
+            self.add_module(f"layer{number}", stage)
+        self.low_channels = WIDTHS[0] * kind.expansion
+        self.middle_channels = WIDTHS[2] * kind.expansion
+        self.channels = inputs
 
     def arrange(self, *, output_stride: int, multi_grid: Sequence[int]) -> None:
         """Sets every unit's stride and rate; no weight changes.
 
-        `multi_grid` multiplies the rates of the last stage, unit by unit. In torchvision's
-        style the unit before the stride keeps the previous stage's rate.
+        `multi_grid` multiplies the rates of the fourth block and of its copies, unit by unit.
+        Where the stride is in the first unit, that unit keeps the previous block's rate.
         """
-        strides = (2, 2, 2, 1) if self.style == "paper" else (1, 2, 2, 2)
+        twos = [2] * (len(self.depths) - 1)
+        strides = [*twos, 1] if self.stride_last else [1, *twos]
         stages = [Stage(units=n, stride=s) for n, s in zip(self.depths, strides, strict=True)]
-        place = stride_last if self.style == "paper" else stride_first
+        place = stride_last if self.stride_last else stride_first
         plan = place(stages, stem=STEM_STRIDE, output_stride=output_stride)
-        plan[-1] = _with_unit_rates(plan[-1], multi_grid)
+        # Block4 and its copies.
+        plan[3:] = [_with_unit_rates(units, multi_grid) for units in plan[3:]]
         for stage, units in zip(self._stages(), plan, strict=True):
             for block, unit in zip(stage, units, strict=True):
                 assert isinstance(block, (Basic, Bottleneck))
                 block.arrange(unit)
 
-    def _stages(self) -> tuple[nn.Sequential, ...]:
-        return self.layer1, self.layer2, self.layer3, self.layer4
+    def _stages(self) -> list[nn.Sequential]:
+        children = (child for name, child in self.named_children() if name.startswith("layer"))
+        return [child for child in children if isinstance(child, nn.Sequential)]
 
     def forward(self, x: torch.Tensor) -> Features:
         x = functional.relu(self.bn1(self.conv1(x)))
         x = functional.max_pool2d(x, 3, stride=2, padding=1)
-        x = self.layer2(self.layer1(x))
-        middle = self.layer3(x)
-        return Features(middle, self.layer4(middle))
+        before = x
+        for unit in self.layer1:
+            before, x = x, unit(x)
+        # The paper's layer1 may stride in its last unit: what that unit sees is at stride 4.
+        low = before if self.stride_last else x
+        middle = self.layer3(self.layer2(x))
+        x = middle
+        for stage in self._stages()[3:]:
+            x = stage(x)
+        return Features(low, middle, x)
+
+
+def _stage(
+    kind: type[Basic] | type[Bottleneck],
+    inputs: int,
+    width: int,
+    *,
+    units: int,
+    stride_last: bool,
+) -> nn.Sequential:
+    outputs = width * kind.expansion
+    channels = [inputs] + [outputs] * (units - 1)
+    return nn.Sequential(*(kind(into, width, stride_last=stride_last) for into in channels))
 
 
 def _with_unit_rates(units: list[Unit], multi_grid: Sequence[int]) -> list[Unit]:

@@ -2,7 +2,8 @@
 
 A checkpoint of ours is one safetensors file whose metadata says everything that inference needs
 (model config with mean and std, class names, palette, ignore_index). `load` tells other layouts
-by their names and shapes. No code of a file is ever run.
+by their names and shapes. No code of a file is ever run. Wherever a URI is taken, `zoo:NAME` is
+too: a public file of `zoo.FILES`, fetched on first use.
 """
 
 import dataclasses
@@ -14,12 +15,14 @@ import safetensors.torch
 import torch
 
 from pipeline.data import storage
-from pipeline.data.labels import VOC, Classes
+from pipeline.data.labels import CITYSCAPES, VOC, Classes
+from pipeline.model import zoo
 from pipeline.model.config import ModelConfig
 from pipeline.model.convolution import initialise
 from pipeline.model.deeplab import DeepLabV3
 from pipeline.model.formats import CheckpointError, TensorFile, parse, short, shorten
 from pipeline.model.layouts import State, recognise
+from pipeline.model.resnet import CASCADED
 
 __all__ = ["CheckpointError", "load", "load_backbone", "to_bytes"]
 
@@ -68,11 +71,13 @@ def load(
 def load_backbone(model: DeepLabV3, uri: str) -> None:
     """Copies a classifier's ImageNet weights (torchvision's names) into the model's backbone.
 
-    The file's classifier is left out. Raises CheckpointError where the rest does not fit.
+    The file's classifier is left out, and block5 to block7 of a cascade, which no such file has,
+    keep their weights. Raises CheckpointError where the rest does not fit.
     """
     tensors = parse(_read(uri), name=uri).tensors
+    kept = {k: v for k, v in model.backbone.state_dict().items() if k.startswith(CASCADED)}
     state = {key: value for key, value in tensors.items() if not key.startswith(IMAGENET_ONLY)}
-    state = _fitted(model.backbone, state, uri)
+    state = _fitted(model.backbone, kept | state, uri)
     if model.config.style == "paper" and model.config.backbone != "mobilenet_v2":
         logger.warning(
             "%s: if it is torchvision's, its strides are in each stage's first unit; style "
@@ -116,7 +121,7 @@ def _stored(tensor: torch.Tensor, *, half: bool) -> torch.Tensor:
 
 
 def _read(uri: str) -> bytes:
-    return storage.read(storage.normalise(uri))
+    return storage.read(storage.normalise(zoo.resolve(uri)))
 
 
 def _open(
@@ -154,9 +159,10 @@ def _described(file: TensorFile, uri: str) -> tuple[ModelConfig, Classes]:
 
 
 def _default_classes(num_classes: int) -> Classes:
-    # Both other layouts are published for VOC's classes.
-    if num_classes == len(VOC.names):
-        return VOC
+    # The other layouts are published for the classes of these two.
+    for known in (VOC, CITYSCAPES):
+        if num_classes == len(known.names):
+            return known
     return Classes.from_dict({"names": [f"class_{index}" for index in range(num_classes)]})
 
 
@@ -169,10 +175,10 @@ def _reset_classifier(config: ModelConfig, state: State) -> State:
         ("aux_classifier", model.aux_classifier),
     ):
         if layers is not None:
-            fresh = layers[-1].to_empty(device="cpu")
+            *_, (name, last) = layers.named_modules(prefix=head)
+            fresh = last.to_empty(device="cpu")
             initialise(fresh)
-            prefix = f"{head}.{len(layers) - 1}"
-            state |= {f"{prefix}.{key}": value for key, value in fresh.state_dict().items()}
+            state |= {f"{name}.{key}": value for key, value in fresh.state_dict().items()}
     return state
 
 

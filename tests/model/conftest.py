@@ -1,6 +1,8 @@
 """What the tests of the network share: one thread, seeded weights, small configs."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,3 +38,18 @@ def randomise() -> Callable[..., nn.Module]:
         return model.eval()
 
     return fill
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Callable[..., str]:
+    """Writes bytes (or, of anything else, torch.save's) to a file and gives its path."""
+
+    def write(content: Any, name: str = "file.bin") -> str:
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        return str(path)
+
+    return write

@@ -18,9 +18,9 @@ def strides(backbone, stage):
     return [layer.stride[0] for layer in layers if layer.kernel_size == (3, 3)]
 
 
-def built(name, style, output_stride, multi_grid=(1, 1, 1)):
+def built(name, style, output_stride, multi_grid=(1, 1, 1), blocks=4):
     with torch.device("meta"):
-        backbone = ResNet(name, style=style)
+        backbone = ResNet(name, stride_last=style == "paper", blocks=blocks)
     backbone.arrange(output_stride=output_stride, multi_grid=multi_grid)
     return backbone
 
@@ -53,6 +53,50 @@ def test_output_stride_4_replaces_every_stride_after_the_stem():
     assert sum(map(sum, (strides(backbone, f"layer{n}") for n in (1, 2, 3, 4)))) == 32
 
 
+@pytest.mark.parametrize("multi_grid", [(1, 1, 1), (1, 2, 1), (1, 2, 3), (1, 2, 4), (2, 2, 2)])
+def test_block4_to_block7_have_rates_2_4_8_16_times_the_multi_grid_at_output_stride_16(multi_grid):
+    backbone = built("resnet101", "paper", 16, multi_grid, blocks=7)
+    assert set(rates(backbone, "layer1") + rates(backbone, "layer2")) == {1}
+    assert set(rates(backbone, "layer3")) == {1}
+    for stage, rate in (("layer4", 2), ("layer5", 4), ("layer6", 8), ("layer7", 16)):
+        assert rates(backbone, stage) == [rate * unit for unit in multi_grid]
+        assert strides(backbone, stage) == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("output_stride", "wanted"),
+    [(4, (8, 16, 32, 64)), (8, (4, 8, 16, 32)), (64, (1, 1, 2, 4)), (256, (1, 1, 1, 1))],
+)
+def test_each_stride_that_is_given_up_doubles_the_rates_of_the_blocks_after_it(
+    output_stride, wanted
+):
+    backbone = built("resnet50", "paper", output_stride, blocks=7)
+    stages = [f"layer{number}" for number in range(1, 8)]
+    assert [rates(backbone, stage)[0] for stage in stages[3:]] == list(wanted)
+    total = sum(stride == 2 for stage in stages for stride in strides(backbone, stage))
+    assert 4 * 2**total == output_stride
+    assert all(set(strides(backbone, stage)[:-1]) == {1} for stage in stages)
+
+
+def test_in_torchvisions_style_a_cascades_first_units_keep_the_previous_rate():
+    backbone = built("resnet50", "torchvision", 16, (1, 2, 1), blocks=6)
+    assert rates(backbone, "layer4") == [1, 4, 2]
+    assert rates(backbone, "layer5") == [2, 8, 4]
+    assert rates(backbone, "layer6") == [4, 16, 8]
+
+
+def test_the_further_blocks_are_copies_of_block4():
+    backbone = built("resnet50", "paper", 16, blocks=7)
+    copies = [dict(getattr(backbone, f"layer{n}").named_parameters()) for n in (5, 6, 7)]
+    fourth = dict(backbone.layer4.named_parameters())
+    for copy in copies:
+        # But for the channels that enter: 2048 need no projection.
+        assert copy.keys() == {name for name in fourth if "downsample" not in name}
+        shapes = {name: p.shape for name, p in copy.items() if name != "0.conv1.weight"}
+        assert shapes == {name: fourth[name].shape for name in shapes}
+        assert copy["0.conv1.weight"].shape == (512, 2048, 1, 1)
+
+
 def test_mobilenet_has_the_zoos_rates_at_output_stride_8():
     backbone = MobileNetV2()
     backbone.arrange(output_stride=8)
@@ -75,7 +119,7 @@ def test_mobilenet_has_the_zoos_rates_at_output_stride_8():
 def test_atrous_features_sampled_are_the_strided_ones(
     name, multi_grid, style, output_stride, randomise
 ):
-    backbone = randomise(ResNet(name, style=style)).double()
+    backbone = randomise(ResNet(name, stride_last=style == "paper")).double()
     image = torch.randn(1, 3, 33, 49, generator=torch.Generator().manual_seed(1)).double()
     step = 32 // output_stride
     with torch.inference_mode():
@@ -85,6 +129,31 @@ def test_atrous_features_sampled_are_the_strided_ones(
         atrous = backbone(image).final
     assert strided.shape[-2:] == (2, 2)
     torch.testing.assert_close(atrous[..., ::step, ::step], strided, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("style", ["paper", "torchvision"])
+@pytest.mark.parametrize(
+    ("blocks", "strided_at", "output_stride", "multi_grid"),
+    [(7, 256, 16, (1, 1)), (7, 64, 16, (1, 2)), (5, 64, 8, (2, 1))],
+)
+def test_a_cascades_atrous_features_sampled_are_the_strided_ones(
+    blocks, strided_at, output_stride, multi_grid, style, randomise
+):
+    backbone = ResNet("resnet18", stride_last=style == "paper", blocks=blocks)
+    randomise(backbone).double()
+    size = (3 * strided_at // 2, strided_at + 1)
+    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1)).double()
+    step = strided_at // output_stride
+    with torch.inference_mode():
+        backbone.arrange(output_stride=strided_at, multi_grid=multi_grid)
+        strided = backbone(image)
+        backbone.arrange(output_stride=output_stride, multi_grid=multi_grid)
+        atrous = backbone(image)
+    assert strided.final.shape[-2:] == (2, 2)
+    torch.testing.assert_close(
+        atrous.final[..., ::step, ::step], strided.final, rtol=1e-5, atol=1e-9
+    )
+    torch.testing.assert_close(atrous.low, strided.low)
 
 
 @pytest.mark.parametrize("output_stride", [4, 8, 16])

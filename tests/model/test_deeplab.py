@@ -7,42 +7,80 @@ from pipeline.model.config import ModelConfig
 from pipeline.model.deeplab import DeepLabV3, TrainingLogits
 
 MOBILE = {"backbone": "mobilenet_v2", "multi_grid": (1, 1, 1)}
+TORCHVISION = {"style": "torchvision", "multi_grid": (1, 1, 1)}
+PAPER_HEAD = {**TORCHVISION, "num_convs": 0}
+CASCADE = {"head": "cascade", "atrous_rates": (), "image_pooling": False}
 SMALL = {
     "paper": ModelConfig(**MOBILE, num_classes=3),
     "torchvision": ModelConfig(**MOBILE, num_classes=3, style="torchvision"),
     "tensorflow": ModelConfig(**MOBILE, num_classes=3, style="tensorflow"),
+    "decoder": ModelConfig(**MOBILE, num_classes=3, decoder=True),
 }
+
+
+def shell(**fields):
+    """A network without memory for its weights."""
+    with torch.device("meta"):
+        return DeepLabV3(ModelConfig(**fields))
 
 
 @pytest.mark.parametrize(
     ("fields", "parameters", "keys"),
     [
-        ({"backbone": "resnet50", "style": "torchvision", "auxiliary": True}, 42_004_074, 370),
-        ({"backbone": "resnet50", "style": "torchvision"}, 39_638_869, 362),
-        ({"backbone": "resnet101", "style": "torchvision", "auxiliary": True}, 60_996_202, 676),
-        ({"backbone": "resnet101", "style": "torchvision"}, 58_630_997, 668),
+        ({"backbone": "resnet50", **TORCHVISION, "auxiliary": True}, 42_004_074, 370),
+        ({"backbone": "resnet50", **TORCHVISION}, 39_638_869, 362),
+        ({"backbone": "resnet101", **TORCHVISION, "auxiliary": True}, 60_996_202, 676),
+        ({"backbone": "resnet101", **TORCHVISION}, 58_630_997, 668),
         ({"backbone": "resnet50"}, 39_048_533, 356),
         ({"backbone": "resnet101"}, 58_040_661, 662),
+        ({"backbone": "resnet50", **PAPER_HEAD}, 39_048_533, 356),
+        ({"backbone": "resnet101", **PAPER_HEAD}, 58_040_661, 662),
     ],
 )
 def test_parameters_and_keys_are_as_many_as_published(fields, parameters, keys):
-    with torch.device("meta"):
-        model = DeepLabV3(ModelConfig(**fields))
+    model = shell(**fields)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert len(model.state_dict()) == keys
 
 
-def test_the_operations_of_torchvisions_resnet_50_are_as_many_as_published():
+@pytest.mark.parametrize("blocks", [4, 5, 6, 7])
+@pytest.mark.parametrize(
+    ("name", "imagenet"), [("resnet50", 25_557_032), ("resnet101", 44_549_160)]
+)
+def test_a_cascade_has_the_parameters_of_its_blocks(name, imagenet, blocks):
+    """From the published counts of the ImageNet networks, and those of a block by hand."""
+    unit = 2048 * 512 + 512 * 512 * 9 + 512 * 2048 + 2 * (512 + 512 + 2048)
+    backbone = imagenet - (2048 * 1000 + 1000) + (blocks - 4) * 3 * unit
+    model = shell(backbone=name, blocks=blocks, **CASCADE)
+    found = sum(parameter.numel() for parameter in model.parameters())
+    assert found == backbone + 2048 * 21 + 21
+    # Weight, and five of the normalisation, of nine convolutions a block.
+    assert len(model.state_dict()) == {"resnet50": 320, "resnet101": 626}[name] + (blocks - 4) * 54
+
+
+@pytest.mark.parametrize(
+    ("fields", "side", "published"),
+    [
+        ({"backbone": "resnet50", **TORCHVISION, "output_stride": 8}, 520, 168.731),
+        ({"backbone": "resnet101", **TORCHVISION, "output_stride": 8}, 520, 248.752),
+        # The paper's head on a backbone of torchvision's style: its stride is in the first unit.
+        ({"backbone": "resnet50", **PAPER_HEAD, "output_stride": 16}, 513, 50.436),
+        ({"backbone": "resnet50", **PAPER_HEAD, "output_stride": 8}, 513, 166.161),
+        ({"backbone": "resnet101", **PAPER_HEAD, "output_stride": 16}, 513, 71.061),
+        ({"backbone": "resnet101", **PAPER_HEAD, "output_stride": 8}, 513, 246.182),
+        # VainF's table, which counts normalisation too.
+        ({"backbone": "resnet50", **TORCHVISION, "decoder": True, "num_convs": 1}, 513, 62.7),
+        ({**MOBILE, "style": "torchvision"}, 513, 6.0),
+        ({**MOBILE, "style": "torchvision", "decoder": True, "num_convs": 1}, 513, 17.0),
+    ],
+)
+def test_multiply_accumulates_are_within_1_percent_of_published_counts(fields, side, published):
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = ModelConfig(
-        backbone="resnet50", style="torchvision", output_stride=8, multi_grid=(1, 1, 1)
-    )
-    with torch.device("meta"):
-        model = DeepLabV3(config).eval()
-        with FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, 3, 520, 520))
-    assert counter.get_total_flops() / 2e9 == pytest.approx(168.731, abs=1e-3)
+    model = shell(**fields).eval()
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, side, side))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(published, rel=0.01)
 
 
 def test_set_output_stride_changes_rates_and_config_but_no_weight():
@@ -62,6 +100,27 @@ def test_an_output_stride_that_fits_no_rate_leaves_the_model_as_it_was():
         model.set_output_stride(32)
     assert model.config.output_stride == 16
     assert model.classifier[0].convs[1][0].dilation == (3, 3)
+
+
+def test_an_output_stride_that_the_network_has_not_leaves_it_as_it_was():
+    model = shell(backbone="resnet18", blocks=5, **CASCADE, multi_grid=(1, 2))
+    model.set_output_stride(64)
+    with pytest.raises(ValueError, match="5 blocks must be one of 4, 8, 16, 32, 64, got 128"):
+        model.set_output_stride(128)
+    assert model.config.output_stride == 64
+
+
+def test_a_cascades_logits_have_the_images_size_at_every_output_stride(randomise):
+    config = ModelConfig(backbone="resnet18", blocks=7, **CASCADE, multi_grid=(1, 2), num_classes=3)
+    model = randomise(DeepLabV3(config))
+    with torch.inference_mode():
+        for power in (2, 5, 6, 8):
+            model.set_output_stride(2**power)
+            for size in [(1, 1), (37, 66)]:
+                side = [-(-n // 2**power) for n in size]
+                images = torch.ones(1, 3, *size)
+                assert list(model.logits(images).shape) == [1, 3, *side]
+                assert model(images).shape == (1, 3, *size)
 
 
 @pytest.mark.parametrize("output_stride", [4, 8, 16, 32])

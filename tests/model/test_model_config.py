@@ -4,6 +4,9 @@ import pytest
 
 from pipeline.model.config import ModelConfig
 
+CASCADE = {"head": "cascade", "blocks": 7, "atrous_rates": (), "image_pooling": False}
+MOBILE = {"backbone": "mobilenet_v2", "multi_grid": (1, 1, 1)}
+
 
 @pytest.mark.parametrize(
     ("output_stride", "rates"),
@@ -22,8 +25,25 @@ def test_a_rate_that_becomes_no_integer_is_refused_with_a_way_out():
     ("fields", "message"),
     [
         ({"backbone": "vgg16"}, "resnet18, resnet34, resnet50, resnet101, mobilenet_v2.*'vgg16'"),
-        ({"output_stride": 12}, "4, 8, 16, 32, got 12"),
+        ({"output_stride": 12}, "4 blocks must be one of 4, 8, 16, 32, got 12"),
         ({"output_stride": 8.0}, "output_stride.*got 8.0"),
+        ({"output_stride": 64}, "4, 8, 16, 32, got 64"),
+        ({**CASCADE, "blocks": 6, "output_stride": 256}, "6 blocks .* 64, 128, got 256"),
+        ({**CASCADE, "blocks": 8}, "blocks.*from 4 to 7.*got 8"),
+        ({**CASCADE, "multi_grid": (1, 2)}, "3 unit rates"),
+        ({**CASCADE, "atrous_rates": (6,)}, r"give atrous_rates=\(\)$"),
+        ({"head": "cascade"}, r"give atrous_rates=\(\), image_pooling=False$"),
+        ({**CASCADE, "decoder": True, "num_convs": 1}, "give decoder=False, num_convs=None$"),
+        ({**CASCADE, "style": "torchvision", "auxiliary": True}, "give auxiliary=False"),
+        ({**CASCADE, **MOBILE}, "'cascade' is for ResNets"),
+        ({"head": "fcn"}, "head must be one of aspp, cascade, got 'fcn'"),
+        ({"blocks": 7}, "needs head 'cascade'.*blocks=4"),
+        ({"num_convs": -1}, "num_convs.*from 0.*got -1"),
+        ({"num_convs": 10**6}, "num_convs.*got 1000000"),
+        ({"decoder": 1}, "decoder must be one of True, False, got 1"),
+        ({**MOBILE, "style": "tensorflow", "decoder": True}, "right after the ASPP.*decoder=False"),
+        ({**MOBILE, "style": "tensorflow", "num_convs": 1}, "right after the ASPP.*num_convs=None"),
+        ({**MOBILE, "style": "torchvision", "auxiliary": True}, "and a ResNet"),
         ({"style": "caffe"}, "paper, torchvision, tensorflow"),
         ({"num_classes": 256}, "255 means ignore.*256"),
         ({"num_classes": True}, "num_classes.*True"),
@@ -38,7 +58,7 @@ def test_a_rate_that_becomes_no_integer_is_refused_with_a_way_out():
         ({"backbone": "mobilenet_v2"}, "for ResNets"),
         ({"style": "tensorflow"}, "mobilenet_v2, got resnet101"),
         ({"auxiliary": True}, "auxiliary=False"),
-        ({"image_pooling": "yes"}, "True or False"),
+        ({"image_pooling": "yes"}, "True, False, got 'yes'"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(fields, message):
@@ -46,16 +66,56 @@ def test_a_wrong_value_is_refused_by_name(fields, message):
         ModelConfig(**fields)
 
 
-def test_json_gives_the_same_config_back():
-    config = ModelConfig(
-        backbone="mobilenet_v2", multi_grid=(1, 1, 1), atrous_rates=(), style="tensorflow"
-    )
+@pytest.mark.parametrize("blocks", [4, 5, 6, 7])
+def test_a_cascade_has_every_stride_that_its_blocks_take(blocks):
+    strides = [4, 8, 16, 32, 64, 128, 256][:blocks]
+    for stride in strides:
+        ModelConfig(**{**CASCADE, "blocks": blocks, "output_stride": stride})
+    with pytest.raises(ValueError, match=f"{strides[-1]}, got {strides[-1] * 2}"):
+        ModelConfig(**{**CASCADE, "blocks": blocks, "output_stride": strides[-1] * 2})
+
+
+@pytest.mark.parametrize(
+    ("fields", "convs"),
+    [
+        ({}, 0),
+        ({"style": "torchvision"}, 1),
+        ({"style": "torchvision", "num_convs": 0}, 0),
+        ({"decoder": True}, 2),
+        ({"style": "torchvision", "decoder": True}, 2),
+        ({"decoder": True, "num_convs": 1}, 1),
+        ({**CASCADE, "style": "torchvision"}, 0),
+    ],
+)
+def test_a_head_has_its_sources_convolutions_unless_told(fields, convs):
+    assert ModelConfig(**fields).convs == convs
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig(**MOBILE, atrous_rates=(), style="tensorflow"),
+        ModelConfig(**CASCADE, output_stride=256),
+        ModelConfig(decoder=True, num_convs=1, atrous_rates=(6, 12, 18, 24)),
+    ],
+)
+def test_json_gives_the_same_config_back(config):
     assert ModelConfig.from_json(config.to_json()) == config
+
+
+def test_json_from_before_cascade_and_decoder_means_what_it_did():
+    text = (
+        '{"atrous_rates": [6, 12, 18], "auxiliary": true, "backbone": "resnet50", '
+        '"dropout": 0.5, "image_pooling": true, "mean": [0.5, 0.5, 0.5], "multi_grid": [1, 1, 1], '
+        '"num_classes": 7, "output_stride": 8, "std": [0.5, 0.5, 0.5], "style": "torchvision"}'
+    )
+    config = ModelConfig.from_json(text)
+    assert (config.head, config.blocks, config.decoder, config.convs) == ("aspp", 4, False, 1)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "no JSON"), ("[]", "JSON object"), ('{"decoder": true}', "unknown fields")],
+    [("{", "no JSON"), ("[]", "JSON object"), ('{"unheard_of": true}', "unknown fields")],
 )
 def test_json_that_is_no_config_is_refused(text, message):
     with pytest.raises(ValueError, match=message):

@@ -5,6 +5,7 @@ import struct
 
 import pytest
 import torch
+from model.published import constants, resnet_shapes
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
@@ -13,75 +14,11 @@ from pipeline.model import weights
 from pipeline.model.config import ModelConfig
 from pipeline.model.deeplab import DeepLabV3
 from pipeline.model.formats import CheckpointError
-from pipeline.model.layouts import torchvision_config
 
 CLASSES = Classes(names=("sky", "sea", "land"), palette=((1, 2, 3), (4, 5, 6), (7, 8, 9)))
 SMALL = ModelConfig(
     backbone="mobilenet_v2", num_classes=3, multi_grid=(1, 1, 1), atrous_rates=(6,), mean=(0, 0, 0)
 )
-DEPTHS = {
-    "resnet18": (2, 2, 2, 2),
-    "resnet34": (3, 4, 6, 3),
-    "resnet50": (3, 4, 6, 3),
-    "resnet101": (3, 4, 23, 3),
-}
-
-
-def normalisation(name, channels):
-    shapes = {f"{name}.{key}": (channels,) for key in ("weight", "bias")}
-    shapes |= {f"{name}.running_{key}": (channels,) for key in ("mean", "var")}
-    return shapes | {f"{name}.num_batches_tracked": ()}
-
-
-def resnet_shapes(name):
-    """torchvision's names and shapes of a ResNet without its classifier, listed by hand."""
-    bottleneck = name in ("resnet50", "resnet101")
-    shapes = {"conv1.weight": (64, 3, 7, 7), **normalisation("bn1", 64)}
-    inputs = 64
-    for stage, units in enumerate(DEPTHS[name]):
-        width = 64 * 2**stage
-        outputs = width * 4 if bottleneck else width
-        for unit in range(units):
-            block = f"layer{stage + 1}.{unit}"
-            kernels = [(width, inputs, 3), (width, width, 3)]
-            if bottleneck:
-                kernels = [(width, inputs, 1), (width, width, 3), (outputs, width, 1)]
-            for number, (out, into, kernel) in enumerate(kernels, start=1):
-                shapes[f"{block}.conv{number}.weight"] = (out, into, kernel, kernel)
-                shapes |= normalisation(f"{block}.bn{number}", out)
-            if inputs != outputs:
-                shapes[f"{block}.downsample.0.weight"] = (outputs, inputs, 1, 1)
-                shapes |= normalisation(f"{block}.downsample.1", outputs)
-            inputs = outputs
-    return shapes
-
-
-def deeplab_shapes(name, classes=21):
-    """torchvision's names and shapes of a DeepLabv3 with its auxiliary head, listed by hand."""
-    shapes = {f"backbone.{key}": shape for key, shape in resnet_shapes(name).items()}
-    channels = 2048 if name in ("resnet50", "resnet101") else 512
-    for index, kernel in enumerate((1, 3, 3, 3)):
-        shapes[f"classifier.0.convs.{index}.0.weight"] = (256, channels, kernel, kernel)
-        shapes |= normalisation(f"classifier.0.convs.{index}.1", 256)
-    shapes["classifier.0.convs.4.1.weight"] = (256, channels, 1, 1)
-    shapes |= normalisation("classifier.0.convs.4.2", 256)
-    shapes["classifier.0.project.0.weight"] = (256, 1280, 1, 1)
-    shapes |= normalisation("classifier.0.project.1", 256)
-    shapes["classifier.1.weight"] = (256, 256, 3, 3)
-    shapes |= normalisation("classifier.2", 256)
-    shapes |= {"classifier.4.weight": (classes, 256, 1, 1), "classifier.4.bias": (classes,)}
-    shapes["aux_classifier.0.weight"] = (channels // 8, channels // 2, 3, 3)
-    shapes |= normalisation("aux_classifier.1", channels // 8)
-    shapes["aux_classifier.4.weight"] = (classes, channels // 8, 1, 1)
-    return shapes | {"aux_classifier.4.bias": (classes,)}
-
-
-def constants(shapes):
-    """A tensor of each shape, each of its own value, which takes no memory and little disk."""
-    return {
-        key: torch.tensor(number if key.endswith("tracked") else number / 7.0).expand(shape)
-        for number, (key, shape) in enumerate(shapes.items(), start=1)
-    }
 
 
 @pytest.fixture
@@ -98,21 +35,6 @@ def metadata():
 def safetensors_metadata(data):
     (length,) = struct.unpack("<Q", data[:8])
     return json.loads(data[8 : 8 + length])["__metadata__"]
-
-
-@pytest.fixture
-def stored(tmp_path):
-    """Writes bytes (or, of anything else, torch.save's) to a file and gives its path."""
-
-    def write(content, name="file.bin"):
-        path = tmp_path / name
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        else:
-            torch.save(content, path)
-        return str(path)
-
-    return write
 
 
 def test_a_checkpoint_comes_back_as_it_was(model, stored):
@@ -153,31 +75,22 @@ def test_classes_must_be_as_many_as_the_models(model):
         weights.to_bytes(model, VOC)
 
 
-def test_a_torchvision_file_loads_as_it_is_and_every_value_finds_its_place(stored):
-    tensors = constants(deeplab_shapes("resnet50"))
-    wrapped = {"model": {f"module._orig_mod.{key}": value for key, value in tensors.items()}}
-    loaded, classes = weights.load(stored({**wrapped, "epoch": 3}))
-    assert classes == VOC
-    assert (loaded.config.output_stride, loaded.config.rates) == (8, (12, 24, 36))
-    state = loaded.state_dict()
-    assert state.keys() == tensors.keys()
-    assert all(torch.equal(state[key], tensors[key]) for key in tensors)
-
-
-@pytest.mark.parametrize("name", DEPTHS)
-def test_names_and_shapes_tell_the_network(name):
-    shapes = deeplab_shapes(name, classes=7)
-    config = torchvision_config(constants(shapes), "a.pth", None)
-    assert (config.backbone, config.num_classes, config.auxiliary) == (name, 7, True)
-    with torch.device("meta"):
-        built = DeepLabV3(config)
-    assert {key: tuple(value.shape) for key, value in built.state_dict().items()} == shapes
-
-
 def test_output_stride_and_rates_can_be_given(model, stored):
     path = stored(weights.to_bytes(model, CLASSES))
     loaded, _ = weights.load(path, output_stride=4, atrous_rates=(3,))
     assert (loaded.config.output_stride, loaded.config.rates) == (4, (12,))
+
+
+def test_rates_for_a_network_without_atrous_branches_are_refused(stored):
+    cascade = ModelConfig(
+        backbone="resnet18", num_classes=3, multi_grid=(1, 2), head="cascade", blocks=5,
+        atrous_rates=(), image_pooling=False,
+    )  # fmt: skip
+    path = stored(weights.to_bytes(DeepLabV3(cascade), CLASSES))
+    with pytest.raises(ValueError, match=r"head 'cascade'.*atrous_rates=\(\)"):
+        weights.load(path, atrous_rates=(6,))
+    loaded, _ = weights.load(path, output_stride=64)
+    assert loaded.config.output_stride == 64
 
 
 def test_another_number_of_classes_is_refused_unless_the_classifier_is_reset(model, stored):
@@ -189,6 +102,41 @@ def test_another_number_of_classes_is_refused_unless_the_classifier_is_reset(mod
     assert loaded(torch.zeros(1, 3, 9, 9)).shape == (1, 11, 9, 9)
     kept = model.backbone.features[0][0].weight
     assert torch.equal(loaded.backbone.features[0][0].weight, kept)
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"style": "torchvision", "auxiliary": True}, ("classifier.4", "aux_classifier.4")),
+        ({"decoder": True}, ("classifier.classifier.6",)),
+        (
+            {"head": "cascade", "blocks": 5, "atrous_rates": (), "image_pooling": False},
+            ("classifier.1",),
+        ),
+    ],
+)
+def test_a_reset_classifier_has_fresh_last_layers_and_nothing_else(fields, names, stored):
+    model = DeepLabV3(ModelConfig(backbone="resnet18", num_classes=3, multi_grid=(1, 2), **fields))
+    path = stored(weights.to_bytes(model, CLASSES))
+    loaded, _ = weights.load(path, num_classes=4, reset_classifier=True)
+    before, after = model.state_dict(), loaded.state_dict()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {f"{name}.{part}" for name in names for part in ("weight", "bias")}
+
+
+def test_a_cascades_further_blocks_keep_their_weights_beside_an_imagenet_backbone(stored):
+    model = DeepLabV3(
+        ModelConfig(
+            backbone="resnet18", multi_grid=(1, 1), head="cascade", blocks=6, style="torchvision",
+            atrous_rates=(), image_pooling=False,
+        )
+    )  # fmt: skip
+    before = {key: value.clone() for key, value in model.backbone.state_dict().items()}
+    published = constants(resnet_shapes("resnet18") | {"fc.bias": (1000,)})
+    weights.load_backbone(model, stored(published))
+    for key, value in model.backbone.state_dict().items():
+        added = key.startswith(("layer5.", "layer6."))
+        assert torch.equal(value, before[key] if added else published[key]), key
 
 
 def test_imagenet_backbones_load_without_their_classifiers(model, stored):

@@ -1,141 +1,144 @@
-"""The TensorFlow zoo's file: the network it becomes against its graph, written out by hand."""
+"""Public weight files: fetched once, checked each time, and read by the code that reads files."""
 
-import numpy as np
+import functools
+import hashlib
+import http.server
+import io
+import threading
+
 import pytest
 import torch
-from torch.nn import functional
+from model.published import constants, resnet_shapes, torchvision_shapes
 
-from pipeline.model import weights
-
-# Index in the graph -> channels, stride at output stride 8, rate.
-UNITS = [
-    (16, 1, 1),
-    (24, 2, 1), (24, 1, 1),
-    (32, 2, 1), (32, 1, 1), (32, 1, 1),
-    (64, 1, 1), (64, 1, 2), (64, 1, 2), (64, 1, 2),
-    (96, 1, 2), (96, 1, 2), (96, 1, 2),
-    (160, 1, 2), (160, 1, 4), (160, 1, 4),
-    (320, 1, 4),
-]  # fmt: skip
-CLASSES = 5
+from pipeline.data.storage import StorageError
+from pipeline.model import weights, zoo
+from pipeline.model.config import ModelConfig
+from pipeline.model.deeplab import DeepLabV3
+from pipeline.model.formats import CheckpointError
 
 
-def random_graph():
-    """The constants of a frozen graph, by the zoo's names, with random values."""
-    random = np.random.default_rng(0)
-    graph = {"ResizeBilinear_1.size": np.array([513, 513], np.int32)}
-
-    def draw(*shape, scale=0.1):
-        return random.normal(0, scale, shape).astype(np.float32)
-
-    def convolution(name, kernel, inputs, outputs):
-        scale = (2 / (kernel * kernel * inputs)) ** 0.5
-        graph[f"{name}.Conv2D.merged_input"] = draw(kernel, kernel, inputs, outputs, scale=scale)
-        graph[f"{name}.BatchNorm.FusedBatchNorm.Offset"] = draw(outputs)
-
-    convolution("MobilenetV2.Conv", 3, 3, 32)
-    inputs = 32
-    for index, (outputs, _, _) in enumerate(UNITS):
-        name = "MobilenetV2.expanded_conv" + (f"_{index}" if index else "")
-        width = inputs * 6 if index else inputs
-        if index:
-            convolution(f"{name}.expand", 1, inputs, width)
-        graph[f"{name}.depthwise.depthwise_weights"] = draw(3, 3, width, 1, scale=0.5)
-        graph[f"{name}.depthwise.BatchNorm.FusedBatchNorm.Scaled"] = 1 + draw(width)
-        graph[f"{name}.depthwise.BatchNorm.FusedBatchNorm.Offset"] = draw(width)
-        convolution(f"{name}.project", 1, width, outputs)
-        inputs = outputs
-    for name, channels in (("image_pooling", 320), ("aspp0", 320), ("concat_projection", 512)):
-        convolution(name, 1, channels, 256)
-    graph["logits.semantic.weights"] = draw(1, 1, 256, CLASSES)
-    graph["logits.semantic.biases"] = draw(CLASSES)
-    paddings = "MobilenetV2.expanded_conv_7.depthwise.depthwise.SpaceToBatchND.paddings"
-    graph[paddings] = np.zeros((2, 2), np.int32)
-    return graph
-
-
-def same(x, kernel, bias, *, stride=1, rate=1, groups=1):
-    """TensorFlow's SAME: explicit zeros, so that ceil(n / stride) outputs come out."""
-    pads = []
-    for n in (x.shape[3], x.shape[2]):
-        reach = (kernel.shape[2] - 1) * rate
-        total = max(((n + stride - 1) // stride - 1) * stride + reach + 1 - n, 0)
-        pads += [total // 2, total - total // 2]
-    padded = functional.pad(x, pads)
-    return functional.conv2d(padded, kernel, bias, stride, 0, rate, groups)
-
-
-def evaluate(graph, image):
-    """Logits at the size of `image` (1, 3, h, w), as the graph computes them, in float64."""
-    values = {key: torch.tensor(value).double() for key, value in graph.items()}
-
-    def convolution(name, x, **options):
-        kernel = values[f"{name}.Conv2D.merged_input"].permute(3, 2, 0, 1)
-        return same(x, kernel, values[f"{name}.BatchNorm.FusedBatchNorm.Offset"], **options)
-
-    height, width = image.shape[2:]
-    while (image.shape[2] - 1) % 16:
-        image = functional.pad(image, (0, 0, 0, 1))
-    while (image.shape[3] - 1) % 16:
-        image = functional.pad(image, (0, 1))
-    x = convolution("MobilenetV2.Conv", image, stride=2).clamp(0, 6)
-    for index, (_, stride, rate) in enumerate(UNITS):
-        name = "MobilenetV2.expanded_conv" + (f"_{index}" if index else "")
-        y = convolution(f"{name}.expand", x).clamp(0, 6) if index else x
-        norm = f"{name}.depthwise.BatchNorm.FusedBatchNorm"
-        kernel = values[f"{name}.depthwise.depthwise_weights"] * values[f"{norm}.Scaled"][:, None]
-        kernel = kernel.permute(2, 3, 0, 1)
-        y = same(
-            y, kernel, values[f"{norm}.Offset"], stride=stride, rate=rate, groups=len(kernel)
-        ).clamp(0, 6)
-        y = convolution(f"{name}.project", y)
-        x = x + y if x.shape == y.shape else y
-    pooled = convolution("image_pooling", x.mean((2, 3), keepdim=True)).relu()
-    branches = [pooled + torch.zeros(1, 1, *x.shape[2:]), convolution("aspp0", x).relu()]
-    x = convolution("concat_projection", torch.cat(branches, 1)).relu()
-    kernel = values["logits.semantic.weights"].permute(3, 2, 0, 1)
-    x = functional.conv2d(x, kernel, values["logits.semantic.biases"])
-    x = functional.interpolate(x, image.shape[2:], mode="bilinear", align_corners=True)
-    return x[:, :, :height, :width]
+def pickled(tensors):
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
-def graph():
-    return random_graph()
+def published():
+    """Two small files as a host would hold them, by the zoo's kind of name."""
+    networks = {
+        "tiny_coco": pickled(constants(torchvision_shapes("resnet18", classes=5))),
+        "tiny": pickled(constants(resnet_shapes("resnet18") | {"fc.bias": (1000,)})),
+    }
+    return {
+        f"{name}-{hashlib.sha256(data).hexdigest()[:8]}.pth": data
+        for name, data in networks.items()
+    }
 
 
-@pytest.fixture(scope="module")
-def path(graph, tmp_path_factory):
-    path = tmp_path_factory.mktemp("zoo") / "zoo.npz"
-    np.savez(path, **graph)
-    return str(path)
+@pytest.fixture
+def host(published, tmp_path, monkeypatch):
+    """A web server on this machine that holds the files; it counts what it was asked for."""
+    folder = tmp_path / "host"
+    folder.mkdir()
+    for name, data in published.items():
+        (folder / name).write_bytes(data)
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_request(self, *_args):
+            server.asked.append(self.path)
+
+        def log_error(self, *_args):
+            pass
+
+    make = functools.partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), make) as server:
+        server.asked, server.folder = [], folder
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(zoo, "HOST", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setattr(zoo, "FILES", tuple(published))
+        monkeypatch.setenv("no_proxy", "*")
+        monkeypatch.setenv(zoo.CACHE_VARIABLE, str(tmp_path / "cache"))
+        yield server
+        server.shutdown()
 
 
-@pytest.mark.parametrize("size", [(33, 49), (37, 50), (1, 20)])
-def test_the_network_computes_what_the_zoos_graph_does(size, graph, path):
-    model, classes = weights.load(path)
-    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(3)).double()
-    with torch.inference_mode():
-        logits = model.double()(image)
-        wanted = evaluate(graph, image)
-    assert len(classes.names) == CLASSES
-    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
+def test_a_network_is_loaded_by_its_name_and_fetched_once(host, published):
+    for _ in range(2):
+        model, _ = weights.load("zoo:tiny_coco", output_stride=16)
+        assert (model.config.num_classes, model.config.output_stride) == (5, 16)
+    assert len(host.asked) == 1
+    path = zoo.fetch("tiny_coco")
+    assert path.read_bytes() == published[path.name]
+    assert [entry.name for entry in zoo.cache().iterdir()] == [path.name]
 
 
-def test_a_graph_with_atrous_branches_is_refused_by_their_names(graph, tmp_path):
-    path = tmp_path / "other.npz"
-    extra = {"aspp1_depthwise.depthwise_weights": np.ones((3, 3, 320, 1), np.float32)}
-    lacking = {key: value for key, value in graph.items() if not key.startswith("aspp0.B")}
-    np.savez(path, **lacking, **extra)
-    with pytest.raises(weights.CheckpointError, match=r"missing aspp0.*unexpected aspp1_depthwise"):
-        weights.load(str(path))
+def test_a_backbone_is_loaded_by_its_name(host):
+    model = DeepLabV3(ModelConfig(backbone="resnet18", style="torchvision", multi_grid=(1, 1)))
+    weights.load_backbone(model, "zoo:tiny")
+    wanted = constants(resnet_shapes("resnet18"))
+    state = model.backbone.state_dict()
+    assert all(torch.equal(state[key], wanted[key]) for key in wanted)
+    with pytest.raises(CheckpointError, match="load_backbone"):
+        weights.load("zoo:tiny")
 
 
-def test_an_npz_of_something_else_is_refused(tmp_path):
-    path = tmp_path / "other.npz"
-    np.savez(path, x=np.ones(3))
-    with pytest.raises(weights.CheckpointError, match="not of the TensorFlow DeepLab zoo"):
-        weights.load(str(path))
-    np.savez(path, x=np.array([{"an": "object"}], dtype=object))
-    with pytest.raises(weights.CheckpointError, match="cannot be read as an npz"):
-        weights.load(str(path))
+def test_a_host_that_sends_something_else_leaves_nothing_behind(host):
+    (name,) = (file for file in zoo.FILES if file.startswith("tiny-"))
+    (host.folder / name).write_bytes(b"<html>sign in to this network</html>")
+    with pytest.raises(CheckpointError, match=rf"not the published {name}.*sha256.*deleted"):
+        zoo.fetch("tiny")
+    assert not list(zoo.cache().iterdir())
+
+
+def test_a_damaged_file_in_the_cache_is_deleted_and_fetched_by_the_next_try(host, published):
+    path = zoo.fetch("tiny")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"deleted: run again"):
+        zoo.fetch("tiny")
+    assert zoo.fetch("tiny").read_bytes() == published[path.name]
+
+
+def test_without_a_network_one_line_says_what_to_put_where(host, monkeypatch, published):
+    # A port of this machine that nobody listens at.
+    host.shutdown()
+    host.server_close()
+    with pytest.raises(StorageError) as error:
+        weights.load("zoo:tiny_coco")
+    file = next(name for name in published if name.startswith("tiny_coco"))
+    message = str(error.value)
+    assert f"{zoo.HOST}{file}" in message
+    assert str(zoo.cache() / file) in message
+    assert "\n" not in message
+    assert not list(zoo.cache().iterdir())
+
+    (zoo.cache() / file).write_bytes(published[file])
+    assert weights.load("zoo:tiny_coco")[0].config.num_classes == 5
+
+
+def test_a_file_that_the_host_does_not_have_is_said(host):
+    for path in host.folder.iterdir():
+        path.unlink()
+    with pytest.raises(StorageError, match="404"):
+        zoo.fetch("tiny")
+
+
+def test_a_connection_that_breaks_leaves_nothing_behind(host, monkeypatch):
+    def broken(self, source, outputfile):
+        outputfile.write(source.read(100))
+
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "copyfile", broken)
+    with pytest.raises((StorageError, CheckpointError)):
+        zoo.fetch("tiny")
+    assert not list(zoo.cache().iterdir())
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"'resnet152'.*resnet101, mobilenet_v2$"):
+        weights.load("zoo:resnet152")
+
+
+def test_the_names_of_the_files_say_what_their_networks_are():
+    assert all(len(file.rpartition("-")[2].removesuffix(".pth")) == 8 for file in zoo.FILES)
+    names = [file.rpartition("-")[0] for file in zoo.FILES]
+    assert len(set(names)) == len(names) == 7
