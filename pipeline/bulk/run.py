@@ -79,7 +79,7 @@ def run(settings: Settings, watch: Watch) -> Ended:
 
 def _check(settings: Settings) -> _Checkpoint:
     """Looks at what the settings name, before anything is written or started."""
-    data = storage.read(settings.checkpoint)
+    data = weights.read(settings.checkpoint)
     model, classes = weights.load(settings.checkpoint, data=data)
     if settings.inference.output_stride is not None:
         model.set_output_stride(settings.inference.output_stride)

@@ -65,7 +65,7 @@ class Segmenter:
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        data = storage.read(work.checkpoint)
+        data = weights.read(work.checkpoint)
         if checkpoint_fingerprint(data) != work.model:
             raise SystemicError(f"{work.checkpoint} was replaced after the run was planned")
         torch.set_num_threads(work.cpus)

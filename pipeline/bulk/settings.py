@@ -25,7 +25,7 @@ class Inference:
     flip: bool = False
     """Average over the mirrored photo too."""
     output_stride: int | None = None
-    """4, 8, 16 or 32; the checkpoint's own by default."""
+    """4, 8, 16 or 32 (a cascade's up to 256); the checkpoint's own by default."""
     window: int = 1025
     """Side of the sliding window for large photos, px."""
     window_overlap: int = 257
@@ -43,7 +43,7 @@ class Inference:
                 f"--scales {' '.join(map(str, self.scales))}: each must be over 0 and at most 8"
             )
         object.__setattr__(self, "scales", tuple(map(float, self.scales)))
-        if self.output_stride not in (None, 4, 8, 16, 32):
+        if self.output_stride not in (None, 4, 8, 16, 32, 64, 128, 256):
             raise ValueError(f"--output-stride {self.output_stride}: take 4, 8, 16 or 32")
         if not 0 <= self.window_overlap < self.window:
             raise ValueError(
@@ -62,7 +62,8 @@ class Settings:
     results: str
     """Where the tables go: s3://bucket/prefix or a folder."""
     checkpoint: str
-    """The model: our .safetensors, a .pth in torchvision's layout, or the TensorFlow zoo's .npz."""
+    """The model: our .safetensors, a .pth in torchvision's or VainF's layout, the TensorFlow zoo's
+    .npz, or a public file by name, such as zoo:deeplabv3_resnet50_coco."""
     labels: str | None = None
     """Ground truth below this URI, matched by relative path without extension; gives IoU."""
     include: tuple[str, ...] = IMAGE_PATTERNS
@@ -94,7 +95,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("images", "results", "checkpoint", "labels"):
-            if (given := getattr(self, name)) is not None:
+            given = getattr(self, name)
+            if given is not None and not given.startswith("zoo:"):
                 object.__setattr__(self, name, storage.normalise(given))
         if self.run_id is not None:
             check_run_id(self.run_id)

@@ -24,7 +24,7 @@ from pipeline.model.formats import CheckpointError, TensorFile, parse, short, sh
 from pipeline.model.layouts import State, recognise
 from pipeline.model.resnet import CASCADED
 
-__all__ = ["CheckpointError", "load", "load_backbone", "to_bytes"]
+__all__ = ["CheckpointError", "load", "load_backbone", "read", "to_bytes"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def load(
     output stride 16) replace what the file or its layout's default says. Raises CheckpointError
     where the file is no checkpoint or fits no network, ValueError for arguments that do not fit.
     """
-    data = _read(uri) if data is None else data
+    data = read(uri) if data is None else data
     config, classes, state = _open(data, uri, atrous_rates)
     if num_classes is not None and num_classes != config.num_classes:
         if not reset_classifier:
@@ -74,7 +74,7 @@ def load_backbone(model: DeepLabV3, uri: str) -> None:
     The file's classifier is left out, and block5 to block7 of a cascade, which no such file has,
     keep their weights. Raises CheckpointError where the rest does not fit.
     """
-    tensors = parse(_read(uri), name=uri).tensors
+    tensors = parse(read(uri), name=uri).tensors
     kept = {k: v for k, v in model.backbone.state_dict().items() if k.startswith(CASCADED)}
     state = {key: value for key, value in tensors.items() if not key.startswith(IMAGENET_ONLY)}
     state = _fitted(model.backbone, kept | state, uri)
@@ -120,7 +120,8 @@ def _stored(tensor: torch.Tensor, *, half: bool) -> torch.Tensor:
     return tensor.float() if small is None or not small.isfinite().all() else small
 
 
-def _read(uri: str) -> bytes:
+def read(uri: str) -> bytes:
+    """The bytes of the file at `uri`: local, remote, or `zoo:NAME`."""
     return storage.read(storage.normalise(zoo.resolve(uri)))
 
 
