@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(1, error)
     except KeyboardInterrupt:
         return _failed(1, "interrupted; the same command continues the run")
+    except Exception as error:  # whatever it is, the last line says that the run failed
+        logging.exception("this should not happen")
+        return _failed(1, f"{type(error).__name__}: {error}")
     print(_last_line(settings, ended))
     return 0
 
@@ -58,7 +61,7 @@ class _Announced:
         if not self._said:
             self._said = True
             print("\n".join(_plan_lines(plan, progress)), flush=True)
-        if not self._settings.dry_run:
+        if not self._settings.dry_run and plan.counts.images:
             self._display(plan, progress)
 
 
@@ -87,8 +90,9 @@ def _last_line(settings: Settings, ended: Ended) -> str:
     facts |= {"shards": ended.plan.counts.shards, "seconds": f"{ended.seconds:.1f}"}
     if ended.images_per_second is not None:
         facts["images_per_second"] = f"{ended.images_per_second:.2f}"
+    if ended.nothing_to_do:
+        print(f"run {ended.plan.run_id} was finished before: there is nothing to do")
     state = "planned" if settings.dry_run else "finished"
-    state = "was finished before:" if ended.nothing_to_do else state
     facts["results"] = settings.results
     pairs = " ".join(f"{name}={_quoted(value)}" for name, value in facts.items())
     return f"segment {state} {pairs}"
@@ -97,7 +101,7 @@ def _last_line(settings: Settings, ended: Ended) -> str:
 def _quoted(value: object) -> str:
     """The value as log readers take it: in double quotes where it is more than a word."""
     text = str(value)
-    plain = text.isprintable() and not set(text) & set(' "=')
+    plain = text.isprintable() and not set(text) & set(" \"'\\=")
     return text if plain else json.dumps(text, ensure_ascii=False)
 
 

@@ -66,6 +66,18 @@ class Outcome:
     errors_by_kind: tuple[tuple[str, int], ...]
 
 
+def recorded(layout: RunLayout) -> Outcome:
+    """What the record of a finished run says that its files hold."""
+    [row] = pq.read_table(io.BytesIO(storage.read(layout.record))).to_pylist()
+    return Outcome(
+        images=row["images"],
+        ok=row["ok"],
+        errors=row["errors"],
+        label_errors=row["label_errors"],
+        errors_by_kind=tuple((each["kind"], each["images"]) for each in row["errors_by_kind"]),
+    )
+
+
 class Finish:
     """The end of one run, over its committed files."""
 

@@ -116,13 +116,16 @@ def held(uri: str, run_id: str, *, within: str | None = None) -> Iterator[Lease]
 
 
 def _read(uri: str) -> dict[str, Any]:
+    """What the lease says; nothing where there is none, a holder unknown where it is broken."""
     try:
-        content: dict[str, Any] = json.loads(storage.read(uri))
+        content = json.loads(storage.read(uri))
     except storage.StorageError as error:
         if error.kind == "vanished":
             return {}
         raise
-    return content
+    except ValueError:
+        content = None
+    return content if isinstance(content, dict) else {"token": "broken"}
 
 
 def _boot() -> str:

@@ -94,13 +94,12 @@ class Listing:
 
     def _photos(self) -> Iterator[tuple[str, str, int, str]]:
         prefix, included = self._settings.images, self._settings.included
-        # results and labels may lie below the photos
-        places = filter(None, (self._settings.results, self._settings.labels))
-        others = tuple(storage.join(place, "") for place in places if place != prefix)
         found = False
         for item in storage.list_objects(prefix):
             name = storage.relative(prefix, item.uri)
-            if included.match(name) and not item.uri.startswith(others):
+            if self._is_ours(item.uri):
+                continue
+            if included.match(name):
                 found = True
                 yield (*_row(item), stem(name))
             else:
@@ -111,6 +110,13 @@ class Listing:
                 if self.left_out
                 else f"no photos below {prefix}: nothing is there"
             )
+
+    def _is_ours(self, uri: str) -> bool:
+        """Whether it is a run's file, or in a folder of labels or results below the photos."""
+        photos, results = storage.join(self._settings.images, ""), self._settings.results
+        places = (storage.join(place, "") for place in (results, self._settings.labels) if place)
+        inside = tuple(place for place in places if place != photos and place.startswith(photos))
+        return uri.startswith(inside) or run_of(results, uri) is not None
 
     def _labels(self) -> Iterator[tuple[str, str, int, str]]:
         prefix = self._settings.labels
@@ -128,7 +134,7 @@ class Listing:
 
     def _check_labels(self) -> None:
         for what, rows in (
-            ("labels", "label"),
+            ("labels", "label semi join photo using (stem)"),
             ("photos share one label", "photo semi join label using (stem)"),
         ):
             twice = self._con.execute(

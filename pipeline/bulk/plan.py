@@ -121,13 +121,18 @@ def _runs_planned(results: str) -> Iterator[str]:
 
 
 def load(layout: RunLayout) -> Plan | None:
-    """The run's plan, None where it has none yet."""
+    """The run's plan, None where it has none yet. Raises ValueError where it cannot be read."""
+    uri = f"{layout.plan}/plan.json"
     try:
-        return Plan.from_json(storage.read(f"{layout.plan}/plan.json"))
+        return Plan.from_json(storage.read(uri))
     except storage.StorageError as error:
         if error.kind == "vanished":
             return None
         raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{uri} is no plan of this version: {error!r}; take another --run-id"
+        ) from error
 
 
 def check_same(plan: Plan, identity: dict[str, Any]) -> None:

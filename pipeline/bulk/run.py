@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+
+import pipeline
 from pipeline.bulk import lease, plan, waves
-from pipeline.bulk.finish import Finish, Outcome
+from pipeline.bulk.finish import Finish, Outcome, recorded
 from pipeline.bulk.plan import Plan
 from pipeline.bulk.progress import Progress, Summary
 from pipeline.bulk.reconcile import Reconciler, shards_done
@@ -37,7 +42,7 @@ class Ended:
     """How a run ended."""
 
     plan: Plan
-    outcome: Outcome | None  # None after a dry run, or when all was done before
+    outcome: Outcome | None  # None after a dry run
     seconds: float
     images_per_second: float | None
     nothing_to_do: bool = False
@@ -45,8 +50,9 @@ class Ended:
 
 @dataclass(frozen=True, kw_only=True)
 class _Checkpoint:
-    """The model that a run uses, known by its bytes."""
+    """The model that a run uses, known by its bytes, and the code."""
 
+    code_version: str
     sha256: str
     fingerprint: str
     classes: Classes
@@ -69,12 +75,25 @@ def run(settings: Settings, watch: Watch) -> Ended:
         watch(known, _progress(known, shards_done(layout)))
         return Ended(plan=known, outcome=None, seconds=0.0, images_per_second=None)
     if known is not None and storage.exists(layout.record):
-        return Ended(
-            plan=known, outcome=None, seconds=0.0, images_per_second=None, nothing_to_do=True
-        )
+        return _finished_before(layout, known)
+    if waves.has_cluster():
+        waves.connect(_pool(settings))  # before anything is written
     with lease.held(layout.lease, layout.run_id, within=layout.results) as held:
-        known = known or plan.make(settings, layout, identity)
+        known = plan.load(layout) or plan.make(settings, layout, identity)
+        plan.check_same(known, identity)
+        if storage.exists(layout.record):  # by the driver that had the lease before
+            return _finished_before(layout, known)
         return _Run(settings, layout, known, checkpoint, watch, held).to_its_end()
+
+
+def _finished_before(layout: RunLayout, known: Plan) -> Ended:
+    return Ended(
+        plan=known,
+        outcome=recorded(layout),
+        seconds=0.0,
+        images_per_second=None,
+        nothing_to_do=True,
+    )
 
 
 def _check(settings: Settings) -> _Checkpoint:
@@ -83,14 +102,40 @@ def _check(settings: Settings) -> _Checkpoint:
     model, classes = weights.load(settings.checkpoint, data=data)
     if settings.inference.output_stride is not None:
         model.set_output_stride(settings.inference.output_stride)
+    gpus = settings.gpus_per_actor
+    if gpus and not waves.has_cluster() and torch.cuda.device_count() < math.ceil(gpus):
+        raise ValueError(
+            f"--gpus-per-actor {gpus:g}: this machine has {torch.cuda.device_count()} GPUs that "
+            "torch can use; 0 runs on the CPU"
+        )
     for prefix in filter(None, (settings.images, settings.labels)):
-        if not any(storage.list_pages(prefix)):
-            raise ValueError(f"nothing lies below {prefix}")
+        _check_folder(prefix)
     return _Checkpoint(
+        code_version=_code_version(),
         sha256=hashlib.sha256(data).hexdigest(),
         fingerprint=checkpoint_fingerprint(data),
         classes=classes,
     )
+
+
+def _check_folder(prefix: str) -> None:
+    if prefix.count("/") > 2 and storage.exists(prefix):
+        raise ValueError(f"{prefix} is one object; give the folder that holds it")
+    if not any(storage.list_pages(prefix)):
+        raise ValueError(f"nothing lies below {prefix}")
+
+
+def _code_version() -> str:
+    """The package's version, and a hash of the code as it is."""
+    code = hashlib.sha256()
+    root = Path(pipeline.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        code.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    try:
+        version = importlib.metadata.version("deeplab-pipeline")
+    except importlib.metadata.PackageNotFoundError:  # it came as a working directory
+        version = "unknown"
+    return f"{version}+{code.hexdigest()[:8]}"
 
 
 def _progress(known: Plan, done: set[int]) -> Progress:
@@ -155,7 +200,7 @@ class _Run:
             {
                 "checkpoint": self._settings.checkpoint,
                 "checkpoint_sha256": self._checkpoint.sha256,
-                "code_version": importlib.metadata.version("deeplab-pipeline"),
+                "code_version": self._checkpoint.code_version,
                 "bytes_read": self._progress.bytes_read,
                 "seconds": seconds,
                 "images_per_second": rate,
@@ -184,7 +229,8 @@ class _Run:
         if errors > allowed:
             raise RunStoppedError(
                 f"{errors} of {self._plan.counts.images} photos are errors (mostly "
-                f"{kinds[0][0]}), over --max-error-fraction {self._settings.max_error_fraction:g}"
+                f"{kinds[0][0]}), over --max-error-fraction {self._settings.max_error_fraction:g}; "
+                "what is done stays: a larger fraction ends this run, another --run-id begins anew"
             )
 
 

@@ -106,8 +106,9 @@ class Settings:
             raise ValueError(f"--actors {self.actors[0]} {self.actors[1]}: take 1 <= MIN <= MAX")
         if not 0 <= self.max_error_fraction <= 1:
             raise ValueError(f"--max-error-fraction {self.max_error_fraction} is not in 0 to 1")
-        if not 0 <= self.gpus_per_actor < float("inf"):
-            raise ValueError(f"--gpus-per-actor {self.gpus_per_actor}: must be 0 or more")
+        gpus = self.gpus_per_actor
+        if not 0 <= gpus < float("inf") or (gpus > 1 and gpus != int(gpus)):
+            raise ValueError(f"--gpus-per-actor {gpus}: must be 0 to 1, or a whole number")
         _check_positive(
             self, "limit", "shard_images", "shard_bytes", "cpus_per_actor", "batch_images"
         )

@@ -11,6 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import socket
+import threading
 import time
 import traceback
 import warnings
@@ -32,6 +35,9 @@ from pipeline.data.storage import StorageError
 _CONCURRENT_SHARDS = 2  # one is fetched and decoded while the other is in the network
 _SHARDS_IN_FLIGHT = 3  # and one more waits at the actor
 _TELL_EVERY_S = 2.0
+_REACHABLE_S = 5.0
+
+logger = logging.getLogger(__name__)
 
 
 class RunStoppedError(RuntimeError):
@@ -54,11 +60,27 @@ def has_cluster() -> bool:
 
 
 def connect(pool: Pool) -> None:
-    """Joins the Ray of RAY_ADDRESS, or starts one on this machine that is large enough."""
+    """Joins the Ray of RAY_ADDRESS, or starts one on this machine that is large enough.
+
+    Raises RunStoppedError where none answers.
+    """
     if ray.is_initialized():
         return
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        _init(pool)
+    except ConnectionError as error:
+        raise RunStoppedError(f"no Ray answers at RAY_ADDRESS: {error}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours)  # Ray's own ends the process without a word
+    _warn_where_nothing_fits(pool)
+
+
+def _init(pool: Pool) -> None:
     quiet: dict[str, Any] = {"logging_level": logging.ERROR}
     if has_cluster():
+        _check_reachable(os.environ["RAY_ADDRESS"])
         ray.init(**quiet)
         return
     # the actors, and one that someone may add by hand; Ray's own tasks need one more
@@ -69,6 +91,28 @@ def connect(pool: Pool) -> None:
         include_dashboard=False,
         **quiet,
     )
+
+
+def _check_reachable(address: str) -> None:
+    """Raises ConnectionError where nobody listens: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=_REACHABLE_S).close()
+        except OSError as error:
+            raise ConnectionError(f"{address}: {error}") from error
+
+
+def _warn_where_nothing_fits(pool: Pool) -> None:
+    nodes = [each["Resources"] for each in ray.nodes()]  # type: ignore[no-untyped-call]
+    if not any(
+        node.get("CPU", 0) >= pool.cpus and node.get("GPU", 0) >= pool.gpus for node in nodes
+    ):
+        logger.warning(
+            "no node has %d CPUs and %g GPUs for an actor; waiting for the cluster to grow",
+            pool.cpus,
+            pool.gpus,
+        )
 
 
 def photos_of(images: list[dict[str, Any]]) -> list[Listed]:

@@ -210,7 +210,7 @@ VOC = Classes(
 )
 
 # labelId, trainId's name, colour, in the order of the train ids. Source: cityscapesScripts,
-# helpers/labels.py.
+# table of labels.
 _CITYSCAPES: tuple[tuple[int, str, Color], ...] = (
     (7, "road", (128, 64, 128)),
     (8, "sidewalk", (244, 35, 232)),

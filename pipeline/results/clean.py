@@ -57,10 +57,13 @@ def leftovers(results: str) -> list[storage.Object]:
     """What killed runs left that nobody needs.
 
     Temporary files; leases and single rows of finished runs; files beside a plan that it does
-    not name. A temporary file younger than `FRESH_S` may be a living writer's and stays.
+    not name; leases and files of runs that died before they had a plan. A temporary file younger
+    than `FRESH_S` may be a living writer's and stays. Raises LookupError where nothing lies.
     """
     results = storage.normalise(results)
-    found: list[storage.Object] = []
+    if not (any(storage.list_pages(results)) or storage.leftovers(results)):
+        raise LookupError(f"no results lie at {results}")
+    found = _unplanned(results)
     for run in _finished(results):
         found += storage.list_objects(run.singles)
         if lease := storage.stat_object(run.lease):
@@ -107,6 +110,22 @@ def _finished(results: str) -> list[RunLayout]:
     runs = storage.join(results, "runs")
     ids = {layout.run_of(results, item.uri) for item in storage.list_objects(runs)}
     return [RunLayout(results=results, run_id=run_id) for run_id in sorted(filter(None, ids))]
+
+
+def _unplanned(results: str) -> list[storage.Object]:
+    """The lease and the files of runs that nobody works on and that never had a plan."""
+    found = []
+    for lease in storage.list_objects(storage.join(results, "leases")):
+        run_id = layout.run_of(results, lease.uri)
+        if run_id is None:
+            continue
+        run = RunLayout(results=results, run_id=run_id)
+        if storage.exists(storage.join(run.plan, "plan.json")) or storage.exists(run.record):
+            continue
+        with suppress(RunInUseError):
+            _refuse_if_held(run)
+            found += [*storage.list_objects(run.plan), lease]
+    return found
 
 
 def _unnamed_parts(results: str) -> list[storage.Object]:

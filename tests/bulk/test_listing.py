@@ -189,3 +189,14 @@ def test_what_is_no_regular_file_is_not_listed(
     (tmp_path / "photos" / "3.jpg").symlink_to(tmp_path / "photos" / "1.jpg")
     found: list[Any] = [Path(photo.uri).name for photo in listed(settings_for(str(tmp_path)))]
     assert found == ["1.jpg", "3.jpg"]
+
+
+def test_photos_in_a_folder_of_the_results_are_photos(
+    tmp_path: Path, listed: ListedBy, settings_for: SettingsFor
+) -> None:
+    _put(str(tmp_path), "images/1.jpg", "images/run=a/shard-000000.parquet", "leases/run=a.json")
+    below = settings_for(str(tmp_path), images=f"{tmp_path}/images", results=str(tmp_path))
+    every = {"include": ("*",), "labels": None}
+    same = settings_for(str(tmp_path), images=str(tmp_path), results=str(tmp_path), **every)
+    for settings in (below, same):
+        assert [photo.uri for photo in listed(settings)] == [f"{tmp_path}/images/1.jpg"]

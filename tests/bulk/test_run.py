@@ -210,3 +210,35 @@ def test_a_second_driver_is_refused_while_the_first_works(
         run(settings, quiet)
     first.join()
     assert len(ended) == 1
+
+
+def test_a_driver_that_waited_for_the_lease_leaves_the_finished_run_alone(
+    tmp_path: Path, fill: Any, settings_for: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(str(tmp_path), 2)
+    settings = settings_for(str(tmp_path))
+    layout = RunLayout(results=settings.results, run_id="test")
+    held = lease.held
+
+    def late(*given: Any, **more: Any) -> Any:  # another driver does the run before we have it
+        monkeypatch.setattr(lease, "held", held)
+        run(settings, quiet)
+        records.append(storage.read(layout.record))
+        return held(*given, **more)
+
+    records: list[bytes] = []
+    monkeypatch.setattr(lease, "held", late)
+    ended = run(settings, quiet)
+    assert ended.nothing_to_do
+    assert ended.outcome is not None
+    assert ended.outcome.ok == 2
+    assert storage.read(layout.record) == records[0]
+
+
+def test_a_broken_plan_is_said_in_one_line(tmp_path: Path, fill: Any, settings_for: Any) -> None:
+    fill(str(tmp_path), 1)
+    settings = settings_for(str(tmp_path))
+    layout = RunLayout(results=settings.results, run_id="test")
+    storage.write(f"{layout.plan}/plan.json", b"{}")
+    with pytest.raises(ValueError, match=r"plan\.json is no plan of this version"):
+        run(settings, quiet)

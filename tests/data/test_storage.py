@@ -159,3 +159,23 @@ def test_uris_have_one_spelling(uri: str, normal: str) -> None:
 def test_a_scheme_that_is_not_known_is_refused() -> None:
     with pytest.raises(ValueError, match="neither s3://"):
         storage.normalise("gs://bucket/x")
+
+
+def test_links_in_a_circle_list_each_file_once(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.jpg").write_bytes(b"")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    assert [item.uri for item in storage.list_objects(str(tmp_path))] == [f"{tmp_path}/a/x.jpg"]
+
+
+def test_a_write_that_fails_leaves_no_folder_that_it_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(storage.StorageError, match="No space left"):
+        storage.create(f"{tmp_path}/new/folder/x", b"1")
+    assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -93,6 +94,9 @@ BAD_USE = {
     "a checkpoint that is not one": (["--checkpoint", "{prefix}/photos/000.jpg"], 2, "000.jpg"),
     "no checkpoint": (["--checkpoint", "{prefix}/x.pth"], 1, "{prefix}/x.pth does not exist"),
     "results below a file": (["--results", "{prefix}/photos/000.jpg/r"], 1, "000.jpg/r"),
+    "a GPU that is not there": (["--gpus-per-actor", "512"], 2, "--gpus-per-actor 512"),
+    "a part of a second GPU": (["--gpus-per-actor", "1.5"], 2, "--gpus-per-actor 1.5"),
+    "one photo for a folder": (["--images", "{prefix}/photos/000.jpg"], 2, "is one object"),
     "an unknown flag": (["--scale", "1"], 2, "--scale"),
 }
 
@@ -131,25 +135,54 @@ def test_labels_or_photos_that_share_a_stem_are_refused_by_name(
         (None, None, "bucket no-such-bucket does not exist"),
         ("AWS_SECRET_ACCESS_KEY", "wrong", "access denied"),
         ("AWS_ENDPOINT_URL", "http://127.0.0.1:9", "127.0.0.1:9"),
+        ("AWS_ENDPOINT_URL", "SILENT", "no answer"),
+        ("AWS_PROFILE", "nobody", "profile (nobody) could not be found"),
+        ("RAY_ADDRESS", "127.0.0.1:9", "no Ray answers"),
     ],
 )
 def test_a_bucket_that_cannot_be_read_is_one_line_within_half_a_minute(
-    s3_environment: dict[str, str], variable: str | None, value: str, message: str
+    s3_environment: dict[str, str],
+    s3_prefix: str,
+    variable: str | None,
+    value: str,
+    message: str,
 ) -> None:
+    silent = socket.create_server(("127.0.0.1", 0))  # it takes connections and never answers
+    value = f"http://127.0.0.1:{silent.getsockname()[1]}" if value == "SILENT" else value
     environment = {**os.environ, **s3_environment, **({variable: value} if variable else {})}
+    put_photos(s3_prefix, 1)
+    prefix = s3_prefix if variable == "RAY_ADDRESS" else "s3://no-such-bucket"
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "jobs/segment.py", *arguments("s3://no-such-bucket")],
+        [sys.executable, "jobs/segment.py", *arguments(prefix)],
         capture_output=True,
         text=True,
         cwd=ROOT,
         env=environment,
         check=False,
     )
+    silent.close()
+    assert not list(storage.list_objects(f"{s3_prefix}/results"))
     assert done.returncode == 1
     [line] = done.stdout.splitlines()
     assert message in line
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_driver_that_is_told_to_end_says_so_and_gives_its_lease_back(tmp_path: Path) -> None:
+    put_photos(str(tmp_path), 60)
+    command = [sys.executable, "jobs/segment.py", *arguments(str(tmp_path), "--shard-images", "2")]
+    driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while not list(storage.list_objects(f"{tmp_path}/results/images")):
+        assert driver.poll() is None
+        time.sleep(0.2)
+    driver.send_signal(signal.SIGTERM)
+    said, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 1
+    assert said.splitlines()[-1].startswith('segment failed exit=1 reason="interrupted; the same')
+    assert not list(storage.list_objects(f"{tmp_path}/results/leases"))
 
 
 @pytest.mark.ray

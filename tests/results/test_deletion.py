@@ -146,3 +146,20 @@ def test_temporary_files_are_leftovers_unless_their_writer_may_still_live(tmp_pa
 def test_a_run_id_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not usable"):
         clean.of_run(str(tmp_path), "../a")
+
+
+def test_what_a_run_left_that_died_before_it_had_a_plan_is_a_leftover(prefix: str) -> None:
+    dead = RunLayout(results=prefix, run_id="dead")
+    planning = RunLayout(results=prefix, run_id="planning")
+    for run, age_s in ((dead, 3600), (planning, 1)):
+        storage.write(f"{run.plan}/part-00000-0.parquet", b"part")
+        write_lease(run, age_s=age_s)
+    assert set(found(prefix, clean.leftovers(prefix))) == {
+        "leases/run=dead.json",
+        "plans/run=dead/part-00000-0.parquet",
+    }
+
+
+def test_cleaning_where_nothing_lies_is_an_error(prefix: str) -> None:
+    with pytest.raises(LookupError, match="no results lie at"):
+        clean.leftovers(f"{prefix}/typo")

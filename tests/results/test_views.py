@@ -201,3 +201,10 @@ def test_a_process_that_asked_s3_ends_without_a_word(s3_prefix: str) -> None:
     command = [sys.executable, "-c", code, s3_prefix]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (ended.stdout, ended.stderr) == ("", "")
+
+
+def test_the_times_of_runs_come_to_python_as_they_are(prefix: str) -> None:
+    write_run(prefix, "done")
+    [(started, finished)] = ask(prefix, "SELECT started_at, finished_at FROM runs")
+    assert started.utcoffset() is not None
+    assert started <= finished

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,7 +35,7 @@ def list_pages(path: str) -> Iterator[list[Object]]:
     UTF-8, with a warning each.
     """
     page: list[Object] = []
-    for entry in _walk(path):
+    for entry in _walk(path, frozenset()):
         with contextlib.suppress(FileNotFoundError):
             stat = entry.stat()
             page.append(Object(entry.path, _etag(stat), stat.st_size))
@@ -46,8 +46,12 @@ def list_pages(path: str) -> Iterator[list[Object]]:
         yield page
 
 
-def _walk(path: str) -> Iterator[os.DirEntry[str]]:
+def _walk(path: str, above: frozenset[tuple[int, int]]) -> Iterator[os.DirEntry[str]]:
+    """The files below the folder. `above` are the folders around it: links may lead back there."""
     try:
+        stat = os.stat(path)
+        if (here := (stat.st_dev, stat.st_ino)) in above:
+            return
         with os.scandir(path) as entries:
             found = [entry for entry in entries if _is_text(entry)]
     except FileNotFoundError:
@@ -55,10 +59,17 @@ def _walk(path: str) -> Iterator[os.DirEntry[str]]:
     except OSError as error:
         raise StorageError("access", f"cannot list {path}: {error.strerror}") from error
     for entry in sorted(found, key=lambda entry: entry.name):
-        if entry.is_dir():
-            yield from _walk(entry.path)
-        elif entry.is_file() and not is_temporary(entry.name):
+        if _is(entry.is_dir):
+            yield from _walk(entry.path, above | {here})
+        elif _is(entry.is_file) and not is_temporary(entry.name):
             yield entry
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    try:
+        return kind()
+    except OSError:  # a link in a circle is neither
+        return False
 
 
 def _is_text(entry: os.DirEntry[str]) -> bool:
@@ -122,6 +133,7 @@ def write(path: str, data: bytes) -> None:
 def _temporary(path: str, data: bytes) -> Iterator[str]:
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(8)}.tmp")
+    missing = [each for each in (Path(folder), *Path(folder).parents) if not each.exists()]
     try:
         with _open_new(temporary) as file:
             file.write(data)
@@ -129,6 +141,10 @@ def _temporary(path: str, data: bytes) -> Iterator[str]:
             os.fsync(file.fileno())
         yield temporary
     except OSError as error:
+        with contextlib.suppress(OSError):  # folders made for nothing go again
+            Path(temporary).unlink(missing_ok=True)
+            for each in missing:
+                each.rmdir()
         raise _translate(path, error) from error
     finally:
         with contextlib.suppress(OSError):

@@ -12,13 +12,21 @@ from __future__ import annotations
 import asyncio
 import functools
 import random
+import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
 import fsspec.asyn
 import s3fs
 from aiohttp import ClientError as AiohttpError
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    FlexibleChecksumError,
+    HTTPClientError,
+    IncompleteReadError,
+)
 
 from pipeline.data.storage.base import (
     PAGE_OBJECTS,
@@ -31,6 +39,10 @@ from pipeline.data.storage.base import (
 ATTEMPTS = 8
 """Requests sent at most for one call: six failures in a row are survived."""
 
+FIRST_ANSWER_S = 15.0
+"""Seconds within which a server must have answered once, retries included."""
+
+_answered = threading.Event()
 _TIMEOUTS_S = {"connect_timeout": 10, "read_timeout": 60}
 _RETRIED_CODES = {"SlowDown", "RequestTimeout", "ConditionalRequestConflict", "InternalError"}
 _RETRIED_STATUS = {429, 500, 502, 503, 504}
@@ -157,13 +169,21 @@ def _call(uri: str, method: str, request: dict[str, Any]) -> dict[str, Any]:
 def _retry(uri: str, attempt: Callable[[Any, int], Awaitable[T]]) -> T:
     """What `attempt(client, number)` returns, tried again after faults that pass."""
 
-    async def attempts() -> T:
+    async def once(number: int) -> T:
         fs = filesystem()
+        await fs.set_session()
+        client = await fs.get_s3(split(uri)[0])
+        return await attempt(client, number)
+
+    async def attempts() -> T:
+        until = time.monotonic() + FIRST_ANSWER_S
         for number in range(ATTEMPTS):
+            # who never answered yet is asked for less long: its address is probably wrong
+            patience = None if _answered.is_set() else max(0.1, until - time.monotonic())
             try:
-                await fs.set_session()
-                client = await fs.get_s3(split(uri)[0])
-                return await attempt(client, number)
+                result = await asyncio.wait_for(once(number), patience)
+                _answered.set()
+                return result
             except (
                 BotoCoreError,
                 ClientError,
@@ -171,7 +191,10 @@ def _retry(uri: str, attempt: Callable[[Any, int], Awaitable[T]]) -> T:
                 ConnectionError,
                 TimeoutError,
             ) as error:
-                if number == ATTEMPTS - 1 or not _passes(error):
+                if isinstance(error, ClientError):
+                    _answered.set()
+                late = not _answered.is_set() and time.monotonic() > until
+                if late or number == ATTEMPTS - 1 or not _passes(error):
                     raise _translate(uri, error) from error
             await asyncio.sleep(min(5.0, 0.1 * 2**number) * random.uniform(0.5, 1.0))
         raise AssertionError("unreachable")
@@ -184,7 +207,9 @@ def _passes(error: Exception) -> bool:
     if isinstance(error, ClientError):
         code = error.response.get("Error", {}).get("Code", "")
         return code in _RETRIED_CODES or _status(error) in _RETRIED_STATUS
-    return not isinstance(error, NoCredentialsError) and "Validation" not in type(error).__name__
+    if isinstance(error, BotoCoreError):  # others are wrong settings: profiles, names, no keys
+        return isinstance(error, HTTPClientError | IncompleteReadError | FlexibleChecksumError)
+    return True
 
 
 def _status(error: ClientError) -> int:
@@ -210,4 +235,4 @@ def _translate(uri: str, error: Exception) -> StorageError:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return " ".join(str(error).split())[:300] or f"no answer ({type(error).__name__})"
