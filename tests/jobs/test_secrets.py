@@ -1,0 +1,69 @@
+"""Credentials go to the S3 server and nowhere else."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from jobs.demo.photos import photos
+from jobs.demo.server import s3_server
+
+ROOT = Path(__file__).parents[2]
+CHECKPOINT = "jobs/demo/tfzoo-voc-mobilenetv2.safetensors"
+
+_SHOW = """
+import io, pyarrow.parquet as pq
+for item in storage.list_objects("s3://results"):
+    data = storage.read(item.uri)
+    file = pq.ParquetFile(io.BytesIO(data)) if item.uri.endswith(".parquet") else None
+    print(item.uri, (file.read().to_pylist(), file.schema_arrow.metadata) if file else data)
+"""
+"""Prints all that lies in the results, tables as their rows: the files are compressed."""
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+@pytest.mark.slow
+def test_the_secret_is_in_nothing_that_a_run_leaves_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "wJalrXUtnFEMI-K7MDENG-this-is-secret"
+    monkeypatch.setattr("jobs.demo.server.SECRET_KEY", secret)
+    photo = io.BytesIO()
+    Image.open(io.BytesIO(photos()["chelsea.png"])).crop((0, 0, 160, 120)).save(photo, "PNG")
+    # Ray's sockets need a short path
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp") as ray_files,
+        s3_server(tmp_path / "s3", buckets=("photos", "results")) as variables,
+    ):
+        environment = {**os.environ, **variables, "RAY_TMPDIR": ray_files}
+        for name, data in (("good.png", photo.getvalue()), ("bad.png", b"no photo")):
+            _python(f"storage.write('s3://photos/{name}', {data!r})", environment)
+        job = ["jobs/segment.py", "--images", "s3://photos", "--results", "s3://results"]
+        job += ["--checkpoint", CHECKPOINT, "--max-error-fraction", "1"]
+        run = subprocess.run(
+            [sys.executable, *job], cwd=ROOT, env=environment, capture_output=True, check=False
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+        listed = _python(_SHOW, environment)
+        logs = [path for path in Path(ray_files).rglob("*") if path.is_file()]
+        left = b"".join([run.stdout, run.stderr, *(path.read_bytes() for path in logs)])
+        assert len(logs) > 10  # it looked where Ray logs
+        assert len(listed.splitlines()) >= 5  # shard, classes, done, record, plan and its part
+    assert secret.encode() not in left
+    assert b"s3://photos/bad.png" in listed  # what is compressed was read
+    assert secret.encode() not in listed
+
+
+def _python(code: str, environment: dict[str, str]) -> bytes:
+    command = [sys.executable, "-c", f"from pipeline.data import storage\n{code}"]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, check=True
+    ).stdout
