@@ -46,9 +46,9 @@ def main() -> int:
             storage.write(f"s3://photos/{name}", data)
         for label in sorted((HERE / "labels").glob("*.png")):
             storage.write(f"s3://labels/{label.name}", label.read_bytes())
-        print(f"{len(photos())} photos are in s3://photos, labels of some in s3://labels\n")
+        print(f"{len(photos())} photos are in s3://photos, their labels in s3://labels\n")
         for command in _commands():
-            print("$", shlex.join(command), flush=True)
+            print("$", " ".join(map(_shown, command)), flush=True)
             done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, check=False)
             if done.returncode != 0:
                 return done.returncode
@@ -65,6 +65,11 @@ def _commands() -> list[list[str]]:
     segment += ["--labels", "s3://labels", "--checkpoint", str(CHECKPOINT.relative_to(ROOT))]
     question = " ".join(_QUESTION.split())
     return [segment, ["python", "jobs/query.py", "s3://results", question]]
+
+
+def _shown(argument: str) -> str:
+    """The argument as a person would type it."""
+    return f'"{argument}"' if "'" in argument else shlex.quote(argument)
 
 
 def _write_overlays() -> list[Path]:
