@@ -87,8 +87,9 @@ def test_a_finished_run_is_not_touched_again(tmp_path: Path, fill: Any, settings
 
 
 def test_a_broken_run_does_what_is_missing_and_new_photos_wait_for_only_new(
-    prefix: str, fill: Any, photo_of: Any, settings_for: Any
+    tmp_path: Path, fill: Any, photo_of: Any, settings_for: Any
 ) -> None:
+    prefix = str(tmp_path)
     fill(prefix, 60)
     settings = settings_for(prefix, shard_images=3)
 
