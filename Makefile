@@ -10,7 +10,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
 	touch $@
 
-demo: $(VENV)/.installed  ## photos in a bucket -> masks, IoU, overlays, in two minutes
+demo: $(VENV)/.installed  ## photos in a bucket -> masks, IoU, overlays, in a minute
 	$(BIN)/python -m jobs.demo.run
 
 test: $(VENV)/.installed  ## every test, on a CPU

@@ -1,4 +1,4 @@
-"""The whole pipeline in two minutes: a bucket of photos goes in, masks and IoU come out.
+"""The whole pipeline in a minute: a bucket of photos goes in, masks and IoU come out.
 
 Starts an S3 server, fills a bucket with photos that may be passed on and labels drawn by hand,
 runs `jobs/segment.py` and `jobs/query.py` as a person would type them, writes overlays, and stops
