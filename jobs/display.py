@@ -10,28 +10,31 @@ from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeE
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from pipeline.bulk.plan import Plan
 from pipeline.bulk.progress import Progress
 
 _LINE_EVERY_S = 5.0
 
 
 class Display:
-    """Shows a bulk run's progress on stderr while it is entered; call it after every shard."""
+    """Shows progress on stderr while it is entered; call it whenever there is news.
 
-    def __init__(self) -> None:
+    `count_errors` says how many photos are errors, where one does not end the job.
+    """
+
+    def __init__(self, *, count_errors: bool = True) -> None:
+        self._count_errors = count_errors
         self._console = Console(stderr=True)
         self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            _Facts(),
+            _FactsColumn(),
             console=self._console,
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task("images", total=None, facts="")
-        self._latest: Progress | None = None
+        self._latest: tuple[str, Progress] | None = None
         self._ended = threading.Event()
         self._lines = threading.Thread(target=self._print_lines, name="display", daemon=True)
 
@@ -48,10 +51,16 @@ class Display:
         if self._lines.is_alive():
             self._lines.join()
 
-    def __call__(self, plan: Plan, progress: Progress) -> None:
-        self._latest = progress
-        done, total = progress.images_done, progress.images
-        self._bar.update(self._task, completed=done, total=total, facts=_facts(progress))
+    def __call__(self, progress: Progress, name: str = "") -> None:
+        """Shows `progress` from now on; `name` says on what, where a job does several things."""
+        self._latest = (name, progress)
+        self._bar.update(
+            self._task,
+            description=name or "images",
+            completed=progress.images_done,
+            total=progress.images,
+            facts=self._facts(progress),
+        )
 
     def _print_lines(self) -> None:
         """A line every few seconds, whether or not there is news, and one at the end."""
@@ -60,31 +69,30 @@ class Display:
         self._print_line()
 
     def _print_line(self) -> None:
-        if (progress := self._latest) is not None:
-            progress.look()
-            done, total = progress.images_done, progress.images
-            counted = f"{done} of {total} images ({done / max(1, total):.0%})"
-            after = duration(progress.seconds)
-            print(f"{counted} after {after}, {_facts(progress)}", file=sys.stderr, flush=True)
+        if self._latest is None:
+            return
+        name, progress = self._latest
+        progress.look()
+        done, total = progress.images_done, progress.images
+        counted = f"{name}: " if name else ""
+        counted += f"{done} of {total} images ({done / max(1, total):.0%})"
+        after = f"after {duration(progress.seconds)}"
+        print(f"{counted} {after}, {self._facts(progress)}", file=sys.stderr, flush=True)
+
+    def _facts(self, progress: Progress) -> str:
+        left = progress.seconds_left
+        facts = [f"{progress.images_per_second:.1f} images/s"]
+        if self._count_errors:
+            facts.append(f"{progress.errors.total()} errors")
+        return ", ".join([*facts, f"{duration(left)} left" if left is not None else "starting"])
 
 
-class _Facts(TextColumn):
+class _FactsColumn(TextColumn):
     def __init__(self) -> None:
         super().__init__("")
 
     def render(self, task: Task) -> Text:
         return Text(task.fields["facts"])
-
-
-def _facts(progress: Progress) -> str:
-    left = progress.seconds_left
-    return ", ".join(
-        [
-            f"{progress.images_per_second:.1f} images/s",
-            f"{progress.errors.total()} errors",
-            f"{duration(left)} left" if left is not None else "starting",
-        ]
-    )
 
 
 def duration(seconds: float) -> str:

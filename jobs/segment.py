@@ -8,7 +8,6 @@ it), 2 on arguments that cannot be right. The last line is for log readers: `key
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import sys
@@ -16,13 +15,14 @@ from collections.abc import Sequence
 
 from jobs.arguments import parse
 from jobs.display import Display, size
-from pipeline.bulk import lease
+from jobs.last_line import failed, last_line
 from pipeline.bulk.plan import Plan
 from pipeline.bulk.progress import Progress
 from pipeline.bulk.run import Ended, run
 from pipeline.bulk.settings import Settings
-from pipeline.bulk.waves import RunStoppedError
 from pipeline.data.storage import StorageError
+from pipeline.runs import lease
+from pipeline.runs.cluster import RunStoppedError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,19 +32,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = parse(Settings, argv, description=__doc__)
     except ValueError as error:
-        return _failed(2, error)
+        return failed("segment", 2, error)
     try:
         with Display() as display:
             ended = run(settings, _Announced(settings, display))
     except ValueError as error:
-        return _failed(2, error)
+        return failed("segment", 2, error)
     except (StorageError, RunStoppedError, lease.HeldError) as error:
-        return _failed(1, error)
+        return failed("segment", 1, error)
     except KeyboardInterrupt:
-        return _failed(1, "interrupted; the same command continues the run")
+        return failed("segment", 1, "interrupted; the same command continues the run")
     except Exception as error:  # whatever it is, the last line says that the run failed
         logging.exception("this should not happen")
-        return _failed(1, f"{type(error).__name__}: {error}")
+        return failed("segment", 1, f"{type(error).__name__}: {error}")
     print(_last_line(settings, ended))
     return 0
 
@@ -62,7 +62,7 @@ class _Announced:
             self._said = True
             print("\n".join(_plan_lines(plan, progress)), flush=True)
         if not self._settings.dry_run and plan.counts.images:
-            self._display(plan, progress)
+            self._display(progress)
 
 
 def _plan_lines(plan: Plan, progress: Progress) -> list[str]:
@@ -94,21 +94,7 @@ def _last_line(settings: Settings, ended: Ended) -> str:
         print(f"run {ended.plan.run_id} was finished before: there is nothing to do")
     state = "planned" if settings.dry_run else "finished"
     facts["results"] = settings.results
-    pairs = " ".join(f"{name}={_quoted(value)}" for name, value in facts.items())
-    return f"segment {state} {pairs}"
-
-
-def _quoted(value: object) -> str:
-    """The value as log readers take it: in double quotes where it is more than a word."""
-    text = str(value)
-    plain = text.isprintable() and not set(text) & set(" \"'\\=")
-    return text if plain else json.dumps(text, ensure_ascii=False)
-
-
-def _failed(code: int, error: object) -> int:
-    line = " ".join(str(error).split())
-    print(f"segment failed exit={code} reason={_quoted(line)}", flush=True)
-    return code
+    return last_line(f"segment {state}", facts)
 
 
 if __name__ == "__main__":

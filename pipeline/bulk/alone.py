@@ -20,9 +20,10 @@ from pipeline.bulk.listing import Listed
 from pipeline.bulk.progress import Summary
 from pipeline.bulk.rows import RowMaker
 from pipeline.bulk.segmenter import Segmenter, Work
-from pipeline.bulk.waves import Pool, RunStoppedError
+from pipeline.bulk.waves import Pool
 from pipeline.data import storage
 from pipeline.results import tables
+from pipeline.runs.cluster import RunStoppedError
 
 DEATHS = 2
 """Deaths of a process with the photo alone on it that condemn the photo."""

@@ -59,7 +59,7 @@ class Reconciler:
         done = shards_done(self._work.layout)
         if self._missing(part, done):
             shards = plan.read_part(self._work.layout, part)
-            waves.connect(self._pool)
+            self._pool.connect()
             self._board = self._board or ray.remote(waves.Board).options(num_cpus=0).remote()
             if self._pool.max_actors > 1 and not done:
                 # one shard by one actor, before the pool grows: what fails at once costs little

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import pipeline
-from pipeline.bulk import lease, plan, waves
+from pipeline.bulk import plan
 from pipeline.bulk.finish import Finish, Outcome, recorded
 from pipeline.bulk.plan import Plan
 from pipeline.bulk.progress import Progress, Summary
@@ -25,11 +25,13 @@ from pipeline.bulk.reconcile import Reconciler, shards_done
 from pipeline.bulk.rows import RowMaker
 from pipeline.bulk.segmenter import Work, checkpoint_fingerprint
 from pipeline.bulk.settings import Settings
-from pipeline.bulk.waves import Pool, RunStoppedError
+from pipeline.bulk.waves import Pool
 from pipeline.data import storage
 from pipeline.data.labels import Classes
 from pipeline.model import weights
 from pipeline.results.layout import RunLayout
+from pipeline.runs import cluster, lease
+from pipeline.runs.cluster import RunStoppedError
 
 _GPU_BATCH, _CPU_BATCH = 8, 1  # on a CPU batches only push each other out of its caches
 
@@ -76,8 +78,8 @@ def run(settings: Settings, watch: Watch) -> Ended:
         return Ended(plan=known, outcome=None, seconds=0.0, images_per_second=None)
     if known is not None and storage.exists(layout.record):
         return _finished_before(layout, known)
-    if waves.has_cluster():
-        waves.connect(_pool(settings))  # before anything is written
+    if cluster.has_cluster():
+        _pool(settings).connect()  # before anything is written
     with lease.held(layout.lease, layout.run_id, within=layout.results) as held:
         known = plan.load(layout) or plan.make(settings, layout, identity)
         plan.check_same(known, identity)
@@ -103,7 +105,7 @@ def _check(settings: Settings) -> _Checkpoint:
     if settings.inference.output_stride is not None:
         model.set_output_stride(settings.inference.output_stride)
     gpus = settings.gpus_per_actor
-    if gpus and not waves.has_cluster() and torch.cuda.device_count() < math.ceil(gpus):
+    if gpus and not cluster.has_cluster() and torch.cuda.device_count() < math.ceil(gpus):
         raise ValueError(
             f"--gpus-per-actor {gpus:g}: this machine has {torch.cuda.device_count()} GPUs that "
             "torch can use; 0 runs on the CPU"
@@ -243,6 +245,6 @@ def _pool(settings: Settings) -> Pool:
     On a cluster this machine says nothing about the others: there it is two each.
     """
     low, high = settings.actors
-    shared = 2 if waves.has_cluster() else max(1, len(os.sched_getaffinity(0)) // high)
+    shared = 2 if cluster.has_cluster() else max(1, len(os.sched_getaffinity(0)) // high)
     cpus = settings.cpus_per_actor or shared
     return Pool(min_actors=low, max_actors=high, cpus=cpus, gpus=settings.gpus_per_actor)

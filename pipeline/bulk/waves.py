@@ -10,10 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import signal
-import socket
-import threading
 import time
 import traceback
 import warnings
@@ -31,17 +27,14 @@ from pipeline.bulk.listing import Listed
 from pipeline.bulk.progress import Summary
 from pipeline.bulk.segmenter import Segmenter, SystemicError, Work
 from pipeline.data.storage import StorageError
+from pipeline.runs import cluster
+from pipeline.runs.cluster import RunStoppedError
 
 _CONCURRENT_SHARDS = 2  # one is fetched and decoded while the other is in the network
 _SHARDS_IN_FLIGHT = 3  # and one more waits at the actor
 _TELL_EVERY_S = 2.0
-_REACHABLE_S = 5.0
 
 logger = logging.getLogger(__name__)
-
-
-class RunStoppedError(RuntimeError):
-    """The run cannot go on now; what is done stays, and the same command continues it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,66 +46,9 @@ class Pool:
     cpus: int
     gpus: float
 
-
-def has_cluster() -> bool:
-    """Whether there is a Ray to join, rather than one to start."""
-    return bool(os.environ.get("RAY_ADDRESS"))
-
-
-def connect(pool: Pool) -> None:
-    """Joins the Ray of RAY_ADDRESS, or starts one on this machine that is large enough.
-
-    Raises RunStoppedError where none answers.
-    """
-    if ray.is_initialized():
-        return
-    ours = signal.getsignal(signal.SIGTERM)
-    try:
-        _init(pool)
-    except ConnectionError as error:
-        raise RunStoppedError(f"no Ray answers at RAY_ADDRESS: {error}") from error
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, ours)  # Ray's own ends the process without a word
-    _warn_where_nothing_fits(pool)
-
-
-def _init(pool: Pool) -> None:
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR}
-    if has_cluster():
-        _check_reachable(os.environ["RAY_ADDRESS"])
-        ray.init(**quiet)
-        return
-    # the actors, and one that someone may add by hand; Ray's own tasks need one more
-    wanted = pool.max_actors * pool.cpus + 1
-    ray.init(
-        address="local",
-        num_cpus=max(wanted, os.cpu_count() or 1),
-        include_dashboard=False,
-        **quiet,
-    )
-
-
-def _check_reachable(address: str) -> None:
-    """Raises ConnectionError where nobody listens: Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        try:
-            socket.create_connection((host, int(port)), timeout=_REACHABLE_S).close()
-        except OSError as error:
-            raise ConnectionError(f"{address}: {error}") from error
-
-
-def _warn_where_nothing_fits(pool: Pool) -> None:
-    nodes = [each["Resources"] for each in ray.nodes()]  # type: ignore[no-untyped-call]
-    if not any(
-        node.get("CPU", 0) >= pool.cpus and node.get("GPU", 0) >= pool.gpus for node in nodes
-    ):
-        logger.warning(
-            "no node has %d CPUs and %g GPUs for an actor; waiting for the cluster to grow",
-            pool.cpus,
-            pool.gpus,
-        )
+    def connect(self) -> None:
+        """Joins or starts a Ray that is large enough. Raises RunStoppedError."""
+        cluster.connect(workers=self.max_actors, cpus=self.cpus, gpus=self.gpus)
 
 
 def photos_of(images: list[dict[str, Any]]) -> list[Listed]:

@@ -16,17 +16,19 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from pipeline.bulk import alone, lease, plan
+from pipeline.bulk import alone, plan
 from pipeline.bulk.alone import Alone
 from pipeline.bulk.listing import Listed
 from pipeline.bulk.rows import RowMaker
 from pipeline.bulk.run import Ended, run
 from pipeline.bulk.segmenter import Segmenter, Work
 from pipeline.bulk.settings import Settings
-from pipeline.bulk.waves import Pool, RunStoppedError, photos_of
+from pipeline.bulk.waves import Pool, photos_of
 from pipeline.data import storage
 from pipeline.data.labels import VOC
 from pipeline.results.layout import RunLayout
+from pipeline.runs import lease
+from pipeline.runs.cluster import RunStoppedError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]
 

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.bulk import lease
-from pipeline.bulk.lease import HeldError, Lease
 from pipeline.data import storage
+from pipeline.runs import lease
+from pipeline.runs.lease import HeldError, Lease
 
 HEARTBEAT_S, STALE_S = 0.2, 2.0
 
 _DIES = """
 import os, sys
-from pipeline.bulk.lease import Lease
+from pipeline.runs.lease import Lease
 Lease(sys.argv[1], "r").acquire()
 os._exit(0)
 """

@@ -1,0 +1,80 @@
+"""The Ray that a run uses: the one of RAY_ADDRESS, or one of its own on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+from typing import Any
+
+import ray
+
+_REACHABLE_S = 5.0
+
+logger = logging.getLogger(__name__)
+
+
+class RunStoppedError(RuntimeError):
+    """The run cannot go on now; what is done stays, and the same command continues it."""
+
+
+def has_cluster() -> bool:
+    """Whether there is a Ray to join, rather than one to start."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def connect(*, workers: int, cpus: int, gpus: float, quiet: bool = False) -> None:
+    """Joins the Ray of RAY_ADDRESS, or starts one here that holds `workers` of `cpus` each.
+
+    What its workers print is printed here too, unless `quiet`.
+
+    Raises RunStoppedError where none answers.
+    """
+    if ray.is_initialized():
+        return
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        # the workers, and one that someone may add by hand; Ray's own tasks need one more
+        _init(wanted=workers * cpus + 1, quiet=quiet)
+    except ConnectionError as error:
+        raise RunStoppedError(f"no Ray answers at RAY_ADDRESS: {error}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours)  # Ray's own ends the process without a word
+    _warn_where_nothing_fits(cpus, gpus)
+
+
+def _init(wanted: int, quiet: bool) -> None:
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": not quiet}
+    if has_cluster():
+        _check_reachable(os.environ["RAY_ADDRESS"])
+        ray.init(**options)
+        return
+    ray.init(
+        address="local",
+        num_cpus=max(wanted, os.cpu_count() or 1),
+        include_dashboard=False,
+        **options,
+    )
+
+
+def _check_reachable(address: str) -> None:
+    """Raises ConnectionError where nobody listens: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=_REACHABLE_S).close()
+        except OSError as error:
+            raise ConnectionError(f"{address}: {error}") from error
+
+
+def _warn_where_nothing_fits(cpus: int, gpus: float) -> None:
+    nodes = [each["Resources"] for each in ray.nodes()]  # type: ignore[no-untyped-call]
+    if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+        logger.warning(
+            "no node has %d CPUs and %g GPUs for a worker; waiting for the cluster to grow",
+            cpus,
+            gpus,
+        )
