@@ -25,6 +25,13 @@ class Pair:
     label: str | None
 
 
+@dataclass(frozen=True)
+class Labelled(Pair):
+    """A pair that can be trained on: it has a label."""
+
+    label: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Matches:
     """What `match` found: a pair for each image, in order, and the labels that no image has."""
@@ -80,10 +87,9 @@ def match(
     return Matches(pairs=pairs, unused=unused)
 
 
-def voc_pairs(split_text: str, root: str, *, labels: str = "SegmentationClass") -> list[Pair]:
-    """The pairs of a split in VOC's layout: JPEGImages/<name>.jpg, <labels>/<name>.png below root.
+def voc_names(split_text: str) -> list[str]:
+    """The names of a VOC split, in order, from the text of ImageSets/Segmentation/<split>.txt.
 
-    `split_text` is the text of ImageSets/Segmentation/<split>.txt, a name a line.
     Raises ValueError where it names no image, one twice, or holds more than a name on a line.
     """
     seen: dict[str, int] = {}
@@ -98,7 +104,15 @@ def voc_pairs(split_text: str, root: str, *, labels: str = "SegmentationClass") 
         seen[words[0]] = number
     if not seen:
         raise ValueError("the split names no image; give ImageSets/Segmentation/<split>.txt")
+    return list(seen)
+
+
+def voc_pairs(split_text: str, root: str, *, labels: str = "SegmentationClass") -> list[Pair]:
+    """The pairs of a split in VOC's layout: JPEGImages/<name>.jpg, <labels>/<name>.png below root.
+
+    `split_text` and the errors are those of `voc_names`; whether the files exist is not asked.
+    """
     return [
         Pair(join(root, f"JPEGImages/{name}.jpg"), join(root, f"{labels}/{name}.png"))
-        for name in seen
+        for name in voc_names(split_text)
     ]

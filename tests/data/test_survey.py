@@ -1,0 +1,156 @@
+"""The survey agrees with counting pixels one by one, and stops at the first bad label."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from data.drawn import SIZES, encoded, ids, photo, put_all, voc_files
+from PIL import Image
+
+from pipeline.data import images, storage
+from pipeline.data.datasets import open_split
+from pipeline.data.labels import CAMVID, Classes
+from pipeline.data.samples import SampleError, load
+from pipeline.data.survey import Survey, median_frequency_weights, repeated, survey
+
+CLASSES = Classes.from_dict({"names": ["ground", "cat", "dog", "unicorn"]})
+
+
+def voc(prefix, count=6, replaced=None):
+    put_all(prefix, voc_files(val=range(count)) | (replaced or {}))
+    return open_split(prefix, "val", layout="voc", classes=CLASSES)
+
+
+def made_up(pixels, photo_pixels, holds):
+    return Survey(
+        fingerprint="",
+        pixels=np.array(pixels, dtype=np.int64),
+        photo_pixels=np.array(photo_pixels, dtype=np.int64),
+        ignored=0,
+        holds=np.array(holds, dtype=np.bool_),
+    )
+
+
+def test_counts_agree_with_counting_pixels_one_by_one(prefix):
+    found = survey(voc(prefix), storage.read)
+    pixels, photo_pixels = Counter(), Counter()
+    for number in range(6):
+        values = Counter(value for row in ids(number).tolist() for value in row)
+        pixels += values
+        labelled = sum(count for value, count in values.items() if value != 255)
+        photo_pixels += dict.fromkeys(values, labelled)
+        assert set(np.flatnonzero(found.holds[number])) == set(values) - {255}
+    assert found.pixels.tolist() == [pixels[i] for i in range(4)]
+    assert found.photo_pixels.tolist() == [photo_pixels[i] for i in range(4)]
+    assert found.ignored == pixels[255]
+    assert found.pixels.dtype == np.int64
+
+
+def test_ignored_pixels_are_counted_by_their_own_value(tmp_path):
+    label = np.array([[0, 11, 11], [10, 10, 11]], dtype=np.uint8)
+    blank = np.zeros((2, 3, 3), np.uint8)
+    put_all(str(tmp_path), {"val/images/a.png": encoded(blank), "val/labels/a.png": encoded(label)})
+    split = open_split(str(tmp_path), "val", layout="camvid", classes=CAMVID)
+    found = survey(split, storage.read)
+    assert (found.ignored, found.pixels[0], found.pixels[10]) == (3, 1, 2)
+
+
+def test_progress_is_told_photo_by_photo(tmp_path):
+    told = []
+    survey(voc(str(tmp_path), 70), storage.read, progress=told.append)
+    assert told == list(range(1, 71))
+
+
+def test_a_survey_is_the_same_after_json(tmp_path):
+    split = voc(str(tmp_path))
+    found = survey(split, storage.read)
+    again = Survey.from_json(found.to_json())
+    for name in ("pixels", "photo_pixels", "holds"):
+        one, other = getattr(found, name), getattr(again, name)
+        assert (one.dtype, one.tolist()) == (other.dtype, other.tolist())
+    assert (again.ignored, again.fingerprint) == (found.ignored, split.fingerprint)
+
+
+def test_the_first_bad_file_in_the_splits_order_ends_it(prefix):
+    bad = np.full(SIZES[0], 37, dtype=np.uint8)
+    name = "SegmentationClass/0003.png"
+    split = voc(prefix, replaced={name: encoded(bad), "SegmentationClass/0005.png": b""})
+    with pytest.raises(SampleError, match=r"0003\.png: label holds class 37, .*num_classes is 4"):
+        survey(split, storage.read)
+
+
+def turned(form, orientation):
+    """A photo of 9 x 4 in the file that is to be seen turned."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return photo(1, form, exif=exif)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_sizes_are_checked_as_the_photo_is_seen(tmp_path, form, orientation):
+    data = turned(form, orientation)
+    height, width, _ = images.decode(data).shape
+    label = np.zeros((height, width), np.uint8)
+    ending = {"JPEG": "jpg", "TIFF": "tif"}.get(form, form.lower())
+    for number, shape in enumerate([(height, width), (width, height)]):
+        root = str(tmp_path / str(number))
+        label = np.zeros(shape, np.uint8)
+        put_all(root, {f"val/images/a.{ending}": data, "val/labels/a.png": encoded(label)})
+        split = open_split(root, "val", layout="folders", classes=CLASSES)
+        if shape == (height, width):
+            assert survey(split, storage.read).pixels[0] == 36
+            assert load(split.pairs[0], split, storage.read)[0].shape == (*shape, 3)
+        else:
+            for check in (survey, lambda split, read: load(split.pairs[0], split, read)):
+                with pytest.raises(SampleError, match=r"label is .*, but its image is"):
+                    check(split, storage.read)
+
+
+def test_photos_pixels_are_not_decoded(tmp_path, monkeypatch):
+    split = voc(str(tmp_path), replaced={"JPEGImages/0001.jpg": photo(1, "PNG")})
+    monkeypatch.setattr(images, "decode", None)
+    survey(split, storage.read)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"), [(b"", r"\(empty\)"), (b"hello hello", r"\(not_an_image\)")]
+)
+def test_a_photo_without_a_header_is_named(tmp_path, data, message):
+    split = voc(str(tmp_path), replaced={"JPEGImages/0002.jpg": data})
+    with pytest.raises(SampleError, match=rf"0002\.jpg: image cannot be read {message}.*replace"):
+        survey(split, storage.read)
+
+
+def test_an_object_that_is_gone_is_named(prefix):
+    split = voc(prefix)
+    storage.delete([split.pairs[4].label])
+    with pytest.raises(SampleError, match=r"0004\.png: does not exist; it was there"):
+        survey(split, storage.read)
+
+
+def test_rare_classes_weigh_more_by_the_median_frequency():
+    # frequencies 60/100, 30/60, 5/50 and none: the median of three is a half
+    found = made_up([60, 30, 5, 0], [100, 60, 50, 0], np.zeros((1, 4)))
+    assert median_frequency_weights(found) == pytest.approx([0.5 / 0.6, 1, 5, 1])
+    none = made_up([0, 0], [0, 0], np.zeros((1, 2)))
+    assert median_frequency_weights(none).tolist() == [1, 1]
+
+
+def test_photos_that_hold_a_named_class_are_repeated():
+    holds = [[1, 0, 0], [1, 1, 0], [0, 0, 1], [0, 1, 1]]
+    found = made_up([1] * 3, [1] * 3, holds)
+    classes = Classes.from_dict({"names": ["a", "b", "c"]})
+    assert repeated(found, classes, (), 2) == [0, 1, 2, 3]
+    assert repeated(found, classes, ("b",), 1) == [0, 1, 2, 3]
+    assert repeated(found, classes, ("b",), 2) == [0, 1, 2, 3, 1, 3]
+    # a photo with two of them is repeated as often as one with one
+    assert Counter(repeated(found, classes, ("b", "c"), 3)) == {0: 1, 1: 3, 2: 3, 3: 3}
+
+
+def test_a_class_that_cannot_be_repeated_is_told_with_the_known_ones():
+    found = made_up([1] * 4, [1] * 4, np.ones((2, 4)))
+    with pytest.raises(ValueError, match="'cow', which is no class; give some of ground, cat, dog"):
+        repeated(found, CLASSES, ("cat", "cow"), 2)
+    with pytest.raises(ValueError, match="repeats is 0; it must be at least 1"):
+        repeated(found, CLASSES, ("cat",), 0)
