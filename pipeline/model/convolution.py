@@ -8,9 +8,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pipeline.model import phases
+from pipeline.model.fused import Activation, Fused
+
 
 class Convolution(nn.Conv2d):
-    """A k x k convolution, k odd, padded by rate x (k // 2) zeros on every side."""
+    """A k x k convolution, k odd, padded by rate x (k // 2) zeros on every side.
+
+    Where it is `fused` (by `speed.prepare`, for inference), it also adds and activates.
+    """
+
+    fused: Fused | None = None
 
     def __init__(
         self,
@@ -33,20 +41,52 @@ class Convolution(nn.Conv2d):
         self.dilation = (rate, rate)
         self.padding = (rate * (size // 2), rate * (size // 2))
 
+    def forward(
+        self,
+        input: torch.Tensor,
+        *,
+        activation: Activation | None = None,
+        other: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        input, padding = self._padded(input)
+        stride, rate = self.stride[0], self.dilation[0]
+        if self.fused is None:
+            assert activation is None
+            assert other is None
+            if padding == (rate, rate) and phases.is_cheaper(
+                input, self.weight, stride=stride, rate=rate
+            ):
+                return phases.by_phases(input, self.weight, self.bias, rate=rate)
+            return functional.conv2d(
+                input, self.weight, self.bias, stride, padding, rate, self.groups
+            )
+        return self.fused(
+            input,
+            self.weight,
+            self.bias,
+            stride=stride,
+            padding=padding,
+            rate=rate,
+            groups=self.groups,
+            activation=activation or self.fused.activation,
+            other=other,
+        )
+
+    def _padded(self, input: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """The input, and the zeros still to be put on every side of its rows and columns."""
+        padding = self.dilation[0] * (self.kernel_size[0] // 2)
+        return input, (padding, padding)
+
 
 class SameConvolution(Convolution):
     """A convolution padded like TensorFlow's SAME: ceil(n / stride) outputs, odd pixel last."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def _padded(self, input: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         top, bottom = self._padding(input.shape[-2])
         left, right = self._padding(input.shape[-1])
-        padding = (top, left)
-        if (top, left) != (bottom, right):
-            input = functional.pad(input, (left, right, top, bottom))
-            padding = (0, 0)
-        return functional.conv2d(
-            input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
-        )
+        if (top, left) == (bottom, right):
+            return input, (top, left)
+        return functional.pad(input, (left, right, top, bottom)), (0, 0)
 
     def _padding(self, size: int) -> tuple[int, int]:
         stride, reach = self.stride[0], (self.kernel_size[0] - 1) * self.dilation[0] + 1
@@ -85,6 +125,16 @@ def convolve(
     kind = SameConvolution if folded else Convolution
     layer = kind(inputs, outputs, kernel, stride=stride, rate=rate, groups=groups, bias=folded)
     return layer, nn.Identity() if folded else BatchNorm(outputs)
+
+
+def activate(
+    conv: Convolution, norm: nn.Module, x: torch.Tensor, other: torch.Tensor | None = None
+) -> torch.Tensor:
+    """relu(norm(conv(x)) + other), in one pass where the convolution is fused."""
+    if conv.fused is not None:
+        return norm(conv(x, activation="relu", other=other))  # type: ignore[no-any-return]
+    y = norm(conv(x))
+    return functional.relu(y if other is None else y + other)
 
 
 def initialise(module: nn.Module) -> None:

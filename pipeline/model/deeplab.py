@@ -15,9 +15,9 @@ from torch.nn import functional
 from pipeline.model.config import ModelConfig
 from pipeline.model.convolution import initialise
 from pipeline.model.features import Features
-from pipeline.model.heads import auxiliary_head, build_head
+from pipeline.model.heads import auxiliary_head, build_head, initialise_logits
 from pipeline.model.mobilenet import MobileNetV2
-from pipeline.model.resize import Size, resize, resize_aligned
+from pipeline.model.resize import Size, resize, resize_aligned, resize_rows
 from pipeline.model.resnet import ResNet
 
 TENSORFLOW_GRID = 16
@@ -54,6 +54,8 @@ class DeepLabV3(nn.Module):
             channels = self.backbone.middle_channels
             self.aux_classifier = auxiliary_head(channels, config.num_classes)
         initialise(self)
+        for head in filter(None, (self.classifier, self.aux_classifier)):
+            initialise_logits(head)
         self.set_output_stride(config.output_stride)
 
     @property
@@ -93,12 +95,22 @@ class DeepLabV3(nn.Module):
         logits: torch.Tensor = self.classifier(self._features(x))
         return logits
 
-    def upsample(self, logits: torch.Tensor, *, image_size: Size, size: Size) -> torch.Tensor:
-        """The logits of images of `image_size` (h, w), resized bilinearly, once, to `size`."""
-        if not self.align_corners:
+    def upsample(
+        self, logits: torch.Tensor, *, image_size: Size, size: Size, rows: slice | None = None
+    ) -> torch.Tensor:
+        """The logits of images of `image_size` (h, w), resized bilinearly, once, to `size`.
+
+        Where `rows` (from, to) are given, those rows of them alone.
+        """
+        if self.align_corners:
+            stride = (self.config.output_stride, self.config.output_stride)
+            rows = slice(None) if rows is None else rows
+            return resize_aligned(
+                logits, stride=stride, image_size=image_size, size=size, rows=rows
+            )
+        if rows is None:
             return resize(logits, size, align_corners=False)
-        stride = (self.config.output_stride, self.config.output_stride)
-        return resize_aligned(logits, stride=stride, image_size=image_size, size=size)
+        return resize_rows(logits, size, rows)
 
     def _features(self, x: torch.Tensor) -> Features:
         if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:

@@ -18,6 +18,9 @@ from pipeline.model.resize import resize
 LOW_FILTERS = 48
 """Few, so that they do not outweigh the encoder's 256 (arXiv 1802.02611, Table 1)."""
 
+LOGITS_STD = 0.01
+"""Of a fresh last layer's weights; the paper states none, the authors' code has this."""
+
 AUXILIARY_DROPOUT = 0.1
 """torchvision's; it belongs to a head that is left out after training."""
 
@@ -89,6 +92,18 @@ class DecoderHead(nn.Module):
 
 
 Head = AsppHead | CascadeHead | DecoderHead
+
+
+def initialise_logits(head: nn.Module) -> None:
+    """Gives the head's last layer small fresh weights, so that every class begins as likely.
+
+    He's would make the first losses several times that, and their gradients undo the backbone.
+    """
+    *_, last = head.modules()
+    assert isinstance(last, Convolution)
+    nn.init.normal_(last.weight, std=LOGITS_STD)
+    if last.bias is not None:
+        nn.init.zeros_(last.bias)
 
 
 def build_head(channels: int, low_channels: int, config: ModelConfig) -> Head:

@@ -1,14 +1,16 @@
 """Inference: class probabilities over scales and flips, and masks of images of any size.
 
 Enters: images and a network in eval mode. Leaves: probabilities, or masks with confidence.
-Invariant: memory does not grow with the number of scales, nor, in `segment`, with classes x
-pixels of a large image, which is looked at through a sliding window.
+Invariant: one scale goes through the network at a time, and of class x pixel volumes there is
+none in `segment` and one in `predict`: logits wait at feature resolution, and become masks in
+strips of rows. A large image is looked at through a sliding window.
 """
 
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -59,6 +61,20 @@ class Span:
 DEFAULT_WINDOW = Window()
 
 
+STRIP_VALUES = {"cpu": 2**18}
+"""Classes x pixels of a strip: 1 MiB, which stays in a CPU's cache."""
+MANY_STRIP_VALUES = 2**26
+"""The same for other devices, which want much to do at once: 256 MiB."""
+
+
+class Look(NamedTuple):
+    """What the network says of images of `image_size`, which may be mirrored: (n, k, fh, fw)."""
+
+    logits: torch.Tensor
+    image_size: Size
+    mirrored: bool
+
+
 def predict(
     model: DeepLabV3,
     images: torch.Tensor,
@@ -69,26 +85,20 @@ def predict(
     """Class probabilities (n, k, h, w) fp32, averaged over scales and mirrored copies.
 
     `images` are (n, 3, h, w) float, normalised with the checkpoint's mean and std; the result is
-    on the model's device. The mean is of probabilities, and one scale is in memory at a time.
+    on the model's device. The mean is of probabilities.
     Raises ValueError where `scales` is empty or holds a scale <= 0, or the model is in training.
     Source: arXiv 1706.05587, Sec. 4.1, inference strategy.
     """
     _check_scales(scales)
     _check_eval(model)
     size = _size(images)
-    parameter = next(model.parameters())
     with torch.inference_mode():
-        images = images.to(parameter.device)
-        total: torch.Tensor | None = None
-        for scale in scales:
-            scaled_size = _scaled(size, scale, align_corners=model.align_corners)
-            scaled = resize(images, scaled_size, align_corners=model.align_corners)
-            scaled = scaled.to(parameter.dtype)
-            for mirrored in (False, True) if flip else (False,):
-                probabilities = _probabilities(model, scaled, size, mirrored=mirrored)
-                total = probabilities if total is None else total.add_(probabilities)
-        assert total is not None
-        return total.div_(len(scales) * (1 + flip))
+        looks = _looks(model, images, scales=scales, flip=flip)
+        first = looks[0].logits
+        total = torch.empty((*first.shape[:2], *size), device=first.device)
+        for rows in _strips(looks, size, slice(0, size[0])):
+            total[:, :, rows] = _probabilities(model, looks, size, rows)
+        return total
 
 
 def segment(
@@ -108,36 +118,68 @@ def segment(
     _check_scales(scales)
     _check_eval(model)
     _check_images(images)
-    n, height, width, _ = images.shape
-    mask = torch.empty((n, height, width), dtype=torch.uint8)
-    confidence = torch.empty((n, height, width), dtype=torch.float32)
-    for rows, columns in _tiles((height, width), window):
-        tile = images[:, rows.start : rows.end, columns.start : columns.end]
-        probabilities = predict(model, _normalised(model, tile), scales=scales, flip=flip)
-        kept = probabilities[:, :, _kept(rows), _kept(columns)]
-        best, ids = kept.max(dim=1)
-        target = (
-            slice(None),
-            slice(rows.keep_start, rows.keep_end),
-            slice(columns.keep_start, columns.keep_end),
-        )
-        mask[target], confidence[target] = ids.cpu(), best.cpu()
-    return mask, confidence
+    device = next(model.parameters()).device
+    mask = torch.empty(images.shape[:3], dtype=torch.uint8, device=device)
+    confidence = torch.empty(images.shape[:3], dtype=torch.float32, device=device)
+    for down, across in _tiles((images.shape[1], images.shape[2]), window):
+        tile = images[:, down.start : down.end, across.start : across.end]
+        size = (down.end - down.start, across.end - across.start)
+        with torch.inference_mode():
+            looks = _looks(model, _normalised(model, tile), scales=scales, flip=flip)
+            for rows in _strips(looks, size, _kept(down)):
+                strip = _probabilities(model, looks, size, rows)[..., _kept(across)]
+                best, ids = strip.max(dim=1)
+                at = slice(down.start + rows.start, down.start + rows.stop)
+                mask[:, at, across.keep_start : across.keep_end] = ids
+                confidence[:, at, across.keep_start : across.keep_end] = best
+    return mask.cpu(), confidence.cpu()
 
 
-def _probabilities(
-    model: DeepLabV3, images: torch.Tensor, size: Size, *, mirrored: bool
-) -> torch.Tensor:
-    """Probabilities (n, k, *size) of images, or of their mirror image, mirrored back."""
-    logits = model.logits(images.flip(3) if mirrored else images).float()
-    logits = model.upsample(logits, image_size=_size(images), size=size)
-    probabilities = torch.softmax(logits, dim=1)
-    return probabilities.flip(3) if mirrored else probabilities
+def _looks(
+    model: DeepLabV3, images: torch.Tensor, *, scales: Sequence[float], flip: bool
+) -> list[Look]:
+    """The logits at each scale of images (n, 3, h, w), and where `flip` of their mirror images."""
+    parameter = next(model.parameters())
+    images = images.to(parameter.device)
+    looks = []
+    for scale in scales:
+        size = scaled_size(model, _size(images), scale)
+        scaled = resize(images, size, align_corners=model.align_corners).to(parameter.dtype)
+        # Measured on a CPU: two images together took 0.97 to 1.09 times as long as one by one.
+        if flip and parameter.device.type != "cpu":
+            logits, mirrored = model.logits(torch.cat([scaled, scaled.flip(3)])).float().chunk(2)
+            looks += [Look(logits, size, False), Look(mirrored, size, True)]
+            continue
+        looks.append(Look(model.logits(scaled).float(), size, False))
+        if flip:
+            looks.append(Look(model.logits(scaled.flip(3)).float(), size, True))
+    return looks
 
 
-def _scaled(size: Size, scale: float, *, align_corners: bool) -> Size:
+def _strips(looks: list[Look], size: Size, rows: slice) -> Iterator[slice]:
+    """`rows` (from, to) of images of `size`, cut so that a strip's probabilities stay small."""
+    first = looks[0].logits
+    values = STRIP_VALUES.get(first.device.type, MANY_STRIP_VALUES)
+    most = max(1, values // (first.shape[0] * first.shape[1] * size[1]))
+    for start in range(rows.start, rows.stop, most):
+        yield slice(start, min(start + most, rows.stop))
+
+
+def _probabilities(model: DeepLabV3, looks: list[Look], size: Size, rows: slice) -> torch.Tensor:
+    """The mean probabilities (n, k, rows, w) of all looks, the mirrored ones mirrored back."""
+    total: torch.Tensor | None = None
+    for logits, image_size, mirrored in looks:
+        strip = model.upsample(logits, image_size=image_size, size=size, rows=rows)
+        strip = torch.softmax(strip, dim=1)
+        strip = strip.flip(3) if mirrored else strip
+        total = strip if total is None else total.add_(strip)
+    assert total is not None
+    return total.div_(len(looks))
+
+
+def scaled_size(model: DeepLabV3, size: Size, scale: float) -> Size:
     """`size` at `scale`, at least one pixel. TensorFlow's style keeps the corners' distance."""
-    if align_corners:
+    if model.align_corners:
         return int((size[0] - 1) * scale) + 1, int((size[1] - 1) * scale) + 1
     height, width = (max(1, math.floor(side * scale + 0.5)) for side in size)
     return height, width

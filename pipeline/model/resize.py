@@ -17,17 +17,34 @@ def resize(images: torch.Tensor, size: Size, *, align_corners: bool) -> torch.Te
     return functional.interpolate(images, size, mode="bilinear", align_corners=align_corners)
 
 
+def resize_rows(images: torch.Tensor, size: Size, rows: slice) -> torch.Tensor:
+    """The `rows` (from, to) of what `resize` gives without aligned corners, but for rounding."""
+    if tuple(images.shape[-2:]) == size:
+        return images[..., rows, :]
+    # in fp32, as torch itself computes where a row lies
+    centres = torch.arange(rows.start, rows.stop, device=images.device, dtype=torch.float32)
+    step = torch.tensor(images.shape[-2], dtype=torch.float32) / size[0]
+    positions = ((centres + 0.5) * step.item() - 0.5).clamp_(min=0)
+    sampled = _sample(images, positions, dim=-2)
+    return resize(sampled, (len(positions), size[1]), align_corners=False)
+
+
 def resize_aligned(
-    logits: torch.Tensor, *, stride: Size, image_size: Size, size: Size
+    logits: torch.Tensor,
+    *,
+    stride: Size,
+    image_size: Size,
+    size: Size,
+    rows: slice = slice(None),
 ) -> torch.Tensor:
-    """Logits (n, k, fh, fw) at `size`, where feature f is pixel f x stride of the image.
+    """Logits (n, k, fh, fw) at `size`, or `rows` of it, where feature f is pixel f x stride.
 
     Pixel p of the result is pixel p x (image_size - 1) / (size - 1) of the image, so whatever
     the image was padded with beyond `image_size` is left out.
     """
-    rows = _positions(image_size[0], size[0], stride[0], logits)
-    columns = _positions(image_size[1], size[1], stride[1], logits)
-    return _sample(_sample(logits, rows, dim=-2), columns, dim=-1)
+    down = _positions(image_size[0], size[0], stride[0], logits)[rows]
+    across = _positions(image_size[1], size[1], stride[1], logits)
+    return _sample(_sample(logits, down, dim=-2), across, dim=-1)
 
 
 def _positions(image: int, size: int, stride: int, like: torch.Tensor) -> torch.Tensor:

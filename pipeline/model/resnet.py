@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipeline.model.convolution import convolve
+from pipeline.model.convolution import activate, convolve
 from pipeline.model.features import Features
 from pipeline.model.rates import Stage, Unit, stride_first, stride_last
 
@@ -43,9 +43,9 @@ class Basic(nn.Module):
         self.stride = unit.stride
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        residual = functional.relu(self.bn1(self.conv1(x)))
-        residual = self.bn2(self.conv2(residual))
-        return functional.relu(residual + _shortcut(x, self.downsample, self.stride))
+        residual = activate(self.conv1, self.bn1, x)
+        shortcut = _shortcut(x, self.downsample, self.stride)
+        return activate(self.conv2, self.bn2, residual, shortcut)
 
 
 class Bottleneck(nn.Module):
@@ -65,10 +65,10 @@ class Bottleneck(nn.Module):
         self.stride = unit.stride
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        residual = functional.relu(self.bn1(self.conv1(x)))
-        residual = functional.relu(self.bn2(self.conv2(residual)))
-        residual = self.bn3(self.conv3(residual))
-        return functional.relu(residual + _shortcut(x, self.downsample, self.stride))
+        residual = activate(self.conv1, self.bn1, x)
+        residual = activate(self.conv2, self.bn2, residual)
+        shortcut = _shortcut(x, self.downsample, self.stride)
+        return activate(self.conv3, self.bn3, residual, shortcut)
 
 
 DEPTHS: dict[str, tuple[type[Basic] | type[Bottleneck], tuple[int, int, int, int]]] = {
@@ -128,7 +128,7 @@ class ResNet(nn.Module):
         return [child for child in children if isinstance(child, nn.Sequential)]
 
     def forward(self, x: torch.Tensor) -> Features:
-        x = functional.relu(self.bn1(self.conv1(x)))
+        x = activate(self.conv1, self.bn1, x)
         x = functional.max_pool2d(x, 3, stride=2, padding=1)
         before = x
         for unit in self.layer1:

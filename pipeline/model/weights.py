@@ -18,13 +18,21 @@ from pipeline.data import storage
 from pipeline.data.labels import CITYSCAPES, VOC, Classes
 from pipeline.model import zoo
 from pipeline.model.config import ModelConfig
-from pipeline.model.convolution import initialise
 from pipeline.model.deeplab import DeepLabV3
 from pipeline.model.formats import CheckpointError, TensorFile, parse, short, shorten
+from pipeline.model.heads import initialise_logits
 from pipeline.model.layouts import State, recognise
 from pipeline.model.resnet import CASCADED
 
-__all__ = ["CheckpointError", "load", "load_backbone", "read", "to_bytes"]
+__all__ = [
+    "CheckpointError",
+    "copy",
+    "is_backbone",
+    "load",
+    "load_backbone",
+    "read",
+    "to_bytes",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +93,28 @@ def load_backbone(model: DeepLabV3, uri: str) -> None:
             uri,
         )
     model.backbone.load_state_dict(state)
+
+
+def is_backbone(uri: str) -> bool:
+    """Whether the file at `uri` is a classifier's, for `load_backbone`, rather than a DeepLab."""
+    file = parse(read(uri), name=uri)
+    return not file.npz and not any("backbone." in key for key in file.tensors)
+
+
+def copy(source: DeepLabV3, target: DeepLabV3, uri: str) -> None:
+    """Copies the weights of `source`, which came from `uri`, into `target`.
+
+    Strides, rates and dropout are no weights: they may differ. Raises CheckpointError where
+    anything else does.
+    """
+    state = {key: value for key, value in source.state_dict().items() if _is_shared(key, target)}
+    fresh = {k: v for k, v in target.state_dict().items() if k.startswith("aux_classifier.")}
+    target.load_state_dict(_fitted(target, fresh | state, uri))
+
+
+def _is_shared(key: str, target: DeepLabV3) -> bool:
+    """Whether the target has use for the weight: an auxiliary head is left out after training."""
+    return target.aux_classifier is not None or not key.startswith("aux_classifier.")
 
 
 def to_bytes(model: DeepLabV3, classes: Classes, *, half: bool = False) -> bytes:
@@ -178,7 +208,7 @@ def _reset_classifier(config: ModelConfig, state: State) -> State:
         if layers is not None:
             *_, (name, last) = layers.named_modules(prefix=head)
             fresh = last.to_empty(device="cpu")
-            initialise(fresh)
+            initialise_logits(fresh)
             state |= {f"{name}.{key}": value for key, value in fresh.state_dict().items()}
     return state
 

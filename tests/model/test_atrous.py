@@ -1,0 +1,140 @@
+"""Shifted products against conv2d, its error against fp64, and which form is taken when."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from pipeline.model import atrous
+
+AVX2 = ("avx2", torch.float32)
+AMX = ("amx", torch.bfloat16)
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def error(found, exact):
+    """Root of the mean square."""
+    return (found.double() - exact).square().mean().sqrt().item()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    height=st.integers(1, 17),
+    width=st.integers(1, 17),
+    kernel=st.sampled_from([1, 3, 5]),
+    rate=st.integers(1, 20),
+    stride=st.integers(1, 3),
+    groups=st.sampled_from([1, 2, 4, 16]),
+    n=st.integers(1, 2),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    last=st.booleans(),
+    biased=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_the_error_against_fp64_is_at_most_1_2_times_that_of_conv2d(
+    height, width, kernel, rate, stride, groups, n, dtype, last, biased, seed
+):
+    x = drawn(n, 32, height, width, seed=seed).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    weight = drawn(48, 32 // groups, kernel, kernel, seed=seed + 1).to(dtype)
+    bias = drawn(48, seed=seed + 2).to(dtype) if biased else None
+    padding = rate * (kernel // 2)
+    place = (stride, padding, rate, groups)
+    exact = functional.conv2d(
+        x.double(), weight.double(), None if bias is None else bias.double(), *place
+    )
+    plain = functional.conv2d(x, weight, bias, *place)
+    found = atrous.shifted(
+        x, atrous.pack(weight, groups), bias, stride=stride, padding=(padding, padding), rate=rate
+    )
+    assert found.dtype == dtype
+    assert found.shape == plain.shape
+    # On a few pixels the order of fp32 sums decides; in bf16 that is next to nothing.
+    luck = torch.finfo(torch.float32).eps / 2 * exact.square().mean().sqrt().item()
+    assert error(found, exact) <= 1.2 * error(plain, exact) + luck
+
+
+def test_a_rate_beyond_the_map_is_the_1x1_centre():
+    x, weight = drawn(2, 3, 7, 5), drawn(4, 3, 3, 3, seed=1)
+    found = atrous.shifted(x, atrous.pack(weight, 1), None, stride=1, padding=(7, 7), rate=7)
+    wanted = torch.einsum("nchw,kc->nkhw", x, weight[:, :, 1, 1])
+    torch.testing.assert_close(found, wanted)
+
+
+def test_padding_of_one_axis_alone_and_outputs_that_see_nothing_are_right():
+    x, weight, bias = drawn(1, 2, 5, 6), drawn(3, 2, 3, 3, seed=1), drawn(3, seed=2)
+    for padding in [(0, 1), (9, 0), (12, 12)]:
+        found = atrous.shifted(x, atrous.pack(weight, 1), bias, stride=1, padding=padding, rate=2)
+        torch.testing.assert_close(found, functional.conv2d(x, weight, bias, 1, padding, 2))
+
+
+def test_pieces_of_any_size_give_the_whole(monkeypatch):
+    x, weight = drawn(2, 4, 9, 11), drawn(6, 2, 3, 3, seed=1)
+    for values in (1, 300, 2000):
+        monkeypatch.setattr(atrous, "GATHERED_VALUES", values)
+        found = atrous.shifted(x, atrous.pack(weight, 2), None, stride=1, padding=(4, 4), rate=4)
+        torch.testing.assert_close(found, functional.conv2d(x, weight, None, 1, 4, 4, 2))
+
+
+@settings(deadline=None)
+@given(
+    height=st.integers(1, 30),
+    width=st.integers(1, 30),
+    kernel=st.sampled_from([1, 3, 5]),
+    rate=st.integers(1, 40),
+    stride=st.integers(1, 3),
+)
+def test_the_share_of_products_is_what_counting_one_by_one_gives(
+    height, width, kernel, rate, stride
+):
+    padding = rate * (kernel // 2)
+    counts = []
+    for length in (height, width):
+        outputs = range((length - 1) // stride + 1)
+        seen = [
+            0 <= output * stride + tap * rate - padding < length
+            for output in outputs
+            for tap in range(kernel)
+        ]
+        counts.append(sum(seen) / len(seen))
+    share = atrous.seen_share(
+        (height, width), kernel=kernel, rate=rate, stride=stride, padding=padding
+    )
+    assert share == pytest.approx(counts[0] * counts[1])
+
+
+def test_the_paper_s_rates_on_a_map_of_65_see_what_was_worked_out_by_hand():
+    # One tap of three is in the middle; each other one sees 65 - rate of 65 pixels.
+    for rate in (12, 24, 36):
+        by_hand = ((65 + 2 * (65 - rate)) / (3 * 65)) ** 2
+        share = atrous.seen_share((65, 65), kernel=3, rate=rate, stride=1, padding=rate)
+        assert share == pytest.approx(by_hand)
+    assert 9 * share == pytest.approx(3.6, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("on", "size", "rate", "inputs", "cheaper"),
+    [
+        (AVX2, (65, 65), 24, 2048, False),
+        (AVX2, (65, 65), 36, 2048, False),
+        (AVX2, (49, 49), 36, 2048, True),
+        (AVX2, (33, 33), 36, 2048, True),
+        (AVX2, (33, 33), 36, 320, False),
+        (AMX, (65, 65), 12, 2048, True),
+        (AMX, (65, 65), 36, 2048, True),
+        (AMX, (65, 65), 4, 2048, False),
+        (AMX, (65, 65), 36, 512, False),
+        (("amx", torch.float32), (33, 33), 36, 2048, False),
+        (("avx512", torch.float32), (33, 33), 36, 2048, False),
+        (("cuda", torch.bfloat16), (33, 33), 36, 2048, False),
+    ],
+)
+def test_the_form_is_what_was_measured_to_be_cheaper(on, size, rate, inputs, cheaper):
+    where = {"inputs": inputs, "size": size, "rate": rate}
+    assert atrous.is_shifted_cheaper(*on, groups=1, stride=1, **where) == cheaper
+    assert not atrous.is_shifted_cheaper(*on, groups=2, stride=1, **where)
+    assert not atrous.is_shifted_cheaper(*on, groups=1, stride=2, **where)

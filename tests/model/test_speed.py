@@ -1,0 +1,209 @@
+"""A network made for inference against the plain one: logits, masks, strides, fallbacks."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.model import atrous, fused, speed
+from pipeline.model.config import ModelConfig
+from pipeline.model.convolution import Convolution
+from pipeline.model.deeplab import DeepLabV3
+from pipeline.model.predict import segment
+
+PLAIN = {"multi_grid": (1, 1, 1), "num_classes": 5}
+CONFIGS = {
+    "bottlenecks": ModelConfig(backbone="resnet50", num_classes=5),
+    "basic": ModelConfig(backbone="resnet18", style="torchvision", auxiliary=True, **PLAIN),
+    "inverted": ModelConfig(backbone="mobilenet_v2", **PLAIN),
+    "tensorflow": ModelConfig(backbone="mobilenet_v2", style="tensorflow", **PLAIN),
+    "decoder": ModelConfig(backbone="resnet18", decoder=True, **PLAIN),
+    "cascade": ModelConfig(
+        backbone="resnet18", head="cascade", blocks=5, atrous_rates=(), image_pooling=False, **PLAIN
+    ),
+}
+
+
+def images(n, height, width, seed=0):
+    return torch.randn(n, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def relative(found, wanted):
+    return ((found - wanted).abs().max() / wanted.abs().max()).item()
+
+
+@pytest.fixture
+def tiny(randomise):
+    return randomise(DeepLabV3(CONFIGS["inverted"]))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.inference_mode()
+def test_in_fp32_logits_equal_the_plain_networks_at_any_output_stride(name, randomise):
+    model = randomise(DeepLabV3(CONFIGS[name]))
+    x = images(1, 33, 50)
+    fast = speed.prepare(model, precision="fp32")
+    for output_stride in (16, 8):
+        model.set_output_stride(output_stride)
+        fast.set_output_stride(output_stride)
+        assert fast.config == model.config
+        assert relative(fast.logits(x), model.logits(x)) < 1e-4
+        assert relative(fast(x), model(x)) < 1e-4
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
+@torch.inference_mode()
+def test_activations_in_their_own_pass_and_in_the_convolutions_are_equal(
+    one_pass, randomise, monkeypatch
+):
+    monkeypatch.setattr(speed, "has_one_pass", lambda _: one_pass)
+    for name in ("bottlenecks", "tensorflow"):
+        model = randomise(DeepLabV3(CONFIGS[name]))
+        fast = speed.prepare(model, precision="fp32")
+        assert relative(fast.logits(images(1, 33, 41)), model.logits(images(1, 33, 41))) < 1e-4
+
+
+@torch.inference_mode()
+def test_shifted_taps_give_the_networks_logits(randomise, monkeypatch):
+    crossover = atrous.Crossover(min_rate=2, max_share=1.0, min_inputs=1)
+    on = atrous.engine(torch.device("cpu"))
+    monkeypatch.setitem(atrous.CROSSOVERS, (on, torch.float32), crossover)
+    calls, shifted = [], atrous.shifted
+    monkeypatch.setattr(
+        atrous, "shifted", lambda *a, **how: calls.append(how["rate"]) or shifted(*a, **how)
+    )
+    for name in ("bottlenecks", "tensorflow"):
+        calls.clear()
+        model = randomise(DeepLabV3(CONFIGS[name]))
+        fast = speed.prepare(model, precision="fp32")
+        for side in (17, 33):
+            x = images(1, side, side + 8)
+            assert relative(fast.logits(x), model.logits(x)) < 1e-4
+        assert {6, 12, 18} <= set(calls)
+
+
+def test_the_network_that_entered_is_unchanged_and_nothing_of_it_is_shared(tiny):
+    before = {name: value.clone() for name, value in tiny.state_dict().items()}
+    fast = speed.prepare(tiny)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in fast.modules())
+    with torch.no_grad():
+        for parameter in fast.parameters():
+            parameter.zero_()
+    for name, value in tiny.state_dict().items():
+        assert torch.equal(value, before[name])
+    tiny.train()(images(2, 33, 33)).sum().backward()
+
+
+@torch.inference_mode()
+def test_bf16_keeps_the_last_layer_in_fp32_and_most_of_the_masks(tiny):
+    fast = speed.prepare(tiny, precision="bf16")
+    x = images(1, 65, 81)
+    logits = fast.logits(x.bfloat16())
+    assert logits.dtype == torch.float32
+    layers = [layer for layer in fast.modules() if isinstance(layer, Convolution)]
+    assert {layer.weight.dtype for layer in layers[:-1]} == {torch.bfloat16}
+    assert relative(logits, tiny.logits(x)) < 0.05
+
+
+def test_masks_of_a_prepared_network_are_the_plain_ones(tiny):
+    photos = torch.randint(0, 256, (2, 50, 70, 3), dtype=torch.uint8)
+    how = {"scales": (0.5, 1.0), "flip": True}
+    wanted, confidence = segment(tiny, photos, **how)
+    found, sure = segment(speed.prepare(tiny, precision="fp32"), photos, **how)
+    assert (found == wanted).float().mean() >= 0.999
+    torch.testing.assert_close(sure, confidence, rtol=0, atol=1e-4)
+
+
+def test_a_fast_form_that_fails_is_replaced_by_the_plain_one_with_its_reason(
+    tiny, monkeypatch, caplog
+):
+    def broken(*_, **__):
+        raise RuntimeError("could not create a primitive")
+
+    monkeypatch.setattr(fused, "_one_pass", broken)
+    monkeypatch.setattr(speed, "has_one_pass", lambda _: True)
+    with caplog.at_level(logging.WARNING):
+        fast = speed.prepare(tiny, precision="bf16", size=(33, 41))
+    assert "could not create a primitive" in caplog.text
+    x = images(1, 33, 41)
+    with torch.inference_mode():
+        assert torch.equal(fast.logits(x), tiny.logits(x))
+
+
+def test_a_onednn_without_such_layers_is_noticed(monkeypatch, caplog):
+    def missing(*_, **__):
+        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute")
+
+    monkeypatch.setattr(fused, "_one_pass", missing)
+    fused.has_one_pass.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert not fused.has_one_pass(torch.float32)
+    finally:
+        fused.has_one_pass.cache_clear()
+    assert "separate passes" in caplog.text
+
+
+def test_compiling_pays_from_as_many_images_on_as_it_takes_the_time_of():
+    # 47 s by hand: 0.4 of 0.6 s is saved a pass, so that 196 passes save it.
+    amx = ("amx", torch.bfloat16)
+    assert not speed.compilation_pays(*amx, images=20, seconds=0.6)
+    assert not speed.compilation_pays(*amx, images=195, seconds=0.6)
+    assert speed.compilation_pays(*amx, images=197, seconds=0.6)
+    assert not speed.compilation_pays("avx2", torch.float32, images=20, seconds=8.0)
+    assert speed.compilation_pays("avx2", torch.float32, images=200, seconds=8.0)
+    assert not speed.compilation_pays("cuda", torch.bfloat16, images=10**6, seconds=1.0)
+
+
+@torch.inference_mode()
+def test_only_the_size_that_pays_is_compiled_and_only_at_its_stride(tiny, monkeypatch):
+    graphs = []
+
+    def compiled(function, **_):
+        def graph(x):
+            graphs.append(tuple(x.shape))
+            return function(x)
+
+        return graph
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(speed, "compilation_pays", lambda *_, images, **__: images > 10)
+    speed.prepare(tiny, size=(33, 41), images=10)
+    assert graphs == []
+    fast = speed.prepare(tiny, size=(33, 41), images=11)
+    graphs.clear()
+    for size in ((33, 41), (41, 33)):
+        assert relative(fast.logits(images(1, *size)), tiny.logits(images(1, *size))) < 1e-4
+    fast.set_output_stride(8)
+    fast.logits(images(1, 33, 41))
+    assert graphs == [(1, 3, 33, 41)]
+
+
+def test_a_compiler_that_fails_leaves_the_network_uncompiled(tiny, monkeypatch, caplog):
+    def broken(*_, **__):
+        raise RuntimeError("no working C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
+    monkeypatch.setattr(speed, "compilation_pays", lambda *_, **__: True)
+    with caplog.at_level(logging.WARNING):
+        fast = speed.prepare(tiny, precision="fp32", size=(33, 41), images=1)
+    assert "no working C++ compiler" in caplog.text
+    assert fast.logits(images(1, 33, 41)).shape[1] == 5
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_a_compiled_network_gives_the_plain_ones_logits(tiny, monkeypatch):
+    monkeypatch.setattr(speed, "compilation_pays", lambda *_, **__: True)
+    fast = speed.prepare(tiny, precision="fp32", size=(33, 41), images=1)
+    assert isinstance(fast.logits, speed._Compiled)
+    x = images(1, 33, 41)
+    assert relative(fast.logits(x), tiny.logits(x)) < 1e-4
+
+
+def test_a_network_in_training_and_an_unknown_precision_are_refused(tiny):
+    with pytest.raises(ValueError, match="precision must be"):
+        speed.prepare(tiny, precision="fp8")
+    with pytest.raises(ValueError, match="eval"):
+        speed.prepare(tiny.train())
