@@ -1,0 +1,104 @@
+"""Experiments: through JSON and back, what differs between two, and what cannot be."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from train import tiny
+
+from pipeline.model.config import ModelConfig
+from pipeline.train.config import (
+    AugmentConfig,
+    DataConfig,
+    EvaluationConfig,
+    Experiment,
+    OptimiserConfig,
+    differences,
+)
+from pipeline.train.recipes import RECIPES
+
+
+def test_json_gives_the_same_experiment() -> None:
+    for recipe in RECIPES.values():
+        text = recipe.experiment.to_json()
+        assert Experiment.from_json(text) == recipe.experiment
+        assert Experiment.from_json(text).to_json() == text
+
+
+def test_an_older_version_lacks_fields_and_a_newer_one_is_refused() -> None:
+    values = json.loads(tiny.experiment().to_json())
+    del values["optimiser"]["hard_share"], values["evaluation"], values["seed"]
+    found = Experiment.from_json(json.dumps(values))
+    assert found.optimiser.hard_share == 1.0
+    for part in ("", "optimiser", "model"):
+        strange = json.loads(json.dumps(values))
+        (strange[part] if part else strange)["warp"] = 9
+        with pytest.raises(ValueError, match=r"unknown fields \['warp'\].*newer version"):
+            Experiment.from_json(json.dumps(strange))
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"optimiser": 3}', '{"optimiser": {"momentum": "a"}}'])
+def test_other_text_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"experiment|optimiser"):
+        Experiment.from_json(text)
+
+
+def test_differences_name_the_fields() -> None:
+    mine = tiny.experiment()
+    theirs = dataclasses.replace(mine, optimiser=OptimiserConfig(), seed=4)
+    assert differences(mine.to_json(), mine.to_json()) == []
+    found = differences(mine.to_json(), theirs.to_json())
+    assert "seed: 0 here, 4 there" in found
+    assert "optimiser.base_lr: 0.02 here, 0.007 there" in found
+    assert not any(each.startswith(("model", "data")) for each in found)
+
+
+@pytest.mark.parametrize(
+    ("step", "crop"), [(0, (33, 35)), (7, (33, 35)), (8, (49, 50)), (10, (49, 50))]
+)
+def test_late_crops_begin_at_their_share_of_the_run(step: int, crop: tuple[int, int]) -> None:
+    config = AugmentConfig(crop_size=(33, 35), late_crop_size=(49, 50), late_from=0.75)
+    assert config.crop_at(step, 10) == crop
+    assert AugmentConfig(crop_size=(33, 35)).crop_at(step, 10) == (33, 35)
+
+
+WRONG: list[tuple[type, dict[str, Any], str]] = [
+    (DataConfig, {"repeats": 0}, "repeats is 0"),
+    (AugmentConfig, {"crop_size": (0, 33)}, r"crop_size is \(0, 33\)"),
+    (AugmentConfig, {"late_crop_size": (33, -1)}, "late_crop_size"),
+    (AugmentConfig, {"min_scale": 0}, "min_scale 0 and max_scale"),
+    (AugmentConfig, {"min_scale": 2.0, "max_scale": 1.0}, "0 < min_scale <= max_scale"),
+    (AugmentConfig, {"late_from": 1.0}, "late_from is 1.0"),
+    (OptimiserConfig, {"max_steps": 0}, "max_steps is 0"),
+    (OptimiserConfig, {"batch_size": 0}, "batch_size is 0"),
+    (OptimiserConfig, {"micro_batch": 0}, "micro_batch is 0"),
+    (OptimiserConfig, {"base_lr": 0}, "base_lr is 0"),
+    (OptimiserConfig, {"base_lr": float("nan")}, "base_lr is nan"),
+    (OptimiserConfig, {"hard_share": 0}, "hard_share is 0"),
+    (OptimiserConfig, {"hard_share": 1.5}, "hard_share is 1.5"),
+    (OptimiserConfig, {"ema_decay": 1.0}, "ema_decay is 1.0"),
+    (OptimiserConfig, {"momentum": -0.1}, "momentum is -0.1"),
+    (EvaluationConfig, {"eval_every": -1}, "eval_every is -1"),
+    (EvaluationConfig, {"eval_scales": ()}, r"eval_scales is \(\)"),
+    (EvaluationConfig, {"eval_scales": (1.0, 0.0)}, "each over 0"),
+    (Experiment, {"seed": -1}, "seed is -1"),
+]
+
+
+@pytest.mark.parametrize(("part", "values", "message"), WRONG)
+def test_a_value_that_cannot_be_is_named(part: type, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        part(**values)
+
+
+def test_values_that_do_not_fit_together_are_refused_before_anything_starts() -> None:
+    with pytest.raises(ValueError, match="eval_output_stride is 7"):
+        Experiment(evaluation=EvaluationConfig(eval_output_stride=7))
+    odd = ModelConfig(atrous_rates=(3,))
+    with pytest.raises(ValueError, match=r"eval_output_stride is 32.*no integers"):
+        Experiment(model=odd, evaluation=EvaluationConfig(eval_output_stride=32))
+    with pytest.raises(ValueError, match=r"upsample_logits is False.*give auxiliary=False"):
+        Experiment(model=tiny.RESNET, optimiser=OptimiserConfig(upsample_logits=False))
