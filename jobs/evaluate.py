@@ -1,0 +1,112 @@
+"""Scores a checkpoint on photos with labels: IoU by class, mIoU, pixel accuracy.
+
+    python jobs/evaluate.py --checkpoint FILE --data s3://voc --layout voc --split val
+
+Exits 0 with the scores, 1 when a photo, a label or a worker fails (a score over fewer photos is no
+score), 2 on arguments that cannot be right. The last line is for log readers: `key=value` pairs.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+from jobs.arguments import parse
+from jobs.display import Display
+from jobs.evaluation_plan import Arguments, Plan, plan_of
+from jobs.last_line import failed, last_line
+from jobs.scores import Scores, class_table, mean_table
+from pipeline.bulk.progress import Progress, Summary
+from pipeline.train.looker import Looker, Work, WorkersError
+
+if TYPE_CHECKING:
+    from pipeline.train.spread import Spread
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the job with the command line `argv`; its exit code."""
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` is an interruption
+    started = time.monotonic()
+    try:
+        arguments = parse(Arguments, argv, description=__doc__)
+        plan = plan_of(arguments)
+    except ValueError as error:
+        return failed("evaluate", 2, error)
+    except OSError as error:
+        return failed("evaluate", 1, error)
+    try:
+        rows = _scores(arguments, plan)
+    except (ValueError, OSError, WorkersError) as error:
+        return failed("evaluate", 1, error)
+    except KeyboardInterrupt:
+        return failed("evaluate", 1, "interrupted")
+    except Exception as error:  # whatever it is, the last line says that there is no score
+        logging.exception("this should not happen")
+        return failed("evaluate", 1, f"{type(error).__name__}: {error}")
+    print("\n".join(_report(arguments, plan, rows)))
+    print(last_line("evaluate finished", _facts(arguments, rows, time.monotonic() - started)))
+    return 0
+
+
+def _scores(arguments: Arguments, plan: Plan) -> list[Scores]:
+    """Looks at the photos in every way. Raises as `Looker.look` and `Spread.look` do."""
+    rows = []
+    with Display(count_errors=False) as display, _lookers(arguments, plan.work) as lookers:
+        for name, look in plan.looks.items():
+            progress = Progress(images=len(plan.indices), images_before=0)
+
+            def tell(images: int, name: str = name, progress: Progress = progress) -> None:
+                progress.add(Summary(shard=0, images=images))
+                display(progress, name)
+
+            seen = lookers.look(look, plan.indices, tell)
+            rows.append(Scores.of(name, seen, plan.over))
+    return rows
+
+
+def _lookers(
+    arguments: Arguments, work: Work
+) -> AbstractContextManager[Looker] | AbstractContextManager[Spread]:
+    """Who looks: this process, or Ray's actors."""
+    if arguments.workers == 1:
+        return nullcontext(Looker(work))
+    from pipeline.train.spread import Spread  # Ray, which one process does not need
+
+    return Spread(work, workers=arguments.workers, gpus=arguments.gpus_per_worker)
+
+
+def _report(arguments: Arguments, plan: Plan, rows: Sequence[Scores]) -> list[str]:
+    split = plan.work.split
+    of = f" (of {len(split)})" if len(plan.indices) < len(split) else ""
+    lines = [f"{arguments.checkpoint} on {len(plan.indices)} photos{of} of {split.name}", ""]
+    lines += [*class_table(rows, split.classes), "", *mean_table(rows, arguments.over)]
+    if any(None in row.ious for row in rows):
+        lines.append("-: neither in a label nor in a mask, and in no mean")
+    if arguments.over:
+        lines.append(f"over {len(plan.over)}: {', '.join(arguments.over)}")
+    return [*lines, ""]
+
+
+def _facts(arguments: Arguments, rows: Sequence[Scores], seconds: float) -> dict[str, object]:
+    """The last line's: one evaluation's means as they are, those of a table with its row's name."""
+    facts: dict[str, object] = {"images": rows[0].images}
+    for row in rows:
+        words = row.name.lower().replace("+ ", "").split()
+        suffix = "_" + "_".join(words) if arguments.table else ""
+        facts |= {f"{name}{suffix}": value for name, value in row.facts().items()}
+    return facts | {
+        "seconds": f"{seconds:.1f}",
+        "checkpoint": arguments.checkpoint,
+        "data": arguments.data,
+        "split": arguments.split,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""What a training run went through: its steps and its scores on val.
+
+Enters: a step or a score at a time. Leaves: JSON that travels with a checkpoint, and what curves
+are drawn from. A run that goes on from a checkpoint takes `until` its step, so that nothing is in
+a history twice. Plain numbers: neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+VERSION = 1
+
+Entry = TypeVar("Entry", "Step", "Score")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the optimiser.
+
+    `step` counts the steps done, this one included; `time` is seconds since the epoch;
+    `wait_share`, 0 to 1, is the part of the step that waited for data.
+    """
+
+    step: int
+    time: float
+    loss: float
+    lr: float
+    images_per_second: float
+    wait_share: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the weights after `step` steps score on val, each 0 to 1.
+
+    `ious` has one value a class, None where neither label nor mask holds it; `time` is seconds
+    since the epoch.
+    """
+
+    step: int
+    time: float
+    miou: float
+    pixel_accuracy: float
+    ious: tuple[float | None, ...]
+
+
+@dataclass(kw_only=True)
+class History:
+    """Steps and scores, each in the order in which they were made; append to them."""
+
+    steps: list[Step] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
+
+    @property
+    def best(self) -> Score | None:
+        """The score with the largest mIoU, the first of equal ones; None before the first."""
+        return max(self.scores, key=lambda score: score.miou, default=None)
+
+    def until(self, step: int) -> History:
+        """A copy without what comes after `step` steps: what a run from there on repeats."""
+        return History(
+            steps=[each for each in self.steps if each.step <= step],
+            scores=[each for each in self.scores if each.step <= step],
+        )
+
+    def to_json(self) -> str:
+        """This history as one line of JSON: a list of values for each field."""
+        content = {
+            "version": VERSION,
+            "steps": _columns(Step, self.steps),
+            "scores": _columns(Score, self.scores),
+        }
+        return json.dumps(content, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> History:
+        """The history that `to_json` wrote. Raises ValueError on any other text."""
+        try:
+            content: Any = json.loads(text)
+            if content["version"] != VERSION:
+                raise ValueError(f"version {content['version']!r}, known is {VERSION}")
+            steps, scores = _rows(Step, content["steps"]), _rows(Score, content["scores"])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            said = f"{type(error).__name__}: {error}"
+            raise ValueError(f"the history is not one of ours: {said:.200}") from None
+        scores = [dataclasses.replace(score, ious=tuple(score.ious)) for score in scores]
+        return cls(steps=steps, scores=scores)
+
+
+def _columns(kind: type[Entry], entries: list[Entry]) -> dict[str, list[Any]]:
+    names = [each.name for each in dataclasses.fields(kind)]
+    return {name: [getattr(entry, name) for entry in entries] for name in names}
+
+
+def _rows(kind: type[Entry], columns: dict[str, list[Any]]) -> list[Entry]:
+    names = [each.name for each in dataclasses.fields(kind)]
+    return [kind(*values) for values in zip(*(columns[name] for name in names), strict=True)]

@@ -1,0 +1,159 @@
+"""Pictures of a run, and TensorBoard's file read back without TensorBoard's code."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.data.labels import VOC
+from pipeline.train import pictures
+from pipeline.train.history import History, Score, Step
+
+NAMES = ("ground", "traffic light", "never")
+HISTORY = History(
+    steps=[Step(10 * i, 1e9 + i / 4, 3.0 / i, 0.01 / i, 30.0 + i, 0.125) for i in range(1, 40)],
+    scores=[
+        Score(200, 1e9 + 60.5, 0.25, 0.75, (0.25, 0.5, None)),
+        Score(390, 1e9 + 90.5, 0.5, 0.875, (0.5, 0.75, 0.0)),
+    ],
+)
+
+
+def opened(data: bytes) -> np.ndarray:
+    image = Image.open(io.BytesIO(data))
+    assert image.format == "PNG"
+    return np.array(image.convert("RGB"))
+
+
+def has(picture: np.ndarray, color: tuple[int, ...]) -> bool:
+    return bool((picture == color).all(axis=2).sum() >= 100)
+
+
+def crc32c(data: bytes) -> int:
+    """Castagnoli's, bit by bit."""
+    value = 0xFFFFFFFF
+    for byte in data:
+        value ^= byte
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+    return value ^ 0xFFFFFFFF
+
+
+def masked(data: bytes) -> int:
+    """TFRecord's checksum."""
+    value = crc32c(data)
+    return ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def records(data: bytes) -> Iterator[bytes]:
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        body = data[12 : 12 + length]
+        assert struct.unpack("<I", data[8:12]) == (masked(data[:8]),)
+        assert struct.unpack("<I", data[12 + length : 16 + length]) == (masked(body),)
+        yield body
+        data = data[16 + length :]
+
+
+def varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        value |= (data[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+        if data[at - 1] < 128:
+            return value, at
+
+
+def message(data: bytes) -> list[tuple[int, bytes | int]]:
+    """(field, value) pairs of a protocol buffer: bytes, or an integer."""
+    at, found = 0, []
+    while at < len(data):
+        key, at = varint(data, at)
+        if key & 7 == 0:
+            value, at = varint(data, at)
+            found.append((key >> 3, value))
+            continue
+        size = {1: 8, 5: 4}.get(key & 7)
+        if size is None:
+            size, at = varint(data, at)
+        found.append((key >> 3, data[at : at + size]))
+        at += size
+    return found
+
+
+def events(data: bytes) -> list[tuple[float, int, str, float]]:
+    """(wall time, step, tag, value) of all scalars; fields as in event.proto, summary.proto."""
+    found = []
+    for number, record in enumerate(records(data)):
+        fields = dict(message(record))
+        (wall_time,) = struct.unpack("<d", fields.get(1, bytes(8)))
+        if number == 0:
+            assert fields[3] == b"brain.Event:2"
+            continue
+        for _, value in message(fields[5]):
+            scalar = dict(message(value))
+            (number_,) = struct.unpack("<f", scalar[2])
+            found.append((wall_time, fields[2], scalar[1].decode(), number_))
+    return found
+
+
+def test_the_event_file_holds_every_value_of_the_history_at_its_time() -> None:
+    expected = []
+    for step in HISTORY.steps:
+        for name in ("loss", "lr", "images_per_second", "wait_share"):
+            expected.append((step.time, step.step, f"train/{name}", getattr(step, name)))
+    for score in HISTORY.scores:
+        expected.append((score.time, score.step, "val/miou", score.miou))
+        expected.append((score.time, score.step, "val/pixel_accuracy", score.pixel_accuracy))
+        for name, iou in zip(NAMES, score.ious, strict=True):
+            if iou is not None:
+                expected.append((score.time, score.step, f"val/iou/{name}", iou))
+    found = events(pictures.event_file(HISTORY, NAMES))
+    assert [each[1] for each in found] == sorted(each[1] for each in found)
+    found.sort()
+    expected.sort()
+    assert [each[:3] for each in found] == [each[:3] for each in expected]
+    assert [each[3] for each in found] == pytest.approx([each[3] for each in expected], rel=1e-6)
+
+
+def test_the_event_file_depends_on_the_history_alone() -> None:
+    again = History.from_json(HISTORY.to_json()).until(10_000)
+    assert pictures.event_file(again, NAMES) == pictures.event_file(HISTORY, NAMES)
+    assert events(pictures.event_file(History(), NAMES)) == []
+
+
+def test_names_of_other_classes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"class_names are 2, .* step 200 has 3"):
+        pictures.event_file(HISTORY, NAMES[:2])
+
+
+@pytest.mark.parametrize(
+    "history", [HISTORY, History(), History(steps=HISTORY.steps[:1], scores=HISTORY.scores[:1])]
+)
+def test_curves_are_drawn_of_any_history_and_are_the_same_each_time(history: History) -> None:
+    first = pictures.curves(history)
+    assert first == pictures.curves(history)
+    assert min(opened(first).shape[:2]) > 500
+
+
+def test_samples_show_the_photo_and_the_colours_of_the_classes_that_appear() -> None:
+    image = np.full((60, 90, 3), (10, 200, 30), dtype=np.uint8)
+    label = np.zeros((60, 90), dtype=np.uint8)
+    label[10:40, 20:50] = 8
+    label[50:] = 255
+    mask = np.zeros_like(label)
+    mask[10:40, 20:55] = 12
+    picture = opened(pictures.samples([(image, label, mask, "a cat")], VOC))
+    assert has(picture, (10, 200, 30))
+    shown = [i for i in range(1, 21) if has(picture, VOC.palette[i])]
+    assert shown == [8, 12]
+
+
+def test_no_sample_is_refused() -> None:
+    with pytest.raises(ValueError, match="rows is empty"):
+        pictures.samples([], VOC)
