@@ -33,8 +33,8 @@ def parse(kind: type[T], argv: Sequence[str] | None, *, description: str | None)
     except SystemExit as ended:
         if ended.code in (0, None):
             raise
-        program = sys.argv[0] if argv is None else "the job"
-        raise ArgumentsError(f"{_one_line(said.getvalue())}; see {program} --help") from None
+        program = f"{sys.argv[0]} " if argv is None else ""
+        raise ArgumentsError(f"{_one_line(said.getvalue())}; see {program}--help") from None
 
 
 def _one_line(box: str) -> str:

@@ -1,4 +1,4 @@
-"""`ray job submit` as README has it, to a Ray that asks for a token."""
+"""`ray job submit` as README has it, to a Ray that asks for a token: segmenting, and training."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from tiny_training import arguments, put_set
 
 from jobs.demo.photos import photos
+from pipeline.model import weights
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sysconfig.get_path("scripts")) / "ray")
@@ -31,9 +33,10 @@ def _free_port() -> int:
         return port
 
 
-@pytest.fixture
-def head(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The environment that leads to a head node of this test's own."""
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment that leads to a head node of these tests' own."""
+    tmp_path = tmp_path_factory.mktemp("head")
     (tmp_path / "token").write_text("t" * 64)
     environment = {**os.environ, "RAY_AUTH_MODE": "token"}
     environment |= {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
@@ -76,22 +79,35 @@ def test_a_submitted_job_gives_its_rows_and_its_exit_code(
     (tmp_path / "photos" / "chelsea.png").write_bytes(photos()["chelsea.png"])
     job = ["python", "jobs/segment.py", "--images", f"{tmp_path}/photos"]
     job += ["--results", f"{tmp_path}/results", "--checkpoint", CHECKPOINT, "--run-id", "job"]
-    submit = [RAY, "job", "submit", "--working-dir", ".", "--", *job]
-    good = _run(submit, head)
-    while "No available agent" in good.stderr:  # the head is up before its agent is
-        time.sleep(2)
-        good = _run(submit, head)
+    good = _submit(job, head)
     assert good.returncode == 0, good.stdout + good.stderr
     assert "segment finished run=job images=1 ok=1" in good.stdout
     rows = pq.read_table(f"{tmp_path}/results/images/run=job/shard-000000.parquet").to_pylist()
     assert [row["status"] for row in rows] == ["ok"]
     assert "cat" in {each["class_name"] for each in rows[0]["classes"]}
-    bad = _run([*submit, "--scales", "0"], head)
+    bad = _submit([*job, "--scales", "0"], head)
     assert bad.returncode != 0
     assert "--scales 0.0: each must be over 0" in bad.stdout
 
 
-def _run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+def test_a_submitted_training_leaves_its_network(head: dict[str, str], tmp_path: Path) -> None:
+    put_set(f"{tmp_path}/set")
+    more = ("--max-steps", "2", "--workers", "2")
+    trained = _submit(["python", "jobs/train.py", *arguments(str(tmp_path), *more)], head)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert "train finished steps=2 " in trained.stdout
+    assert "Traceback" not in trained.stdout
+    _, classes = weights.load(f"{tmp_path}/out/model.safetensors")
+    assert classes.names == ("red", "green", "blue", "never")
+
+
+def _submit(job: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """The job's end, for who waits at a terminal."""
+    command = [RAY, "job", "submit", "--working-dir", ".", "--", *job]
+    while True:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        if "No available agent" not in done.stderr:
+            return done
+        time.sleep(2)  # the head is up before its agent is

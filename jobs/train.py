@@ -1,0 +1,120 @@
+"""Trains DeepLabv3 on Ray Train, from a recipe: the paper's runs, and ours.
+
+    python jobs/train.py --recipe voc-mobilenetv2 --data s3://sets/voc --out s3://models/voc
+    python jobs/train.py --list
+
+Exits 0 when the network is trained, 1 when the run stopped (the same command goes on with it), 2 on
+arguments that cannot be right. Any value of the recipe can be given as a flag. The last line is for
+log readers: `key=value` pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from jobs.arguments import ArgumentsError, parse
+from jobs.last_line import failed, last_line
+from jobs.training_display import TrainingDisplay
+from jobs.training_tables import class_table, dry_run
+from pipeline.data.storage import StorageError
+from pipeline.runs import lease
+from pipeline.runs.cluster import RunStoppedError
+from pipeline.train import recipes
+from pipeline.train.config import Experiment
+from pipeline.train.estimate import estimate
+from pipeline.train.fit import Ended, fit
+from pipeline.train.recipes import Recipe
+from pipeline.train.settings import Settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the job with the command line `argv`; its exit code."""
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` is an interruption
+    try:
+        given, rest = _first(argv)
+        if given.list:
+            print(recipes.describe(recipes.RECIPES.values()), end="")
+            return 0
+        recipe = _recipe(given.recipe, rest)
+        settings = _settings(recipe, rest)
+        if settings.dry_run:
+            print(dry_run(recipe, settings, estimate(settings, _say)))
+            return 0
+        with TrainingDisplay(settings) as display:
+            ended = fit(settings, _say, display)
+    except ValueError as error:
+        return failed("train", 2, error)
+    except (StorageError, RunStoppedError, lease.HeldError) as error:
+        return failed("train", 1, error)
+    except KeyboardInterrupt:
+        return failed("train", 1, "interrupted; the same command goes on with the run")
+    except Exception as error:  # whatever it is, the last line says that the run failed
+        logging.exception("this should not happen")
+        return failed("train", 1, f"{type(error).__name__}: {error}")
+    print(_ended(settings, ended))
+    return 0
+
+
+def _first(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """--recipe and --list, which decide what the other flags are, and the rest."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--recipe")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--resume", action="store_true")  # always so: a word for who expects it
+    try:
+        return parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    except argparse.ArgumentError as error:
+        raise ArgumentsError(f"{error}; --list prints all recipes") from None
+
+
+def _recipe(name: str | None, rest: Sequence[str]) -> Recipe:
+    if name is not None:
+        return recipes.by_name(name)
+    if {"-h", "--help"} & set(rest):
+        return recipes.OURS[0]
+    raise ArgumentsError("missing: --recipe; --list prints all of them")
+
+
+def _settings(recipe: Recipe, argv: Sequence[str]) -> Settings:
+    """The command line's settings; the flags' defaults are the recipe's."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Given(Settings):
+        experiment: Experiment = field(default_factory=lambda: recipe.experiment)
+
+    about = (
+        f"--recipe {recipe.name}: {recipe.about} ({recipe.source}). Its values are the defaults."
+    )
+    settings = parse(Given, argv, description=f"{__doc__}\n{about}")
+    if recipe.after and settings.experiment.init is None:
+        raise ArgumentsError(
+            f"recipe {recipe.name} goes on from {recipe.after}'s network: give --init, for example "
+            f"OUT/{recipe.after}/model.safetensors"
+        )
+    return settings
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _ended(settings: Settings, ended: Ended) -> str:
+    record = ended.record
+    if ended.nothing_to_do:
+        print(f"{settings.out} was finished before: there is nothing to do")
+    print(class_table(record))
+    facts: dict[str, object] = {"steps": record["steps"], "seconds": record["seconds"]}
+    for which in ("last", "best"):
+        if record[which]:
+            facts[f"{which}_miou"] = f"{record[which]['miou']:.4f}"
+    return last_line("train finished", {**facts, "out": settings.out})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

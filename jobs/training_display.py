@@ -1,0 +1,53 @@
+"""How far a training run is, in lines: a step every few seconds, and each score on val."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from jobs.display import duration
+from pipeline.train.board import Watched
+from pipeline.train.history import Step
+from pipeline.train.settings import Settings
+
+LINE_EVERY_S = 5.0
+
+
+class TrainingDisplay:
+    """Prints on stderr what a run's board says; call it as often as there may be news."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._max_steps = settings.experiment.optimiser.max_steps
+        self._batch_size = settings.experiment.optimiser.batch_size
+        self._scored = 0
+        self._step = -1
+        self._next = 0.0
+
+    def __enter__(self) -> TrainingDisplay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.stderr.flush()
+
+    def __call__(self, watched: Watched) -> None:
+        for score in watched.scores[self._scored :]:
+            best = max(each.miou for each in watched.scores)
+            print(
+                f"val after step {score.step}: mIoU {score.miou:.2%} (best {best:.2%}), "
+                f"pixel accuracy {score.pixel_accuracy:.2%}",
+                file=sys.stderr,
+            )
+        self._scored = len(watched.scores)
+        row, now = watched.row, time.monotonic()
+        if row is None or row.step == self._step or now < self._next:
+            return
+        self._step, self._next = row.step, now + LINE_EVERY_S
+        print(self._line(row), file=sys.stderr, flush=True)
+
+    def _line(self, row: Step) -> str:
+        left = (self._max_steps - row.step) * self._batch_size / max(row.images_per_second, 1e-9)
+        return (
+            f"step {row.step} of {self._max_steps} ({row.step / self._max_steps:.0%}), "
+            f"loss {row.loss:.4f}, lr {row.lr:.5f}, {row.images_per_second:.1f} images/s, "
+            f"{row.wait_share:.0%} waiting for data, {duration(left)} left"
+        )

@@ -1,0 +1,217 @@
+"""What is looked at before a training run, and what it begins with.
+
+Enters: `Settings`. Leaves: a `Task` for the workers, with all that decides the result written below
+--out, once: the run is known by it, and another experiment under the same URI is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.data import labels, storage
+from pipeline.data.datasets import Split, open_split
+from pipeline.data.survey import Survey, median_frequency_weights, repeated, survey
+from pipeline.model import weights
+from pipeline.model.deeplab import DeepLabV3
+from pipeline.runs import cluster
+from pipeline.train import checkpoints
+from pipeline.train.config import Experiment, differences
+from pipeline.train.settings import Settings
+from pipeline.train.state import Snapshot
+from pipeline.train.task import Task, node_cache
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looked:
+    """The splits of a run, what the labels to train on hold, and the network to start from.
+
+    `first` is None where the run has begun before, with a network of its own.
+    """
+
+    train: Split
+    val: Split
+    survey: Survey
+    indices: tuple[int, ...]
+    class_weights: tuple[float, ...] | None
+    first: DeepLabV3 | None
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """A run whose workers can start."""
+
+    settings: Settings
+    task: Task
+
+    def record(self, last: Snapshot | None, *, seconds: float) -> dict[str, Any]:
+        """What the run came to, for its record; `seconds` are this driver's."""
+        history = last.history if last else None
+        newest, best = (history.scores[-1], history.best) if history else (None, None)
+        steps = history.steps if history else []
+        speeds = sorted(each.images_per_second for each in steps)
+        return {
+            "steps": last.step if last else 0,
+            "seconds": round(seconds, 1),
+            "images_per_second": round(speeds[len(speeds) // 2], 3) if speeds else None,
+            "workers": self.settings.workers,
+            "classes": self.task.train.classes.names,
+            "last": newest and {"step": newest.step, "miou": newest.miou, "ious": newest.ious},
+            "best": best and {"step": best.step, "miou": best.miou, "ious": best.ious},
+            "experiment": json.loads(self.task.experiment.to_json()),
+        }
+
+
+def look(settings: Settings, say: Say) -> Looked:
+    """Opens the splits, checks every label, and reads the weights to start from. Writes nothing.
+
+    Raises ValueError where one of these cannot be used, or --out holds another run.
+    """
+    _check_gpus(settings)
+    data = settings.experiment.data
+    try:
+        classes = labels.by_name(data.classes)
+    except TypeError as error:
+        raise ValueError(f"--classes: {error}") from None
+    wanted = settings.experiment.model.num_classes
+    if classes.num_classes != wanted:
+        raise ValueError(
+            f"--classes {data.classes} are {classes.num_classes}, but the network has {wanted}: "
+            f"give --num-classes {classes.num_classes}"
+        )
+    train, val = (
+        open_split(settings.data, split, layout=data.layout, classes=classes)
+        for split in (data.train_split, data.val_split)
+    )
+    identity = _identity(settings, train, val)
+    _check_same(settings.out, identity)
+    begun = storage.exists(storage.join(settings.out, checkpoints.INITIAL))
+    first = None if begun else first_model(settings.experiment, say)
+    found = _surveyed(settings, train, val, say)
+    chosen = repeated(found, classes, data.repeat_classes, data.repeats)
+    balanced = settings.experiment.optimiser.class_weights == "median_frequency"
+    return Looked(
+        train=train,
+        val=val,
+        survey=found,
+        indices=tuple(chosen),
+        class_weights=tuple(map(float, median_frequency_weights(found))) if balanced else None,
+        first=first,
+        identity=identity,
+    )
+
+
+def begin(settings: Settings, looked: Looked, say: Say) -> Begun:
+    """Writes what the run is, and the network that it starts from, unless it has begun before."""
+    out = settings.out
+    storage.create(storage.join(out, checkpoints.RUN), json.dumps(looked.identity).encode())
+    _check_same(out, looked.identity)
+    storage.write(storage.join(out, checkpoints.SURVEY), looked.survey.to_json().encode())
+    initial = storage.join(out, checkpoints.INITIAL)
+    if looked.first is not None:
+        storage.create(initial, weights.to_bytes(looked.first, looked.train.classes))
+    return Begun(settings=settings, task=task_of(settings, looked, initial))
+
+
+def task_of(settings: Settings, looked: Looked, initial: str) -> Task:
+    """What the workers need to know."""
+    return Task(
+        experiment=settings.experiment,
+        out=settings.out,
+        initial=initial,
+        train=looked.train,
+        val=looked.val,
+        indices=looked.indices,
+        class_weights=looked.class_weights,
+        checkpoint_every=settings.checkpoint_every,
+        threads=settings.cpus,
+        loaders=settings.loader_processes,
+        cache_bytes=settings.cache_bytes,
+    )
+
+
+def first_model(experiment: Experiment, say: Say) -> DeepLabV3:
+    """The network before the first step: fresh weights by the seed, then those of `init`."""
+    torch.manual_seed(experiment.seed)
+    model = DeepLabV3(experiment.model)
+    if experiment.init is None:
+        say("the network starts from random weights: give --init zoo:NAME for ImageNet's")
+        return model
+    if weights.is_backbone(experiment.init):
+        weights.load_backbone(model, experiment.init)
+        return model
+    wanted = experiment.model.num_classes
+    found, _ = weights.load(experiment.init, num_classes=wanted, reset_classifier=True)
+    _, before = weights.load(experiment.init)
+    if before.num_classes != wanted:
+        say(
+            f"{experiment.init} has {before.num_classes} classes, not {wanted}: its last layer "
+            "starts anew"
+        )
+    weights.copy(found, model, experiment.init)
+    return model
+
+
+def _identity(settings: Settings, train: Split, val: Split) -> dict[str, Any]:
+    """What makes two runs the same: the experiment, and which photos it is made on."""
+    known = hashlib.sha256()
+    for split in (train, val):
+        for pair in split.pairs:
+            known.update(storage.relative(settings.data, pair.image).encode() + b"\0")
+        known.update(b"\n")
+    return {
+        "experiment": json.loads(settings.experiment.to_json()),
+        "photos": known.hexdigest()[:16],
+    }
+
+
+def _check_gpus(settings: Settings) -> None:
+    wanted = settings.workers_range[0] * settings.gpus_per_worker
+    if not cluster.has_cluster() and torch.cuda.device_count() < wanted:
+        raise ValueError(
+            f"--gpus-per-worker {settings.gpus_per_worker:g} on {settings.workers_range[0]} "
+            f"workers: this machine has {torch.cuda.device_count()} GPUs that torch can use"
+        )
+
+
+def _check_same(out: str, identity: dict[str, Any]) -> None:
+    uri = storage.join(out, checkpoints.RUN)
+    if not storage.exists(uri):
+        # nothing exists in a bucket that is not there, but only a listing says so
+        next(iter(storage.list_pages(out)), None)
+        return
+    before = json.loads(storage.read(uri))
+    found = differences(json.dumps(identity), json.dumps(before))
+    if found:
+        raise ValueError(
+            f"{out} holds another run ({'; '.join(found[:3])}): give it another --out, or the "
+            "arguments that it was begun with"
+        )
+
+
+def _surveyed(settings: Settings, train: Split, val: Split, say: Say) -> Survey:
+    """What an earlier driver found in the labels to train on, or a look at them and at val's.
+
+    Raises ValueError where val has no labelled pixel: a run would end without a score.
+    """
+    uri = storage.join(settings.out, checkpoints.SURVEY)
+    if storage.exists(uri):
+        before = Survey.from_json(storage.read(uri).decode())
+        if before.fingerprint == train.fingerprint:
+            return before
+    say(f"looking at the labels of {len(train) + len(val)} photos")
+    read = node_cache(train, val, max_bytes=settings.cache_bytes)
+    if not survey(val, read).pixels.any():
+        raise ValueError(
+            f"no pixel of the {len(val)} photos of {val.name} is labelled, so there is no score: "
+            "are --val-split and the classes' ignore_index the right ones?"
+        )
+    return survey(train, read)

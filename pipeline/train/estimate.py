@@ -1,0 +1,55 @@
+"""How long a run will take, from ten steps of it: in this process, without Ray, writing nothing."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.data.samples import SampleError
+from pipeline.train.batches import batches
+from pipeline.train.begin import Looked, Say, first_model, look, task_of
+from pipeline.train.group import Group
+from pipeline.train.settings import Settings
+from pipeline.train.task import source_of, state_of, stepper_of
+
+STEPS = 10
+WARM_UP = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What was looked at, and the median seconds of a step."""
+
+    looked: Looked
+    step_s: float
+    seconds: float
+
+
+def estimate(settings: Settings, say: Say) -> Estimate:
+    """Times ten steps of one worker's part of the batch. Raises ValueError as `look` does."""
+    looked = look(settings, say)
+    task = task_of(settings, looked, initial="")
+    torch.set_num_threads(task.threads)
+    device = torch.device("cuda" if settings.gpus_per_worker else "cpu")
+    group = Group(device=device)
+    first = looked.first or first_model(settings.experiment, say)
+    state = state_of(task, first, group)
+    stepper = stepper_of(task, state, group)
+    # the first of as many workers as there will be, alone
+    source = source_of(task, rank=0, world=settings.most_workers)
+    seconds = []
+    steps = min(STEPS + WARM_UP, task.experiment.optimiser.max_steps)
+    made = batches(source, 0, steps, loaders=task.loaders)
+    started = time.monotonic()
+    for batch in itertools.islice(made, steps):
+        if isinstance(batch, SampleError):
+            raise batch
+        stepper.step(batch.images, batch.labels)
+        seconds.append(time.monotonic() - started)
+        started = time.monotonic()
+    step_s = sorted(seconds[WARM_UP:] or seconds)[len(seconds[WARM_UP:] or seconds) // 2]
+    max_steps = task.experiment.optimiser.max_steps
+    return Estimate(looked=looked, step_s=step_s, seconds=step_s * max_steps)

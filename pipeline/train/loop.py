@@ -1,0 +1,246 @@
+"""What every worker of a training run does, from its start or from where the last one stopped.
+
+Enters: a `Task`, the same for all workers, and the worker's `Group`. Leaves: checkpoints, scores
+and the finished network below the task's `out`. Invariant: workers end together. One that cannot
+go on says so in a sum that all of them take before each step, so none waits for it in vain.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+import time
+from typing import Protocol
+
+import torch
+
+from pipeline.data import storage
+from pipeline.data.samples import SampleError
+from pipeline.model import weights
+from pipeline.model.deeplab import DeepLabV3
+from pipeline.train import checkpoints, normalisation, state
+from pipeline.train.batches import Batch, batches
+from pipeline.train.evaluate import Evaluation, evaluate, share
+from pipeline.train.finish import finish, write_history
+from pipeline.train.group import Group
+from pipeline.train.history import Score, Step
+from pipeline.train.state import TrainingState
+from pipeline.train.task import Task, node_cache, source_of, state_of, stepper_of
+
+LOOK_EVERY = 10
+"""Steps between two rows of the history."""
+
+logger = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """Who is told how a run goes: `now` by the first worker, `fail` by the one that failed."""
+
+    def now(self, row: Step, scored: Score | None) -> None: ...
+    def fail(self, message: str) -> None: ...
+
+
+def train(task: Task, group: Group, listener: Listener) -> None:
+    """Trains until the experiment's last step, or until a worker tells `listener` why it cannot."""
+    torch.set_num_threads(task.threads)
+    run = _Run(task, group, listener)
+    if run.sees_data() and run.trains():
+        run.ends()
+
+
+class _Run:
+    """One worker's run, between two deaths."""
+
+    def __init__(self, task: Task, group: Group, listener: Listener) -> None:
+        self._task, self._group, self._listener = task, group, listener
+        self._read = node_cache(task.train, task.val, max_bytes=task.cache_bytes)
+        self._state = _begin(task, group)
+        self._stepper = stepper_of(task, self._state, group)
+        self._window = _Window(self._state.step, task.experiment.optimiser.batch_size)
+
+    def sees_data(self) -> bool:
+        """Whether every worker finds the photos: a local path may be another node's."""
+        image = self._task.train.pairs[0].image
+        if storage.exists(image):
+            return not self._someone_failed(None)
+        self._someone_failed(
+            SampleError(
+                image,
+                f"it is not on node {socket.gethostname()}: give --data as s3://, or as a path "
+                "that every node has",
+            )
+        )
+        return False
+
+    def trains(self) -> bool:
+        """Whether all steps are done now."""
+        config = self._task.experiment.optimiser
+        source = source_of(self._task, rank=self._group.rank, world=self._group.world)
+        start = self._state.step
+        for batch in batches(source, start, config.max_steps, loaders=self._task.loaders):
+            if self._someone_failed(batch) or not self._step(batch) or not self._keeps_up():
+                return False
+        return True
+
+    def _someone_failed(self, made: object) -> bool:
+        """Whether a worker has an error in hand instead of what it was to make."""
+        if isinstance(made, SampleError):
+            self._listener.fail(str(made))
+        failed = torch.tensor(float(isinstance(made, SampleError)))
+        return bool(self._group.sum(failed) > 0)
+
+    def _step(self, batch: Batch | SampleError) -> bool:
+        """Whether the loss of the step was a number."""
+        assert isinstance(batch, Batch)
+        came_to = self._stepper.step(batch.images, batch.labels)
+        self._window.add(came_to.loss, came_to.lr, batch.waited_s)
+        if math.isfinite(came_to.loss):
+            return True
+        if not math.isfinite(came_to.own_loss):  # the others' photos are not to blame
+            self._listener.fail(
+                f"the loss is {came_to.loss} at step {self._state.step}; this worker's photos were "
+                f"{', '.join(batch.uris)}: give a lower --base-lr, or look at these labels"
+            )
+        return False
+
+    def _keeps_up(self) -> bool:
+        """After a step: history, val and checkpoint when they are due; False where val failed."""
+        step, task = self._state.step, self._task
+        last = step == task.experiment.optimiser.max_steps
+        every = task.experiment.evaluation.eval_every
+        row = self._window.row(step)
+        due = last or (every and step % every == 0)
+        if step % LOOK_EVERY == 0 or due:
+            self._state.history.steps.append(row)
+        scored = self._score() if due else None
+        if due and scored is None:
+            return False
+        if step % LOOK_EVERY == 0 or due:  # evaluation is no part of a step's time
+            self._window = _Window(step, task.experiment.optimiser.batch_size)
+        if self._group.first:
+            self._listener.now(row, scored)
+        if scored or step % task.checkpoint_every == 0:
+            self._save()
+        return True
+
+    def _score(self) -> Score | None:
+        """How good the network is on val now, None where someone failed; the best one is kept."""
+        task = self._task
+        before = self._state.history.best
+        self._group.share_buffers(self._state.best_model)
+        found = self._evaluate()
+        if self._someone_failed(found):
+            return None
+        assert isinstance(found, Evaluation)
+        confusion = self._group.sum(torch.from_numpy(found.confusion)).numpy()
+        images = int(self._group.sum(torch.tensor(found.images)))
+        total = Evaluation(confusion=confusion, images=images)
+        score = total.score(step=self._state.step, time=time.time())
+        self._state.history.scores.append(score)
+        if self._group.first and self._state.history.best is not before:
+            data = weights.to_bytes(self._state.best_model, task.train.classes)
+            storage.write(storage.join(task.out, checkpoints.BEST), data)
+        return score
+
+    def _evaluate(self) -> Evaluation | SampleError:
+        """This worker's share of val."""
+        task, config = self._task, self._task.experiment.evaluation
+        try:
+            return evaluate(
+                self._state.best_model,
+                task.val,
+                read=self._read,
+                indices=share(len(task.val.pairs), self._group.rank, self._group.world),
+                scales=config.eval_scales,
+                flip=config.eval_flip,
+                output_stride=config.eval_output_stride,
+            )
+        except SampleError as error:
+            return error
+
+    def _save(self) -> None:
+        self._group.share_buffers(self._state.model)
+        if self._state.average is not None:
+            self._group.share_buffers(self._state.average)
+        facts = {"world": self._group.world, "threads": self._task.threads}
+        save = None
+        if self._group.first:
+            snapshot = state.take(self._state, facts)
+            out, names = self._task.out, self._task.val.classes.names
+
+            def save() -> None:
+                checkpoints.put(out, snapshot)
+                write_history(out, snapshot.history, names)
+
+        newest = self._state.history.scores[-1:]
+        metrics = {"step": self._state.step, "val_miou": newest[0].miou if newest else None}
+        self._group.report(metrics, name=checkpoints.name_of(self._state.step), save=save)
+
+    def ends(self) -> None:
+        """After the last step: the network that ships, and what people look at."""
+        if self._group.first:
+            finish(self._task.out, self._state, self._task.val, self._read)
+
+
+class _Window:
+    """What happened since the last row of the history."""
+
+    def __init__(self, step: int, batch_size: int) -> None:
+        self._first, self._batch_size, self._since = step, batch_size, time.monotonic()
+        self._losses: list[float] = []
+        self._lr = self._waited_s = 0.0
+
+    def add(self, loss: float, lr: float, waited_s: float) -> None:
+        self._losses.append(loss)
+        self._lr = lr
+        self._waited_s += waited_s
+
+    def row(self, step: int) -> Step:
+        """The steps since then as one row."""
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        return Step(
+            step=step,
+            time=time.time(),
+            loss=sum(self._losses) / len(self._losses),
+            lr=self._lr,
+            images_per_second=(step - self._first) * self._batch_size / seconds,
+            wait_share=min(1.0, self._waited_s / seconds),
+        )
+
+
+def _begin(task: Task, group: Group) -> TrainingState:
+    """The run's state as the newest checkpoint has it, or as it is before the first step."""
+    model, _ = weights.load(task.initial)
+    begun = state_of(task, model, group)
+    if group.first and group.world > 1 and group.device.type == "cpu":
+        _say_what_is_not_shared(task, model)
+    newest = checkpoints.latest(task.out)
+    step = newest.step if newest else 0
+    # one may be put, or go, between two workers' listings
+    first_step = int(group.sum(torch.tensor(step if group.first else 0)))
+    if step != first_step:
+        raise RuntimeError(
+            f"the newest checkpoint is of step {step} here, of {first_step} for the first worker: "
+            "start again"
+        )
+    if newest is None:
+        return begun
+    state.restore(begun, newest)
+    facts = {"world": group.world, "threads": task.threads}
+    if dict(newest.facts) != facts and group.first:
+        logger.warning(
+            "the checkpoint at step %d was made with %s, and training goes on with %s: the result "
+            "will be as good, but not the same bit for bit",
+            newest.step, newest.facts, facts,
+        )  # fmt: skip
+    return begun
+
+
+def _say_what_is_not_shared(task: Task, model: DeepLabV3) -> None:
+    """A warning where batch normalisation is trained: torch's synchronised one refuses CPUs."""
+    if not task.experiment.optimiser.freeze_bn and any(normalisation.layers(model)):
+        logger.warning(
+            "on CPUs each worker normalises by its own photos alone: the result depends on the "
+            "number of workers; --freeze-bn normalises by the statistics that are there"
+        )

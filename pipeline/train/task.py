@@ -1,0 +1,91 @@
+"""What all workers of a run are told, and what each of them makes of it.
+
+Enters: a driver's `Task`, plain values that travel to other machines. Leaves: the state before the
+first step, what makes its steps, and where its batches come from: the same on every worker.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.data.cache import NodeCache
+from pipeline.data.datasets import Split
+from pipeline.model import zoo
+from pipeline.model.deeplab import DeepLabV3
+from pipeline.train import normalisation
+from pipeline.train.batches import Source
+from pipeline.train.config import Experiment
+from pipeline.train.group import Group
+from pipeline.train.loss import PixelLoss
+from pipeline.train.state import TrainingState
+from pipeline.train.step import Stepper, build_average, build_optimiser
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a run's workers need to know. `initial` is the URI of the network to start from.
+
+    `indices` is the training list, with its repeats; `class_weights` (k,) or None.
+    """
+
+    experiment: Experiment
+    out: str
+    initial: str
+    train: Split
+    val: Split
+    indices: tuple[int, ...]
+    class_weights: tuple[float, ...] | None
+    checkpoint_every: int
+    threads: int
+    loaders: int
+    cache_bytes: int
+
+
+def source_of(task: Task, *, rank: int, world: int) -> Source:
+    """Where worker `rank` of `world` has its batches from."""
+    experiment = task.experiment
+    red, green, blue = (round(255 * value) for value in experiment.model.mean)
+    return Source(
+        split=task.train,
+        indices=task.indices,
+        read=node_cache(task.train, task.val, max_bytes=task.cache_bytes),
+        config=experiment.augment,
+        fill=(red, green, blue),
+        batch_size=experiment.optimiser.batch_size,
+        max_steps=experiment.optimiser.max_steps,
+        seed=experiment.seed,
+        rank=rank,
+        world=world,
+    )
+
+
+def state_of(task: Task, model: DeepLabV3, group: Group) -> TrainingState:
+    """The run's state before the first step."""
+    config = task.experiment.optimiser
+    model = model.to(group.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    normalisation.set_momentum(model, config.bn_momentum)
+    return TrainingState(
+        model=model,
+        optimiser=build_optimiser(model, config),
+        average=build_average(model, config),
+    )
+
+
+def stepper_of(task: Task, state: TrainingState, group: Group) -> Stepper:
+    """What makes the run's steps."""
+    weights = task.class_weights
+    loss = PixelLoss(
+        task.experiment.model.num_classes,
+        ignore_index=task.train.classes.ignore_index,
+        class_weights=None if weights is None else torch.tensor(weights),
+        hard_share=task.experiment.optimiser.hard_share,
+    )
+    return Stepper(state, loss, task.experiment.optimiser, group, seed=task.experiment.seed)
+
+
+def node_cache(*splits: Split, max_bytes: int) -> NodeCache:
+    """Reads the splits' objects; what comes from a bucket is kept on this node's disk."""
+    objects = [each for split in splits for each in split.objects.values()]
+    return NodeCache(zoo.cache() / "photos", objects, max_bytes=max_bytes)

@@ -1,0 +1,163 @@
+"""Training that is killed, worker and driver, and goes on as if it had not been."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_training import arguments, keys, put_set
+
+from jobs.train import main
+from pipeline.data import storage
+from pipeline.train import checkpoints
+
+ROOT = Path(__file__).parents[2]
+
+STEPS = ("--max-steps", "60", "--checkpoint-every", "5", "--eval-every", "0", "--loaders", "1")
+"""A worker alone, on one thread: what it computes can be repeated bit for bit."""
+
+WAIT_S = 120.0
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@contextlib.contextmanager
+def driver(given: list[str], log: Path) -> Iterator[subprocess.Popen[str]]:
+    """`jobs/train.py` with a Ray of its own; what it prints goes to `log`."""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "jobs/train.py", *given], cwd=ROOT, stdout=file, stderr=file, text=True
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def until(done: Callable[[], bool], process: subprocess.Popen[str], log: Path) -> None:
+    """Waits, as long as the driver lives."""
+    started = time.monotonic()
+    while not done():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() - started < WAIT_S, log.read_text()
+        time.sleep(0.05)
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """All that the process started, as /proc knows it: process id and when it began."""
+    parents, began = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            parents[int(stat.parent.name)] = int(fields[1])
+            began[int(stat.parent.name)] = fields[19]
+    found = [pid]
+    for each in found:
+        found += [child for child, parent in parents.items() if parent == each]
+    return {each: began[each] for each in found[1:]}
+
+
+def alive(processes: dict[int, str]) -> list[str]:
+    """The command lines of those that still run; one that ended and was not waited for does not."""
+    found = []
+    for pid, began in processes.items():
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            if fields[19] == began and fields[0] != "Z":
+                found.append(command_line(pid))
+    return found
+
+
+def command_line(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return ""
+
+
+def workers(pid: int) -> list[int]:
+    """The processes that train, of the driver `pid`."""
+    return [each for each in descendants(pid) if "RayTrainWorker" in command_line(each)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happened to, and the photos that it was trained on."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    put_set(f"{root}/set")
+    assert main(arguments(str(root), *STEPS)) == 0
+    return root
+
+
+def test_what_was_killed_ends_with_the_weights_of_what_was_not(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = arguments(str(undisturbed), *STEPS, out=f"{tmp_path}/out")
+    out, log = str(tmp_path / "out"), tmp_path / "log.txt"
+    with driver(given, log) as process:
+        until(lambda: checkpoints.newest_step(out) >= 5, process, log)
+        [worker] = workers(process.pid)
+        os.kill(worker, signal.SIGKILL)
+        newest = checkpoints.newest_step(out)
+        until(lambda: checkpoints.newest_step(out) > newest, process, log)
+        [another] = workers(process.pid)
+        assert another != worker
+        started = descendants(process.pid)
+        assert any("forkserver" in line for line in alive(started))  # what reads photos
+        process.kill()
+        process.wait()
+        assert checkpoints.newest_step(out) < 60
+        deadline = time.monotonic() + 30
+        while alive(started) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert alive(started) == []
+    torn = f"{out}/checkpoints/step-00000059/state.safetensors"
+    storage.write(torn, storage.read(newest_state(out))[:-1000])  # a server that lost the end
+    assert main(given) == 0
+    said = capsys.readouterr()
+    assert "going on after step" in said.out
+    assert "Traceback" not in said.err
+    for name in ("model.safetensors", "best.safetensors"):
+        expected = storage.read(f"{undisturbed}/out/{name}")
+        assert storage.read(f"{out}/{name}") == expected, name
+    mine, theirs = checkpoints.latest(out), checkpoints.latest(f"{undisturbed}/out")
+    assert mine is not None
+    assert theirs is not None
+    assert mine.tensors.keys() == theirs.tensors.keys()
+    assert all(torch.equal(mine.tensors[name], theirs.tensors[name]) for name in mine.tensors)
+    assert [each.loss for each in mine.history.steps[-2:]] == [
+        each.loss for each in theirs.history.steps[-2:]
+    ]
+    assert "lease.json" not in keys(out)
+
+
+def newest_state(out: str) -> str:
+    step = checkpoints.newest_step(out)
+    return f"{out}/checkpoints/{checkpoints.name_of(step)}/state.safetensors"
+
+
+def test_a_driver_that_is_interrupted_says_so_and_gives_its_lease_back(tmp_path: Path) -> None:
+    put_set(f"{tmp_path}/set")
+    log = tmp_path / "log.txt"
+    given = arguments(str(tmp_path), "--max-steps", "2000", "--checkpoint-every", "5")
+    with driver(given, log) as process:
+        until(lambda: checkpoints.newest_step(f"{tmp_path}/out") >= 5, process, log)
+        started = descendants(process.pid)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 1, log.read_text()
+    said = log.read_text()
+    assert said.splitlines()[-1].startswith('train failed exit=1 reason="interrupted; the same')
+    assert "Traceback" not in said
+    assert "lease.json" not in keys(f"{tmp_path}/out")
+    deadline = time.monotonic() + 30
+    while alive(started) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert alive(started) == []

@@ -1,0 +1,82 @@
+"""Batch normalisation in training: frozen, shared, and what happens to it on CPUs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from train import tiny
+
+from pipeline.train import normalisation
+from pipeline.train.group import Group, RayGroup
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm2d(4)))
+
+
+def test_frozen_layers_normalise_by_what_is_there_and_still_learn_scale_and_shift() -> None:
+    torch.manual_seed(0)
+    model = small().train()
+    normalisation.freeze(model)
+    before = {key: value.clone() for key, value in model.named_buffers()}
+    x = torch.randn(5, 3, 4, 4)
+    model(x).pow(2).sum().backward()
+    assert all(torch.equal(value, before[key]) for key, value in model.named_buffers())
+    assert all(layer.weight.grad.any() for layer in normalisation.layers(model))
+    assert not torch.allclose(model(x).mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-3)
+    model.train()
+    model(x)
+    assert all(int(layer.num_batches_tracked) == 1 for layer in normalisation.layers(model))
+
+
+def test_momentum_is_the_share_of_a_batch_in_the_running_statistics() -> None:
+    model = small().train()
+    normalisation.set_momentum(model, 0.25)
+    x = torch.randn(6, 3, 4, 4)
+    expected = 0.25 * model[0](x).mean(dim=(0, 2, 3)).detach()
+    model(x)
+    torch.testing.assert_close(model[1].running_mean, expected)
+
+
+class Buffered(nn.Module):
+    """Buffers of several types and shapes, all other numbers on other workers."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.register_buffer("means", torch.arange(6.0).reshape(2, 3) + 100 * rank)
+        self.register_buffer("wide", torch.arange(3, dtype=torch.float64) - rank)
+        self.register_buffer("count", torch.tensor(2**60 + rank))
+        self.register_buffer("empty", torch.zeros(0))
+        self.weight = nn.Parameter(torch.tensor(float(rank)))
+
+
+def shared(group: Group) -> tuple[dict[str, torch.Tensor], float]:
+    module = Buffered(group.rank)
+    group.share_buffers(module)
+    return dict(module.named_buffers()), float(module.weight.detach())
+
+
+def test_every_worker_gets_the_buffers_of_the_first_and_keeps_its_weights(tmp_path: Path) -> None:
+    expected = dict(Buffered(0).named_buffers())
+    for rank, (buffers, weight) in enumerate(tiny.together(3, tmp_path, shared)):
+        assert buffers.keys() == expected.keys()
+        assert all(torch.equal(buffers[key], expected[key]) for key in expected)
+        assert weight == rank
+
+
+@pytest.mark.parametrize(
+    ("device", "world", "converted"), [("cpu", 2, 0), ("cuda", 2, 2), ("cuda", 1, 0)]
+)
+def test_synchronised_layers_are_for_several_workers_on_gpus_alone(
+    device: str, world: int, converted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.train.torch.prepare_model", lambda module, **_: module)
+    model = small()
+    held = {key: id(value) for key, value in model.named_parameters()}
+    wrapped = RayGroup(world=world, device=torch.device(device)).wrap(model)
+    assert sum(isinstance(each, nn.SyncBatchNorm) for each in wrapped.modules()) == converted
+    # an optimiser that holds the weights goes on training them
+    assert {key: id(value) for key, value in wrapped.named_parameters()} == held

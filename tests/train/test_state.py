@@ -1,0 +1,146 @@
+"""A training state put away and taken up again: a copy, to the last bit, or a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from train import tiny
+
+from pipeline.model import weights
+from pipeline.model.formats import CheckpointError
+from pipeline.train import state
+from pipeline.train.config import OptimiserConfig
+from pipeline.train.group import Group
+from pipeline.train.history import History, Step
+from pipeline.train.loss import PixelLoss
+from pipeline.train.state import Snapshot, TrainingState
+from pipeline.train.step import Stepper, build_average, build_optimiser
+
+CONFIG = OptimiserConfig(max_steps=9, base_lr=0.01, ema_decay=0.5, bn_momentum=0.1, bf16=False)
+FACTS = {"world": 1, "threads": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def begun(config: OptimiserConfig = CONFIG) -> tuple[TrainingState, Stepper]:
+    model = tiny.network().to(memory_format=torch.channels_last)
+    made = TrainingState(
+        model=model, optimiser=build_optimiser(model, config), average=build_average(model, config)
+    )
+    return made, Stepper(made, PixelLoss(4, ignore_index=255), config, Group(), seed=1)
+
+
+def go(stepper: Stepper, made: TrainingState, steps: int) -> None:
+    for _ in range(steps):
+        generator = torch.Generator().manual_seed(made.step)
+        images = torch.randint(0, 256, (2, 33, 33, 3), generator=generator, dtype=torch.uint8)
+        labels = torch.randint(0, 4, (2, 33, 33), generator=generator, dtype=torch.uint8)
+        loss = stepper.step(images, labels).loss
+        made.history.steps.append(Step(made.step, 1.5, loss, 0.1, 3.0, 0.0))
+
+
+def copied(snapshot: Snapshot) -> tuple[object, ...]:
+    tensors = {key: value.numpy().tobytes() for key, value in snapshot.tensors.items()}
+    return tensors, snapshot.step, snapshot.history.to_json(), dict(snapshot.facts)
+
+
+def small() -> Snapshot:
+    """As few bytes as a snapshot can have, for looking at each of them."""
+    return Snapshot(
+        tensors={
+            "model.a": torch.arange(5.0).reshape(1, 5),
+            "model.b": torch.tensor(3),
+            "momentum.0000": torch.full((2,), -1.5, dtype=torch.bfloat16),
+        },
+        step=12,
+        history=History(steps=[Step(10, 1.25, 0.1 + 0.2, 0.007, 31.5, 0.02)]),
+        facts=FACTS,
+    )
+
+
+def test_a_snapshot_is_a_copy_that_training_on_does_not_change() -> None:
+    made, stepper = begun()
+    go(stepper, made, 1)
+    snapshot = state.take(made, FACTS)
+    before = copied(snapshot)
+    live = made.model.state_dict()
+    assert all(
+        value.data_ptr() != live[key.removeprefix("model.")].data_ptr()
+        for key, value in snapshot.tensors.items()
+        if key.startswith("model.")
+    )
+    go(stepper, made, 1)
+    assert copied(snapshot) == before
+    other, again = begun()
+    state.restore(other, snapshot)
+    go(again, other, 1)
+    assert copied(snapshot) == before
+
+
+def test_four_steps_are_two_a_file_and_two_to_the_last_bit() -> None:
+    undisturbed, stepper = begun()
+    go(stepper, undisturbed, 4)
+    first, stepper = begun()
+    go(stepper, first, 2)
+    data = state.take(first, FACTS).to_bytes()
+    second, stepper = begun()
+    go(stepper, second, 1)  # whatever it was before
+    state.restore(second, state.read(data, "a file"))
+    assert second.step == 2
+    go(stepper, second, 2)
+    found, expected = state.take(second, FACTS), state.take(undisturbed, FACTS)
+    assert copied(found) == copied(expected)
+    kinds = {key.partition(".")[0] for key in found.tensors}
+    assert kinds == {"model", "momentum", "average"}
+
+
+def test_a_file_gives_the_snapshot_back() -> None:
+    data = small().to_bytes()
+    found = state.read(data, "a file")
+    expected = small()
+    assert found.to_bytes() == data
+    assert (found.step, found.history, found.facts) == (12, expected.history, FACTS)
+    for key, value in expected.tensors.items():
+        assert torch.equal(found.tensors[key], value)
+        assert found.tensors[key].dtype == value.dtype
+
+
+def test_half_a_file_is_none() -> None:
+    data = small().to_bytes()
+    for length in range(len(data)):
+        with pytest.raises(CheckpointError):
+            state.read(data[:length], "a file")
+
+
+def test_a_flipped_bit_anywhere_is_seen_or_harmless() -> None:
+    data, expected = small().to_bytes(), small()
+    seen = 0
+    for place in range(len(data)):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << (place % 8)
+        try:
+            found = state.read(bytes(flipped), "a file")
+        except CheckpointError:
+            seen += 1
+            continue
+        assert (found.step, found.history, found.facts) == (12, expected.history, FACTS), place
+        assert found.tensors.keys() == expected.tensors.keys()
+        assert all(torch.equal(found.tensors[key], expected.tensors[key]) for key in found.tensors)
+    assert seen > 0.9 * len(data)
+
+
+def test_another_file_or_another_network_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"x\.bin is no training checkpoint"):
+        state.read(weights.to_bytes(tiny.network(), tiny.CLASSES), "x.bin")
+    made, _ = begun()
+    with pytest.raises(CheckpointError, match="of another network"):
+        state.restore(made, small())

@@ -1,0 +1,198 @@
+"""What a person says about a run: refused in one line where it cannot be, before it begins."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from train import tiny
+
+from pipeline.data import storage
+from pipeline.data.samples import SampleError
+from pipeline.model import weights
+from pipeline.train.begin import begin, look
+from pipeline.train.config import Experiment
+from pipeline.train.settings import Settings
+
+POOLED = replace(tiny.MOBILENET, image_pooling=True)
+
+
+def said(*, batch_size: int = 8, pooled: bool = False, **values: Any) -> Settings:
+    optimiser = {key: values.pop(key) for key in ("micro_batch", "freeze_bn") if key in values}
+    what = tiny.experiment(batch_size=batch_size, **optimiser)
+    what = replace(what, model=POOLED) if pooled else what
+    return Settings(**{"data": "d", "out": "o", "experiment": what, **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"workers": ()}, "give a number, or MIN MAX"),
+        ({"workers": (0,)}, "--workers 0: give a number"),
+        ({"workers": (3, 2)}, "--workers 3 2: give a number, or MIN MAX"),
+        ({"workers": (1, 2, 3)}, "--workers 1 2 3"),
+        ({"cpus_per_worker": 0}, "--cpus-per-worker 0"),
+        ({"gpus_per_worker": -1.0}, "--gpus-per-worker -1"),
+        ({"loaders": -1}, "--loaders -1"),
+        ({"checkpoint_every": 0}, "--checkpoint-every 0"),
+        ({"out": "s3://bucket"}, "give a prefix below the bucket"),
+        ({"out": "gs://bucket/x"}, "neither s3://bucket/prefix nor a local path"),
+        ({"batch_size": 3, "workers": (4,)}, "there are 4 workers, and each needs a photo"),
+        ({"batch_size": 3, "workers": (1, 4)}, "give at most --workers 3"),
+        ({"batch_size": 1, "pooled": True}, "a single photo, and batch normalisation after image"),
+        ({"batch_size": 5, "workers": (3,), "pooled": True}, "on 3 workers .* a single photo"),
+        ({"batch_size": 9, "micro_batch": 4, "pooled": True}, "on 1 workers .* a single photo"),
+        ({"micro_batch": 1, "pooled": True}, "a single photo"),
+        # four and three each would do, but not the number between them
+        ({"batch_size": 10, "micro_batch": 4, "workers": (1, 3), "pooled": True}, "on 2 workers"),
+        (
+            {"batch_size": 9, "micro_batch": 4, "workers": (2,), "gpus_per_worker": 1},
+            "a micro-batch more than the others",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        said(**values)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"batch_size": 1},
+        {"batch_size": 1, "pooled": True, "freeze_bn": True},
+        {"batch_size": 3, "workers": (3,)},
+        {"batch_size": 4, "workers": (2,), "pooled": True},
+        {"batch_size": 4, "workers": (4,), "pooled": True, "gpus_per_worker": 1},
+        {"batch_size": 8, "micro_batch": 4, "workers": (1, 2), "pooled": True},
+    ],
+)
+def test_what_can_be_is_taken(values: dict[str, Any]) -> None:
+    assert said(**values).most_workers >= 1
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    tiny.draw_set(tmp_path / "set", train=3, val=2)
+    return tmp_path / "set"
+
+
+def looked(root: Path, out: Path, what: Experiment, **more: Any) -> None:
+    settings = tiny.settings(root, out, what, **more)
+    begin(settings, look(settings, print), print)
+
+
+def changed(what: Experiment, part: str, **values: Any) -> Experiment:
+    return replace(what, **{part: replace(getattr(what, part), **values)})
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        ("data", {"classes": "camvid"}, "are 11, but the network has 4: give --num-classes 11"),
+        ("data", {"classes": "cats"}, "no classes are called 'cats'"),
+        ("data", {"classes": '{"names": 4}'}, "--classes: names of the classes is 4"),
+        ("data", {"train_split": "test"}, "test"),
+        ("data", {"repeat_classes": ("horse",)}, "repeat_classes has 'horse', which is no class"),
+        ("data", {"layout": "voc"}, "folders"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused_and_nothing_is_written(
+    root: Path, tmp_path: Path, part: str, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        looked(root, tmp_path / "out", changed(tiny.experiment(), part, **values))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_that_cannot_be_trained_on_are_named_before_anything_starts(
+    root: Path, tmp_path: Path
+) -> None:
+    label = root / "train" / "labels" / "01.png"
+    whole = label.read_bytes()
+    size = Image.open(label).size
+    for picture, message in (
+        (Image.new("L", size, 37), "class 37, but num_classes is 4; is ignore_index"),
+        (Image.new("RGB", size, (1, 2, 3)), "colour"),
+        (Image.new("L", (5, 7), 1), "its image is"),
+    ):
+        picture.save(label)
+        with pytest.raises(SampleError, match=message) as error:
+            looked(root, tmp_path / "out", tiny.experiment())
+        assert error.value.uri == str(label)
+    label.unlink()
+    with pytest.raises(ValueError, match="01"):
+        looked(root, tmp_path / "out", tiny.experiment())
+    assert not (tmp_path / "out").exists()
+    label.write_bytes(whole)
+    looked(root, tmp_path / "out", tiny.experiment())
+
+
+def test_another_experiment_or_other_photos_under_the_same_out_are_refused_by_name(
+    root: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    looked(root, out, tiny.experiment())
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    looked(root, out, tiny.experiment(), checkpoint_every=77)  # what decides no result may differ
+    with pytest.raises(
+        ValueError, match=r"another run \(experiment.optimiser.base_lr: 0.5 here, 0.02 there\)"
+    ):
+        looked(root, out, tiny.experiment(base_lr=0.5))
+    (root / "train" / "images" / "02.jpg").unlink()
+    (root / "train" / "labels" / "02.png").unlink()
+    with pytest.raises(ValueError, match=r"another run.*photos"):
+        looked(root, out, tiny.experiment())
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_run_begins_with_the_same_network_on_every_machine_and_says_what_it_is(
+    root: Path, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        torch.manual_seed(len(name) + ord(name))
+        looked(root, tmp_path / name, tiny.experiment())
+    one, other = ((tmp_path / name / "initial.safetensors").read_bytes() for name in ("a", "b"))
+    assert one == other
+    said_to_be = json.loads((tmp_path / "a" / "run.json").read_text())["experiment"]
+    assert Experiment.from_json(json.dumps(said_to_be)) == tiny.experiment()
+
+
+def test_a_start_from_other_classes_makes_the_last_layer_anew_and_says_so(
+    root: Path, tmp_path: Path
+) -> None:
+    three = tiny.network(replace(tiny.MOBILENET, num_classes=3))
+    start = tmp_path / "three.safetensors"
+    classes = tiny.CLASSES.from_dict({"names": ["a", "b", "c"]})
+    start.write_bytes(weights.to_bytes(three, classes))
+    what = replace(tiny.experiment(), init=str(start))
+    settings, lines = tiny.settings(root, tmp_path / "out", what), []
+    begin(settings, look(settings, lines.append), lines.append)
+    assert any("has 3 classes, not 4: its last layer starts anew" in line for line in lines)
+    found, _ = weights.load(storage.join(settings.out, "initial.safetensors"))
+    state, before = found.state_dict(), three.state_dict()
+    fresh = [
+        key for key, value in before.items() if not torch.equal(state[key].float(), value.float())
+    ]
+    assert sorted({key.rpartition(".")[0] for key in fresh}) == ["classifier.1"]
+
+
+def test_rare_classes_weigh_more_where_it_is_asked_for(root: Path, tmp_path: Path) -> None:
+    task = tiny.task(root, tmp_path / "out", tiny.experiment(class_weights="median_frequency"))
+    counts, seen = np.zeros(4), np.zeros(4)
+    for path in sorted((root / "train" / "labels").iterdir()):
+        label = np.array(Image.open(path))
+        for k in range(4):
+            here = int((label == k).sum())
+            counts[k] += here
+            seen[k] += int((label != 255).sum()) if here else 0
+    frequency = counts[:3] / seen[:3]
+    assert task.class_weights == pytest.approx([*(np.median(frequency) / frequency), 1.0])
