@@ -1,0 +1,110 @@
+"""Images a second of the bulk job through Ray, and of its segmenter in a plain loop."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from contextlib import closing
+from dataclasses import dataclass
+
+from pipeline.bulk import plan, waves
+from pipeline.bulk.plan import Plan
+from pipeline.bulk.progress import Progress
+from pipeline.bulk.run import run
+from pipeline.bulk.segmenter import Segmenter, Work
+from pipeline.bulk.settings import Settings
+from pipeline.results.layout import RunLayout
+
+_SHARD_IMAGES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Throughput:
+    """Both rates are between the first and the last finished shard; the time before is apart."""
+
+    images: int
+    ray_images_per_second: float
+    ray_start_s: float
+    loop_images_per_second: float
+    loop_start_s: float
+
+    @property
+    def ratio(self) -> float:
+        """Ray's rate over the loop's."""
+        return self.ray_images_per_second / self.loop_images_per_second
+
+
+class _Clock:
+    """Notes when how many images were done."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._done: list[tuple[float, int]] = []
+
+    def note(self, images: int) -> None:
+        if images and (not self._done or images > self._done[-1][1]):
+            self._done.append((time.perf_counter(), images))
+
+    def result(self) -> tuple[float, float]:
+        """Images a second after the first note, and the seconds until it."""
+        (since, before), (until, now) = self._done[0], self._done[-1]
+        if now == before:
+            raise ValueError("--bulk-limit is one shard; give more images")
+        return (now - before) / (until - since), since - self._started
+
+
+def through_ray_and_plainly(images: str, checkpoint: str, *, limit: int, gpu: bool) -> Throughput:
+    """Segments the first `limit` photos below `images` both ways, on one actor and one CPU.
+
+    Raises what `run` raises, and ValueError where the photos are one shard.
+    """
+    with tempfile.TemporaryDirectory() as results:
+        settings = Settings(
+            images=images,
+            results=results,
+            checkpoint=checkpoint,
+            limit=limit,
+            run_id="benchmark",
+            shard_images=_SHARD_IMAGES,
+            actors=(1, 1),
+            cpus_per_actor=1,
+            gpus_per_actor=1.0 if gpu else 0.0,
+        )
+        ray, loop = _Clock(), _Clock()
+
+        def watch(_: Plan, progress: Progress) -> None:
+            ray.note(progress.images_now)
+
+        ended = run(settings, watch)
+        loop = _loop(settings, ended.plan, gpu=gpu)
+    (ray_rate, ray_start), (loop_rate, loop_start) = ray.result(), loop.result()
+    return Throughput(
+        images=ended.plan.counts.images,
+        ray_images_per_second=ray_rate,
+        ray_start_s=ray_start,
+        loop_images_per_second=loop_rate,
+        loop_start_s=loop_start,
+    )
+
+
+def _loop(settings: Settings, planned: Plan, *, gpu: bool) -> _Clock:
+    layout = RunLayout(results=settings.results, run_id=planned.run_id)
+    work = Work(
+        layout=layout,
+        checkpoint=settings.checkpoint,
+        model=planned.model,
+        settings=planned.settings,
+        inference=settings.inference,
+        batch_images=8 if gpu else 1,
+        cpus=1,
+        gpu=gpu,
+    )
+    clock, done = _Clock(), 0
+    with closing(Segmenter(work)) as segmenter:
+        for part in planned.parts:
+            for row in plan.read_part(layout, part).to_pylist():
+                photos = waves.photos_of(row["images"])
+                segmenter.rows_of(row["shard"], photos)
+                done += len(photos)
+                clock.note(done)
+    return clock
