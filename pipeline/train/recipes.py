@@ -114,16 +114,17 @@ OURS = (
     Recipe(
         name="voc-mobilenetv2-cpu",
         source="Ours",
-        about="MobileNetV2 on VOC, in about an hour of one CPU core",
+        about="MobileNetV2 on VOC, in about an hour of one core",
         experiment=_VOC_CPU,
         cost=NOT_MEASURED,
     ),
     Recipe(
         name="camvid-mobilenetv2-cpu",
         source="Ours",
-        about="MobileNetV2 on CamVid, in about an hour of one CPU core",
+        about="MobileNetV2 on CamVid; the checkpoint that ships",
         experiment=_CAMVID_CPU,
-        cost=NOT_MEASURED,
+        figures=(Figure(miou=63.95, output_stride=16, on="CamVid val"),),
+        cost="70 minutes of one core of a busy CPU",
     ),
     Recipe(
         name="camvid-resnet50",

@@ -300,13 +300,10 @@ def test_the_final_model_is_trained_as_in_section_4_1():
     assert (optimiser.ema_decay, optimiser.hard_share, optimiser.head_lr_factor) == (0, 1, 1)
 
 
-def test_ours_say_what_they_cost_or_that_nobody_knows():
-    assert [recipe.name for recipe in OURS] == [
-        "voc-mobilenetv2",
-        "camvid-mobilenetv2",
-        "camvid-resnet50",
-    ]
-    assert all(recipe.cost for recipe in OURS)
+def test_ours_have_a_cost_and_a_score_or_say_that_nobody_measured_them():
+    for recipe in OURS:
+        assert recipe.cost
+        assert bool(recipe.figures) != ("not measured" in recipe.cost), recipe.name
 
 
 def test_the_list_shows_every_recipe_and_figure_in_a_hundred_columns():
