@@ -67,7 +67,7 @@ def split(root: Path) -> Split:
 @pytest.fixture(scope="module")
 def model() -> DeepLabV3:
     """A small network with weights by chance, which sees several of its classes."""
-    torch.manual_seed(4)
+    torch.manual_seed(5)
     model = DeepLabV3(CONFIG)
     norms = [each for each in model.modules() if isinstance(each, torch.nn.BatchNorm2d)]
     for norm in norms:
