@@ -8,20 +8,20 @@ score), 2 on arguments that cannot be right. The last line is for log readers: `
 
 from __future__ import annotations
 
-import logging
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
+from jobs import ending
 from jobs.arguments import parse
 from jobs.display import Display
+from jobs.ending import last_line
 from jobs.evaluation_plan import Arguments, Plan, plan_of
-from jobs.last_line import failed, last_line
 from jobs.scores import Scores, class_table, mean_table
 from pipeline.bulk.progress import Progress, Summary
+from pipeline.data.samples import SampleError
 from pipeline.train.looker import Looker, Work, WorkersError
 
 if TYPE_CHECKING:
@@ -30,28 +30,20 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job with the command line `argv`; its exit code."""
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` is an interruption
+    return ending.run(
+        "evaluate",
+        lambda: _evaluate(parse(Arguments, argv, description=__doc__)),
+        stops=(OSError, SampleError, WorkersError),
+        interrupted="interrupted",
+    )
+
+
+def _evaluate(arguments: Arguments) -> str:
     started = time.monotonic()
-    try:
-        arguments = parse(Arguments, argv, description=__doc__)
-        plan = plan_of(arguments)
-    except ValueError as error:
-        return failed("evaluate", 2, error)
-    except OSError as error:
-        return failed("evaluate", 1, error)
-    try:
-        rows = _scores(arguments, plan)
-    except (ValueError, OSError, WorkersError) as error:
-        return failed("evaluate", 1, error)
-    except KeyboardInterrupt:
-        return failed("evaluate", 1, "interrupted")
-    except Exception as error:  # whatever it is, the last line says that there is no score
-        logging.exception("this should not happen")
-        return failed("evaluate", 1, f"{type(error).__name__}: {error}")
+    plan = plan_of(arguments)
+    rows = _scores(arguments, plan)
     print("\n".join(_report(arguments, plan, rows)))
-    print(last_line("evaluate finished", _facts(arguments, rows, time.monotonic() - started)))
-    return 0
+    return last_line("evaluate finished", _facts(arguments, rows, time.monotonic() - started))
 
 
 def _scores(arguments: Arguments, plan: Plan) -> list[Scores]:

@@ -8,14 +8,13 @@ it), 2 on arguments that cannot be right. The last line is for log readers: `key
 
 from __future__ import annotations
 
-import logging
-import signal
 import sys
 from collections.abc import Sequence
 
+from jobs import ending
 from jobs.arguments import parse
 from jobs.display import Display, size
-from jobs.last_line import failed, last_line
+from jobs.ending import last_line
 from pipeline.bulk.plan import Plan
 from pipeline.bulk.progress import Progress
 from pipeline.bulk.run import Ended, run
@@ -27,26 +26,18 @@ from pipeline.runs.cluster import RunStoppedError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job with the command line `argv`; its exit code."""
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` is an interruption
-    try:
-        settings = parse(Settings, argv, description=__doc__)
-    except ValueError as error:
-        return failed("segment", 2, error)
-    try:
-        with Display() as display:
-            ended = run(settings, _Announced(settings, display))
-    except ValueError as error:
-        return failed("segment", 2, error)
-    except (StorageError, RunStoppedError, lease.HeldError) as error:
-        return failed("segment", 1, error)
-    except KeyboardInterrupt:
-        return failed("segment", 1, "interrupted; the same command continues the run")
-    except Exception as error:  # whatever it is, the last line says that the run failed
-        logging.exception("this should not happen")
-        return failed("segment", 1, f"{type(error).__name__}: {error}")
-    print(_last_line(settings, ended))
-    return 0
+    return ending.run(
+        "segment",
+        lambda: _segment(parse(Settings, argv, description=__doc__)),
+        stops=(StorageError, RunStoppedError, lease.HeldError),
+        interrupted="interrupted; the same command continues the run",
+    )
+
+
+def _segment(settings: Settings) -> str:
+    with Display() as display:
+        ended = run(settings, _Announced(settings, display))
+    return _last_line(settings, ended)
 
 
 class _Announced:

@@ -11,14 +11,13 @@ log readers: `key=value` pairs.
 from __future__ import annotations
 
 import argparse
-import logging
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from jobs import ending
 from jobs.arguments import ArgumentsError, parse
-from jobs.last_line import failed, last_line
+from jobs.ending import last_line
 from jobs.training_display import TrainingDisplay
 from jobs.training_tables import class_table, dry_run
 from pipeline.data.storage import StorageError
@@ -34,43 +33,39 @@ from pipeline.train.settings import Settings
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job with the command line `argv`; its exit code."""
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` is an interruption
-    try:
-        given, rest = _first(argv)
-        if given.list:
-            print(recipes.describe(recipes.RECIPES.values()), end="")
-            return 0
-        recipe = _recipe(given.recipe, rest)
-        settings = _settings(recipe, rest)
-        if settings.dry_run:
-            print(dry_run(recipe, settings, estimate(settings, _say)))
-            return 0
-        with TrainingDisplay(settings) as display:
-            ended = fit(settings, _say, display)
-    except ValueError as error:
-        return failed("train", 2, error)
-    except (StorageError, RunStoppedError, lease.HeldError) as error:
-        return failed("train", 1, error)
-    except KeyboardInterrupt:
-        return failed("train", 1, "interrupted; the same command goes on with the run")
-    except Exception as error:  # whatever it is, the last line says that the run failed
-        logging.exception("this should not happen")
-        return failed("train", 1, f"{type(error).__name__}: {error}")
-    print(_ended(settings, ended))
-    return 0
+    given = sys.argv[1:] if argv is None else argv
+    if "--list" in given:
+        print(recipes.describe(recipes.RECIPES.values()), end="")
+        return 0
+    return ending.run(
+        "train",
+        lambda: _train(given),
+        stops=(StorageError, RunStoppedError, lease.HeldError),
+        interrupted="interrupted; the same command goes on with the run",
+    )
 
 
-def _first(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """--recipe and --list, which decide what the other flags are, and the rest."""
+def _train(argv: Sequence[str]) -> str:
+    name, rest = _first(argv)
+    recipe = _recipe(name, rest)
+    settings = _settings(recipe, rest)
+    if settings.dry_run:
+        return dry_run(recipe, settings, estimate(settings, _say))
+    with TrainingDisplay(settings) as display:
+        ended = fit(settings, _say, display)
+    return _ended(settings, ended)
+
+
+def _first(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """--recipe, which decides what the other flags are, and the rest."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--recipe")
-    parser.add_argument("--list", action="store_true")
     parser.add_argument("--resume", action="store_true")  # always so: a word for who expects it
     try:
-        return parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+        given, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise ArgumentsError(f"{error}; --list prints all recipes") from None
+    return given.recipe, rest
 
 
 def _recipe(name: str | None, rest: Sequence[str]) -> Recipe:

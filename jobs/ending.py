@@ -1,0 +1,51 @@
+"""How a job ends: one last line for who reads logs, and an exit code, whatever happened."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+from collections.abc import Callable, Mapping
+
+
+def run(
+    job: str, work: Callable[[], str], *, stops: tuple[type[Exception], ...], interrupted: str
+) -> int:
+    """Does `work`, whose result is the last line, prints that, and gives the exit code: 0.
+
+    It is 1 where one of `stops` is raised, where the job is interrupted (the last line then says
+    `interrupted`), and for a bug; 2 for any other ValueError: arguments that cannot be right.
+    """
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` is an interruption
+    try:
+        said = work()
+    except stops as error:
+        return failed(job, 1, error)
+    except ValueError as error:
+        return failed(job, 2, error)
+    except KeyboardInterrupt:
+        return failed(job, 1, interrupted)
+    except Exception as error:  # a bug too ends in a line that says so
+        logging.exception("this should not happen")
+        return failed(job, 1, f"{type(error).__name__}: {error}")
+    print(said)
+    return 0
+
+
+def last_line(words: str, facts: Mapping[str, object]) -> str:
+    """`words` and the facts; a value that is more than a word is in double quotes, as in JSON."""
+    return " ".join([words, *(f"{name}={_quoted(value)}" for name, value in facts.items())])
+
+
+def failed(job: str, code: int, error: object) -> int:
+    """Prints how `job` ended with exit code `code`, and gives that code back."""
+    reason = " ".join(str(error).split())
+    print(last_line(f"{job} failed", {"exit": code, "reason": reason}), flush=True)
+    return code
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    plain = text.isprintable() and not set(text) & set(" \"'\\=")
+    return text if plain else json.dumps(text, ensure_ascii=False)
