@@ -17,7 +17,7 @@ from pipeline.model.resize import Size
 Form = Literal["plain", "channels_last", "bf16", "compiled", "torchvision", "fast"]
 PLAIN_FORMS = ("plain", "channels_last", "torchvision")
 
-_PLAIN_FASTER_THAN_BF16 = "this CPU has no instructions for bf16"
+_NO_BF16 = "this CPU has no instructions for bf16"
 _TORCHVISION = {"resnet50": "deeplabv3_resnet50", "resnet101": "deeplabv3_resnet101"}
 
 
@@ -49,7 +49,7 @@ def form_of(
     if form == "torchvision":
         return _torchvision(model, device)
     if form == "bf16" and device.type == "cpu" and not speed.has_bf16(device):
-        return None, _PLAIN_FASTER_THAN_BF16
+        return None, _NO_BF16
     if form == "compiled" and multi:
         return None, "compiled for one size"
     plain = copy.deepcopy(model).to(device)

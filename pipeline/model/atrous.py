@@ -65,11 +65,6 @@ def engine(device: torch.device) -> str:
     return torch.backends.cpu.get_cpu_capability().lower()
 
 
-def computes_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bf16: elsewhere it is several times slower."""
-    return engine(device) in ("cuda", "amx", "avx512_bf16")
-
-
 def is_shifted_cheaper(
     on: str, dtype: torch.dtype, *, inputs: int, groups: int, size: Size, rate: int, stride: int
 ) -> bool:

@@ -95,9 +95,9 @@ def load_backbone(model: DeepLabV3, uri: str) -> None:
     model.backbone.load_state_dict(state)
 
 
-def is_backbone(uri: str) -> bool:
-    """Whether the file at `uri` is a classifier's, for `load_backbone`, rather than a DeepLab."""
-    file = parse(read(uri), name=uri)
+def is_backbone(data: bytes, *, name: str) -> bool:
+    """Whether the file `name` is a classifier's, for `load_backbone`, rather than a DeepLab."""
+    file = parse(data, name=name)
     return not file.npz and not any("backbone." in key for key in file.tensors)
 
 

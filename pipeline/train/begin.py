@@ -145,16 +145,19 @@ def first_model(experiment: Experiment, say: Say) -> DeepLabV3:
     if experiment.init is None:
         say("the network starts from random weights: give --init zoo:NAME for ImageNet's")
         return model
-    if weights.is_backbone(experiment.init):
+    data = weights.read(experiment.init)
+    if weights.is_backbone(data, name=experiment.init):
         weights.load_backbone(model, experiment.init)
         return model
     wanted = experiment.model.num_classes
-    found, _ = weights.load(experiment.init, num_classes=wanted, reset_classifier=True)
-    _, before = weights.load(experiment.init)
-    if before.num_classes != wanted:
+    found, classes = weights.load(experiment.init, data=data)
+    if classes.num_classes != wanted:
         say(
-            f"{experiment.init} has {before.num_classes} classes, not {wanted}: its last layer "
+            f"{experiment.init} has {classes.num_classes} classes, not {wanted}: its last layer "
             "starts anew"
+        )
+        found, _ = weights.load(
+            experiment.init, num_classes=wanted, reset_classifier=True, data=data
         )
     weights.copy(found, model, experiment.init)
     return model

@@ -47,14 +47,16 @@ class PixelLoss(torch.nn.Module):
         return (weights.sum(1) * share).sum()
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The sum of the loss of logits (n, k, h, w) against labels (n, h, w), in fp32.
+        """The sum of the loss of logits (n, k, h, w) against labels (n, h, w).
+
+        It is in the class weights' type, fp32, whatever the network computes in.
 
         0, with zero gradients, where no pixel is valid. Divide by the sum of `weight` over the
         global batch for the mean.
         """
         # one row a pixel, as channels-last logits lie in memory: a third faster on a CPU
         losses = functional.cross_entropy(
-            logits.float().permute(0, 2, 3, 1).flatten(0, 2),
+            logits.to(self.class_weights.dtype).permute(0, 2, 3, 1).flatten(0, 2),
             labels.long().flatten(),
             weight=self.class_weights,
             ignore_index=self.ignore_index,

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pipeline.model import atrous
+from pipeline.model import speed
 from pipeline.model.deeplab import DeepLabV3, TrainingLogits
 from pipeline.train import normalisation
 from pipeline.train.config import OptimiserConfig
@@ -43,8 +43,9 @@ class Objective(nn.Module):
         self.model = model
         self.loss = loss
         self._config = config
+        dtype = next(model.parameters()).dtype
         for name in ("mean", "std"):
-            values = torch.tensor(getattr(model.config, name)).mul(255)[:, None, None]
+            values = torch.tensor(getattr(model.config, name), dtype=dtype).mul(255)[:, None, None]
             self.register_buffer(name, values, persistent=False)
 
     def train(self, mode: bool = True) -> Objective:
@@ -55,7 +56,7 @@ class Objective(nn.Module):
         return self
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        pixels = images.permute(0, 3, 1, 2).float().sub_(self.mean).div_(self.std)
+        pixels = images.permute(0, 3, 1, 2).to(self.mean.dtype).sub_(self.mean).div_(self.std)
         if not self._config.upsample_logits:
             return self._loss(self.model.logits(pixels), labels)
         outputs = self.model(pixels)
@@ -149,7 +150,7 @@ class Stepper:
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
         kind = self._group.device.type
-        enabled = self._config.bf16 and atrous.computes_bf16(self._group.device)
+        enabled = self._config.bf16 and speed.has_bf16(self._group.device)
         return torch.autocast(kind, torch.bfloat16, enabled=enabled)
 
 
