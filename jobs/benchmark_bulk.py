@@ -91,6 +91,7 @@ def _loop(settings: Settings, planned: Plan, *, gpu: bool) -> _Clock:
     layout = RunLayout(results=settings.results, run_id=planned.run_id)
     work = Work(
         layout=layout,
+        images=settings.images,
         checkpoint=settings.checkpoint,
         model=planned.model,
         settings=planned.settings,

@@ -38,6 +38,7 @@ class Loaded:
     label_error: str | None = None
     error_kind: str | None = None
     error: str | None = None
+    refused: bool = False  # by storage, of photo or label, for a reason that may pass
     fetched_bytes: int = 0
 
 
@@ -92,7 +93,11 @@ class Loader:
             image = self._decoders.image(data)
         except (storage.StorageError, DecodeError) as error:
             return Loaded(
-                listed=photo, error_kind=error.kind, error=str(error), fetched_bytes=fetched_bytes
+                listed=photo,
+                error_kind=error.kind,
+                error=str(error),
+                refused=_is_refusal(error),
+                fetched_bytes=fetched_bytes,
             )
         label, label_error = self._label(label_data, (image.shape[0], image.shape[1]))
         return Loaded(
@@ -100,6 +105,7 @@ class Loader:
             image=image,
             label=label,
             label_error=label_error,
+            refused=_is_refusal(label_data),
             fetched_bytes=fetched_bytes,
         )
 
@@ -161,6 +167,10 @@ class _Ahead:
         # beyond twice the decoders they would only wait, their sizes not yet known
         held = sum(done) + (in_work + 1) * self._guess
         return in_work < 2 * self._fewest and held <= AHEAD_BYTES
+
+
+def _is_refusal(found: object) -> bool:
+    return isinstance(found, storage.StorageError) and found.kind in ("access", "timeout")
 
 
 def _has_pixels(each: Future[Loaded]) -> bool:

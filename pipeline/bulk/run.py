@@ -168,6 +168,7 @@ class _Run:
         self._pool = _pool(settings)
         self._work = Work(
             layout=layout,
+            images=settings.images,
             checkpoint=settings.checkpoint,
             model=known.model,
             settings=known.settings,

@@ -2,8 +2,8 @@
 
 A plain class without Ray: it can be called in a loop, and two threads may call it at once, so
 that one shard's photos are fetched and decoded while the other's are in the network. Whatever is
-wrong with a photo becomes its row; what is wrong with everything is a `SystemicError`, and the
-shard is not committed.
+wrong with a photo becomes its row; photos that storage refuses are asked for again at the shard's
+end; what is wrong with everything is a `SystemicError`, and the shard is not committed.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from pipeline.bulk.decode import Decoders, Limits, Pixels
+from pipeline.bulk.decode import Decoders, Limits
 from pipeline.bulk.listing import Listed
 from pipeline.bulk.load import AHEAD_BYTES, Loaded, Loader
+from pipeline.bulk.network import Network
 from pipeline.bulk.progress import Summary
 from pipeline.bulk.rows import RowMaker
 from pipeline.bulk.settings import Inference
+from pipeline.bulk.witness import Witness
 from pipeline.data import storage
-from pipeline.model import predict, speed, weights
+from pipeline.model import weights
 from pipeline.results import tables
 from pipeline.results.layout import RunLayout
 
@@ -46,6 +47,7 @@ class Work:
     """What every shard of a run shares; small, so that it travels to actors as it is."""
 
     layout: RunLayout
+    images: str  # where the photos lie
     checkpoint: str
     model: str  # fingerprint that the checkpoint must have
     settings: str  # fingerprint of `inference`
@@ -76,7 +78,8 @@ class Segmenter:
         self._loader = Loader(
             self.decoders, work.cpus, max_object_bytes=work.inference.max_object_bytes
         )
-        self._network = _Network(model, work)
+        self._network = Network(model, work.inference, gpu=work.gpu)
+        self._witness = Witness(work.images)
         self._rows = RowMaker(
             run_id=work.layout.run_id,
             model=work.model,
@@ -110,26 +113,56 @@ class Segmenter:
         """The bytes of the shard's file, not written anywhere, and their summary."""
         summary = Summary(shard=shard, images=len(photos))
         rows: dict[str, dict[str, Any]] = {}
-        stream = _timed(self._loader.stream(photos), summary)
-        # one shard at a time is in the network, so that it is soon done and committed
-        with self._turn:
-            for batch in self._batches(stream, summary):
-                of_batch = self._rows_of_batch(shard, batch, summary)
-                for loaded, row in zip(batch, of_batch, strict=True):
-                    rows[loaded.listed.uri] = row
-                if tell is not None:
-                    tell(len(rows))
+        refused = self._look(shard, self._counted(self._loader.stream(photos)), summary, rows, tell)
+        if refused:
+            self._check_storage(refused)
+            self._look(shard, self._loader.stream(refused), summary, rows, tell)
         ordered = [rows[photo.uri] for photo in photos]
         summary.errors.update(row["error_kind"] for row in ordered if row["status"] == "error")
         summary.label_errors = sum(row.get("label_error") is not None for row in ordered)
         return tables.to_parquet(ordered, self._schema), summary
+
+    def _look(
+        self,
+        shard: int,
+        stream: Iterator[Loaded],
+        summary: Summary,
+        rows: dict[str, dict[str, Any]],
+        tell: Callable[[int], None] | None,
+    ) -> list[Listed]:
+        """Adds the photos' rows to `rows`, by URI; those that storage refused for now."""
+        refused = []
+        # one shard at a time is in the network, so that it is soon done and committed
+        with self._turn:
+            for batch in self._batches(_timed(stream, summary), summary):
+                of_batch = self._rows_of_batch(shard, batch, summary)
+                for loaded, row in zip(batch, of_batch, strict=True):
+                    rows[loaded.listed.uri] = row
+                    if loaded.refused:
+                        refused.append(loaded.listed)
+                    elif loaded.fetched_bytes:
+                        self._witness.saw(loaded.listed)
+                if tell is not None:
+                    tell(len(rows))
+        return refused
+
+    def _check_storage(self, refused: Sequence[Listed]) -> None:
+        """Raises SystemicError where storage refuses everything, and not these photos alone."""
+        refusal = self._witness.refusal({photo.uri for photo in refused})
+        if refusal is not None:
+            raise SystemicError(f"storage gives no photo any more: {refusal}")
+
+    def _counted(self, stream: Iterator[Loaded]) -> Iterator[Loaded]:
+        """The stream; raises SystemicError after too many failures in a row."""
+        for loaded in stream:
+            self._streak.count(loaded.error_kind, loaded.error)
+            yield loaded
 
     def _batches(self, stream: Iterator[Loaded], summary: Summary) -> Iterator[list[Loaded]]:
         """Photos of one size together, failed ones alone; a function of the plan's order only."""
         by_size: dict[tuple[int, ...], list[Loaded]] = {}
         held = 0
         for loaded in stream:
-            self._streak.count(loaded.error_kind, loaded.error)
             summary.bytes_read += loaded.fetched_bytes
             if loaded.image is None:
                 yield [loaded]
@@ -165,46 +198,6 @@ class Segmenter:
             else:
                 self._network_streak.count(None)
                 yield self._rows.ok(shard, loaded, *result)
-
-
-class _Network:
-    """The model on its device."""
-
-    def __init__(self, model: Any, work: Work) -> None:
-        inference = work.inference
-        # not compiled: nobody knows the photos' sizes before they are fetched
-        self._model = speed.prepare(model, "cuda" if work.gpu else "cpu")
-        if inference.output_stride is not None:
-            self._model.set_output_stride(inference.output_stride)
-        self._how: dict[str, Any] = {
-            "scales": inference.scales,
-            "flip": inference.flip,
-            "window": predict.Window(
-                size=inference.window,
-                overlap=inference.window_overlap,
-                threshold_pixels=inference.window_above,
-            ),
-        }
-
-    def segment(self, images: list[Pixels]) -> list[tuple[Any, Any] | None]:
-        """(mask, confidence) of each image of one size; None where memory does not suffice."""
-        try:
-            masks, confidences = predict.segment(self._model, np.stack(images), **self._how)
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            # below: outside of the handler, whose traceback holds the tensors
-        else:
-            return list(zip(masks.numpy(), confidences.numpy(), strict=True))
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return [None] if len(images) == 1 else [self.segment([image])[0] for image in images]
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return "DefaultCPUAllocator" in str(error)  # torch's own type exists for GPUs alone
 
 
 class _Streak:

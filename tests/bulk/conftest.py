@@ -1,8 +1,6 @@
 """A bucket of small real photos with their labels, and of objects that are none.
 
-Below a prefix: `photos/` (what `fill` and `fill_broken` put), `labels/`, `results/`. The photos are
-the demo's, cropped a little differently each and scaled down, so that the committed checkpoint
-sees real cats, persons and motorbikes; the same number gives the same bytes everywhere.
+Below a prefix: `photos/` (what `fill` and `fill_broken` put), `labels/`, `results/`.
 """
 
 from __future__ import annotations
@@ -10,22 +8,17 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from small_photos import DEMO, encoded, photo
 
-from jobs.demo.photos import photos
 from pipeline.bulk.listing import Listed, Listing
 from pipeline.bulk.segmenter import Work, checkpoint_fingerprint
 from pipeline.bulk.settings import Settings, fingerprint
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout
-
-DEMO = Path(__file__).parents[2] / "jobs" / "demo"
-SIZES = ((96, 128), (128, 96), (97, 129), (96, 96))  # height, width
 
 BROKEN = {
     "broken/empty.jpg": "empty",
@@ -39,37 +32,6 @@ BAD_LABELS = {"bad-label/size.png": "but its image is", "bad-label/class.png": "
 
 Fill = Callable[[str, int], None]
 SettingsFor = Callable[..., Settings]
-
-
-@cache
-def _originals() -> tuple[tuple[str, Image.Image, Image.Image], ...]:
-    """(stem, photo, label) of the demo's photos."""
-    found = []
-    for name, data in photos().items():
-        stem = Path(name).stem
-        label = Image.open(DEMO / "labels" / f"{stem}.png")
-        found.append((stem, Image.open(io.BytesIO(data)).convert("RGB"), label))
-    return tuple(found)
-
-
-def _encoded(image: Image.Image, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **({"quality": 90} if kind == "JPEG" else {}))
-    return buffer.getvalue()
-
-
-@cache
-def photo(number: int) -> tuple[str, bytes, bytes]:
-    """Name, photo and label (PNG) of that number; every third photo is a PNG."""
-    stem, image, label = _originals()[number % len(_originals())]
-    height, width = SIZES[number % len(SIZES)]
-    left, top = (7 * number) % 40, (5 * number) % 30
-    box = (left, top, image.width - left // 2, image.height - top // 2)
-    small = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
-    ids = label.resize((width, height), Image.Resampling.NEAREST, box=box)
-    kind = "PNG" if number % 3 == 0 else "JPEG"
-    name = f"{number % 2}/{number:04d}-{stem}.{'png' if kind == 'PNG' else 'jpg'}"
-    return name, _encoded(small, kind), _encoded(ids, "PNG")
 
 
 @pytest.fixture(scope="session")
@@ -101,8 +63,8 @@ def fill_broken() -> Callable[[str], None]:
         for name, data in zip(BROKEN, contents, strict=True):
             storage.write(f"{prefix}/photos/{name}", data)
         ids = Image.open(io.BytesIO(label))
-        larger = _encoded(ids.resize((ids.width + 1, ids.height)), "PNG")
-        strange = _encoded(Image.new("L", ids.size, 77), "PNG")
+        larger = encoded(ids.resize((ids.width + 1, ids.height)), "PNG")
+        strange = encoded(Image.new("L", ids.size, 77), "PNG")
         for name, data in zip(BAD_LABELS, (larger, strange), strict=True):
             storage.write(f"{prefix}/photos/{name[:-4]}.jpg", jpeg)
             storage.write(f"{prefix}/labels/{name}", data)
@@ -154,6 +116,7 @@ def work_for() -> Callable[..., Work]:
     def work(settings: Settings, **changes: Any) -> Work:
         values = {
             "layout": RunLayout(results=settings.results, run_id=settings.run_id or "test"),
+            "images": settings.images,
             "checkpoint": settings.checkpoint,
             "model": checkpoint_fingerprint(storage.read(settings.checkpoint)),
             "settings": fingerprint(asdict(settings.inference)),

@@ -52,23 +52,53 @@ def _shards(work: Work) -> list[str]:
     return [item.uri for item in storage.list_objects(work.layout.images)]
 
 
-@pytest.mark.parametrize("shard_images", [60, 20])
-def test_fifty_photos_in_a_row_that_fail_in_one_way_stop_the_run(
-    many: tuple[Settings, list[Listed]],
-    work_for: WorkFor,
-    monkeypatch: pytest.MonkeyPatch,
-    shard_images: int,
+def test_storage_that_refuses_everything_stops_the_run_at_its_first_shard(
+    many: tuple[Settings, list[Listed]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, photos = many
     work = work_for(settings)
     with closing(Segmenter(work)) as segmenter:
+        segmenter.segment(0, photos[:5])
         _refuse(monkeypatch, lambda _: True)
-        shards = [photos[i : i + shard_images] for i in range(0, 60, shard_images)]
-        before = [segmenter.segment(i, shard) for i, shard in enumerate(shards[:-1])]
+        with pytest.raises(SystemicError, match=r"gives no photo any more: .*004\.jpg: .*denied"):
+            segmenter.segment(1, photos[5:10])
+    assert len(_shards(work)) == 1
+    with closing(Segmenter(work)) as begun_anew, pytest.raises(SystemicError, match="denied"):
+        begun_anew.segment(1, photos[5:10])
+    assert len(_shards(work)) == 1
+
+
+def test_a_photo_that_is_refused_once_is_asked_for_again_at_the_shards_end(
+    many: tuple[Settings, list[Listed]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, photos = many
+    asked: list[str] = []
+
+    def once(uri: str) -> bool:
+        asked.append(uri)
+        return uri.endswith("3.jpg") and asked.count(uri) == 1
+
+    with closing(Segmenter(work_for(settings))) as segmenter:
+        undisturbed, _ = segmenter.rows_of(0, photos[:20])
+        _refuse(monkeypatch, once, kind="timeout")
+        data, summary = segmenter.rows_of(0, photos[:20])
+    assert not summary.errors
+    assert asked.count(photos[3].uri) == asked.count(photos[13].uri) == 2
+    assert pq.read_table(io.BytesIO(data)).equals(pq.read_table(io.BytesIO(undisturbed)))
+
+
+def test_fifty_photos_in_a_row_that_fail_in_one_way_stop_the_run(
+    many: tuple[Settings, list[Listed]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, photos = many
+    work = work_for(settings)
+    with closing(Segmenter(work)) as segmenter:
+        _refuse(monkeypatch, lambda uri: not uri.endswith("005.jpg"))
+        before = [segmenter.segment(i, photos[20 * i : 20 * i + 20]) for i in range(2)]
         with pytest.raises(SystemicError, match=r"50 photos in a row failed \(access\): .*denied"):
-            segmenter.segment(len(before), shards[-1])
-    assert all(summary.errors == {"access": shard_images} for summary in before)
-    assert len(_shards(work)) == len(before)
+            segmenter.segment(2, photos[40:])
+    assert [summary.errors["access"] for summary in before] == [19, 20]
+    assert len(_shards(work)) == 2
 
 
 def test_failures_that_are_not_in_a_row_stop_nothing(
