@@ -49,7 +49,7 @@ class Limits:
     """What one object may cost."""
 
     max_pixels: int
-    deadline_s: float = 60.0
+    deadline_s: float = 30.0
     memory_bytes: int = 3 * 2**30  # of address space, beyond what the bare child takes
 
 
@@ -82,9 +82,15 @@ class Decoders:
             child.end()
 
     def _ask(self, request: dict[str, Any], data: bytes) -> Pixels:
+        """A child that dies may have been killed for another reason: two deaths condemn."""
         child = self._idle.get()
         try:
-            return child.ask(request, data, self._limits.deadline_s)
+            try:
+                return child.ask(request, data, self._limits.deadline_s)
+            except DecodeError as error:
+                if error.kind != "worker_died":
+                    raise
+                return child.ask(request, data, self._limits.deadline_s)
         finally:
             self._idle.put(child)
 
