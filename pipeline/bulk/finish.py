@@ -26,7 +26,7 @@ from pipeline.results import files, tables
 from pipeline.results.layout import RunLayout
 
 PART_BYTES = 64 * 2**20
-"""Bytes of a `classes` file from which on the next one is begun."""
+"""Bytes of a file of `classes` or `done` from which on the next one is begun."""
 
 _MEMORY_LIMIT = "2GB"
 _ROW_GROUP = 100_000  # rows; a class over a million photos lies in few of them
@@ -116,12 +116,16 @@ class Finish:
                 storage.create(self._layout.class_part(number), part)
 
     def write_done(self) -> None:
-        """`done/`: the keys of what later runs may leave out."""
+        """`done/`: the keys of what later runs may leave out; the last file makes all count."""
         names = ", ".join(tables.DONE.names)
         with self._connection() as con:
             found = con.sql(f"select {names} from images order by uri")
-            [file] = _files(found.to_arrow_reader(_ROW_GROUP), tables.DONE, whole=True)
-        storage.write(self._layout.done, file)
+            parts = _files(found.to_arrow_reader(_ROW_GROUP), tables.DONE)
+            last = next(parts)
+            for number, part in enumerate(parts):
+                storage.write(self._layout.done_part(number), last)
+                last = part
+        storage.write(self._layout.done, last)
 
     def write_record(self, outcome: Outcome, facts: dict[str, Any]) -> None:
         """`runs/`: the run's record. `facts` are those that the files do not hold."""
@@ -151,20 +155,15 @@ class Finish:
         storage.write(self._layout.record, tables.to_parquet([row], schema))
 
 
-def _files(
-    reader: pa.RecordBatchReader, schema: pa.Schema, *, whole: bool = False
-) -> Iterator[bytes]:
-    """Parquet files of at least `PART_BYTES`, the last one smaller; none without rows.
-
-    With `whole`, one file of all rows.
-    """
+def _files(reader: pa.RecordBatchReader, schema: pa.Schema) -> Iterator[bytes]:
+    """Parquet files of at least `PART_BYTES`, the last one smaller; none without rows."""
     buffer = io.BytesIO()
     writer = None
     for batch in reader:
         if writer is None:
             writer = pq.ParquetWriter(buffer, schema, compression="zstd")
         writer.write_table(pa.Table.from_batches([batch]).cast(schema))
-        if buffer.tell() >= PART_BYTES and not whole:
+        if buffer.tell() >= PART_BYTES:
             writer.close()
             yield buffer.getvalue()
             buffer, writer = io.BytesIO(), None

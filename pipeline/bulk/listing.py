@@ -18,7 +18,7 @@ from pipeline.bulk.settings import Settings
 from pipeline.data import storage
 from pipeline.data.pairs import stem
 from pipeline.results import files, tables
-from pipeline.results.layout import run_of
+from pipeline.results.layout import RunLayout, run_of
 
 MEMORY_LIMIT = "1GB"
 MAX_RUNS_TRIED = 3
@@ -169,8 +169,14 @@ class Listing:
     def _done_before(self) -> tuple[list[storage.Object], list[storage.Object]]:
         """The `done/` files of finished runs, and the shards of unfinished ones."""
         results = self._settings.results
-        done = list(storage.list_objects(storage.join(results, "done")))
-        finished = {run_of(results, item.uri) for item in done}
+        keys = list(storage.list_objects(storage.join(results, "done")))
+        runs = [run_of(results, item.uri) for item in keys]
+        finished = {
+            run
+            for run, item in zip(runs, keys, strict=True)
+            if run and item.uri == RunLayout(results=results, run_id=run).done
+        }
+        done = [item for run, item in zip(runs, keys, strict=True) if run in finished]
         shards = storage.list_objects(storage.join(results, "images"))
         return done, [item for item in shards if run_of(results, item.uri) not in finished]
 

@@ -29,10 +29,11 @@ from pipeline.results.layout import RunLayout, shard_number
 logger = logging.getLogger(__name__)
 
 
-def shards_done(layout: RunLayout) -> set[int]:
-    """The numbers of the shards whose file exists."""
-    numbers = (shard_number(item.uri) for item in storage.list_objects(layout.images))
-    return {number for number in numbers if number is not None}
+def shards_done(layout: RunLayout, part: Part) -> set[int]:
+    """The numbers of the part's shards whose file exists, by a listing of these alone."""
+    names = sorted(layout.shard(number) for number in part.numbers)
+    found = storage.list_objects(layout.images, between=(names[0], names[-1]))
+    return set(part.numbers).intersection(shard_number(item.uri) for item in found)
 
 
 class Reconciler:
@@ -56,31 +57,31 @@ class Reconciler:
 
     def complete(self, part: Part) -> None:
         """Does the part's shards until none is missing. Raises RunStoppedError."""
-        done = shards_done(self._work.layout)
-        if self._missing(part, done):
+        if missing := self._missing(part):
             shards = plan.read_part(self._work.layout, part)
             self._pool.connect()
             self._board = self._board or ray.remote(waves.Board).options(num_cpus=0).remote()
-            if self._pool.max_actors > 1 and not done:
+            if self._pool.max_actors > 1 and len(missing) == part.shards and not part.first_shard:
                 # one shard by one actor, before the pool grows: what fails at once costs little
                 self._wave(shards.slice(0, 1), replace(self._pool, min_actors=1, max_actors=1))
             self._reconcile(part, shards)
 
     def _reconcile(self, part: Part, shards: pa.Table) -> None:
         for one_at_a_time in (False, True):
-            missing = self._missing(part, shards_done(self._work.layout))
+            missing = self._missing(part)
             if not missing:
                 return
             if one_at_a_time:
                 logger.warning("%d shards came back from no process; again", len(missing))
             self._wave(shards.take(missing), self._pool, one_at_a_time=one_at_a_time)
-        if missing := self._missing(part, shards_done(self._work.layout)):
+        if missing := self._missing(part):
             logger.warning("%d shards kill their process; photo by photo now", len(missing))
             self._photo_by_photo(shards.take(missing))
 
-    def _missing(self, part: Part, done: set[int]) -> list[int]:
+    def _missing(self, part: Part) -> list[int]:
         """Positions in the part of the shards that have no file."""
-        return [i for i in range(part.shards) if part.first_shard + i not in done]
+        done = shards_done(self._work.layout, part)
+        return [i for i, number in enumerate(part.numbers) if number not in done]
 
     def _wave(self, shards: pa.Table, pool: Pool, *, one_at_a_time: bool = False) -> None:
         summaries = waves.run(self._work, shards, pool, self._board, one_at_a_time=one_at_a_time)

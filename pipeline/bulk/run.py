@@ -21,7 +21,7 @@ from pipeline.bulk import plan
 from pipeline.bulk.finish import Finish, Outcome, recorded
 from pipeline.bulk.plan import Plan
 from pipeline.bulk.progress import Progress, Summary
-from pipeline.bulk.reconcile import Reconciler, shards_done
+from pipeline.bulk.reconcile import Reconciler
 from pipeline.bulk.rows import RowMaker
 from pipeline.bulk.segmenter import Work, checkpoint_fingerprint
 from pipeline.bulk.settings import Settings
@@ -74,7 +74,7 @@ def run(settings: Settings, watch: Watch) -> Ended:
         plan.check_same(known, identity)
     if settings.dry_run:
         known = known or plan.make(settings, layout, identity, write=False)
-        watch(known, _progress(known, shards_done(layout)))
+        watch(known, _progress(known, layout))
         return Ended(plan=known, outcome=None, seconds=0.0, images_per_second=None)
     if known is not None and storage.exists(layout.record):
         return _finished_before(layout, known)
@@ -140,9 +140,10 @@ def _code_version() -> str:
     return f"{version}+{code.hexdigest()[:8]}"
 
 
-def _progress(known: Plan, done: set[int]) -> Progress:
+def _progress(known: Plan, layout: RunLayout) -> Progress:
+    done = sum(map(len, storage.list_pages(layout.images)))
     # shards are equal but for the last, or where bytes cut them: good enough for a display
-    share = len(done) / known.counts.shards if known.counts.shards else 0.0
+    share = done / known.counts.shards if known.counts.shards else 0.0
     return Progress(images=known.counts.images, images_before=round(known.counts.images * share))
 
 
@@ -164,7 +165,7 @@ class _Run:
         self._checkpoint = checkpoint
         self._watch = watch
         self._held = held
-        self._progress = _progress(known, shards_done(layout))
+        self._progress = _progress(known, layout)
         self._pool = _pool(settings)
         self._work = Work(
             layout=layout,

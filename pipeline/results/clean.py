@@ -44,7 +44,7 @@ def of_run(results: str, run_id: str) -> list[storage.Object]:
     found = [item for item in (record, storage.stat_object(run.done)) if item]
     # a plan that lost parts must not be taken up again: plan.json goes before them
     plan = storage.join(run.plan, "plan.json")
-    for folder in (run.classes, run.images, run.plan, run.singles):
+    for folder in (run.done_parts, run.classes, run.images, run.plan, run.singles):
         found += sorted(storage.list_objects(folder), key=lambda item: (item.uri != plan, item))
         found += _temporary(folder)
     found += [lease] if lease else []

@@ -2,7 +2,8 @@
 
 images/run=<id>/shard-000017.parquet   one row an image, one file a shard
 classes/run=<id>/part-00000.parquet    one row an image and class, sorted over the run
-done/run=<id>.parquet                  the keys that --only-new leaves out
+done/run=<id>.parquet                  the keys that --only-new leaves out, the last of them
+done/run=<id>/part-00000.parquet       those before, of large runs; with the last they count
 runs/run=<id>.parquet                  the run's record, written last
 plans/run=<id>/plan.json               what the run will do; its parts lie beside it
 singles/run=<id>/000017/00003.parquet  rows of a shard that is done image by image
@@ -66,6 +67,10 @@ class RunLayout:
         return self._at("done", ".parquet")
 
     @property
+    def done_parts(self) -> str:
+        return self._at("done")
+
+    @property
     def record(self) -> str:
         return self._at("runs", ".parquet")
 
@@ -78,6 +83,9 @@ class RunLayout:
 
     def class_part(self, number: int) -> str:
         return f"{self.classes}/part-{number:05d}.parquet"
+
+    def done_part(self, number: int) -> str:
+        return f"{self.done_parts}/part-{number:05d}.parquet"
 
     def single(self, shard: int, position: int) -> str:
         return f"{self.singles}/{shard:06d}/{position:05d}.parquet"

@@ -80,15 +80,19 @@ def relative(prefix: str, uri: str) -> str:
     return uri.removeprefix(prefix.rstrip("/") + "/")
 
 
-def list_pages(prefix: str) -> Iterator[list[Object]]:
-    """The objects below `prefix`, a page at a time, in an order that differs between servers."""
-    pages: Iterator[list[Object]] = _backend(prefix).list_pages(prefix)
+def list_pages(prefix: str, *, between: tuple[str, str] | None = None) -> Iterator[list[Object]]:
+    """The objects below `prefix`, a page at a time, in an order that differs between servers.
+
+    With `between`, those whose URIs are from its first to its last in the order of their bytes,
+    which costs S3 no more than these; `prefix` is a folder without folders then.
+    """
+    pages: Iterator[list[Object]] = _backend(prefix).list_pages(prefix, between)
     return pages
 
 
-def list_objects(prefix: str) -> Iterator[Object]:
+def list_objects(prefix: str, *, between: tuple[str, str] | None = None) -> Iterator[Object]:
     """The objects below `prefix`, one by one; no more than a page is held."""
-    for page in list_pages(prefix):
+    for page in list_pages(prefix, between=between):
         yield from page
 
 

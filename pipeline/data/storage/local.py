@@ -28,14 +28,16 @@ def is_temporary(path: str) -> bool:
     return _TEMPORARY.match(os.path.basename(path)) is not None
 
 
-def list_pages(path: str) -> Iterator[list[Object]]:
-    """The files below the folder `path`, page by page.
+def list_pages(path: str, between: tuple[str, str] | None) -> Iterator[list[Object]]:
+    """The files below the folder `path`, page by page; with `between`, from one path to another.
 
     A missing folder has no objects. Links to nowhere are passed over; so are names that are not
     UTF-8, with a warning each.
     """
     page: list[Object] = []
     for entry in _walk(path, frozenset()):
+        if between and not between[0] <= entry.path <= between[1]:
+            continue
         with contextlib.suppress(FileNotFoundError):
             stat = entry.stat()
             page.append(Object(entry.path, _etag(stat), stat.st_size))

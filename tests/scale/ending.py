@@ -1,0 +1,129 @@
+"""What the end of a run costs: minutes and peak memory at 100 thousand and 1 million photos.
+
+    python tests/scale/ending.py [PHOTOS ...]
+
+Below a temporary folder lie the `images` files of a run that never was: 64 rows a file, three
+classes and a small mask each. Each of the driver's last steps (count, classes, done, record) is a
+fresh process over them; what it wrote is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from made_up_bucket import PHOTOS, made_up
+from measure import Row, in_a_process, print_table, taken
+
+SIZES = (100_000, 1_000_000)
+STEPS = ("nothing", "outcome", "classes", "done", "record")
+SHARD_IMAGES = 64
+CLASSES_EACH = 3
+
+
+def fill(results: str, photos: int) -> None:
+    """The `images` files of the run."""
+    from pipeline.data.labels import VOC
+    from pipeline.results import tables
+    from pipeline.results.layout import RunLayout
+
+    layout = RunLayout(results=results, run_id="made-up")
+    Path(layout.images).mkdir(parents=True)
+    schema = tables.with_footer(tables.IMAGES, VOC)
+    draw = random.Random(photos)
+    for shard, first in enumerate(range(0, photos, SHARD_IMAGES)):
+        rows = [
+            _row(photos, i, shard, draw) for i in range(first, min(photos, first + SHARD_IMAGES))
+        ]
+        with open(layout.shard(shard), "wb") as file:  # no fsync: they need not last
+            pq.write_table(pa.Table.from_pylist(rows, schema=schema), file, compression="zstd")
+
+
+def _row(photos: int, number: int, shard: int, draw: random.Random) -> Row:
+    key, etag, size = made_up(PHOTOS, photos, number)
+    row = {"uri": f"s3://{PHOTOS}/{key}", "etag": etag, "bytes": size, "run_id": "made-up"}
+    row |= {"shard": shard, "model": "m", "settings": "s", "status": "ok", "mask": b"\x89" * 200}
+    classes = [_class(class_id, draw) for class_id in draw.sample(range(21), CLASSES_EACH)]
+    return {**row, "height": 480, "width": 640, "confidence": 0.9, "classes": classes}
+
+
+def _class(class_id: int, draw: random.Random) -> Row:
+    pixels = draw.randrange(1, 300_000)
+    row = {"class_id": class_id, "class_name": f"class {class_id}", "pixels": pixels}
+    row |= {"fraction": pixels / 307_200, "confidence": draw.random()}
+    return {**row, "tp": pixels // 2, "fp": pixels - pixels // 2, "fn": 7, "iou": 0.5}
+
+
+def step(name: str, results: str, photos: int) -> Row:
+    """Does the step in this process; what it took, and the process's peak."""
+    from pipeline.bulk import run  # noqa: F401 - as much as a driver imports
+    from pipeline.bulk.finish import Finish, Outcome
+    from pipeline.bulk.plan import Counts, Plan
+    from pipeline.data.labels import VOC
+    from pipeline.results.layout import RunLayout
+
+    layout = RunLayout(results=results, run_id="made-up")
+    values = {"fingerprint": "f", "identity": {}, "model": "m", "settings": "s"}
+    counts = Counts(images=photos, shards=-(-photos // SHARD_IMAGES))
+    started_at = "2026-11-01T12:00:00+00:00"
+    plan = Plan(run_id="made-up", started_at=started_at, counts=counts, **values)
+    finish = Finish(layout, plan, VOC)
+    nothing = Outcome(images=photos, ok=photos, errors=0, label_errors=0, errors_by_kind=())
+    facts = {"checkpoint": "c", "checkpoint_sha256": "0", "code_version": "1"}
+    facts |= {"bytes_read": 0, "seconds": 1.0, "images_per_second": None}
+    steps: dict[str, Callable[[], object]] = {
+        "nothing": lambda: None,
+        "outcome": finish.outcome,
+        "classes": finish.write_classes,
+        "done": finish.write_done,
+        "record": lambda: finish.write_record(nothing, facts),
+    }
+    return taken(steps[name])
+
+
+def written(results: str, folder: str) -> tuple[int, int]:
+    """Rows and bytes of the Parquet files below the folder."""
+    paths = list(Path(results, folder).rglob("*.parquet"))
+    return (
+        sum(pq.ParquetFile(path).metadata.num_rows for path in paths),
+        sum(path.stat().st_size for path in paths),
+    )
+
+
+def all_steps(photos: int) -> Iterator[Row]:
+    """A row a step: what it took at that many photos."""
+    rows = {"classes": CLASSES_EACH * photos, "done": photos}
+    with tempfile.TemporaryDirectory() as results:
+        fill(results, photos)
+        for name in STEPS:
+            took = in_a_process(__file__, "--step", name, "--results", results, str(photos))
+            row: Row = {"photos": photos, "step": name, **took}
+            if name in rows:
+                found, size = written(results, name)
+                assert found == rows[name], (found, rows[name])
+                row["written_mib"] = size / 2**20
+            yield row
+
+
+def main() -> None:
+    """Measures and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("photos", type=int, nargs="*", default=SIZES)
+    parser.add_argument("--step", choices=STEPS, help="that step alone, in this process")
+    parser.add_argument("--results")
+    arguments = parser.parse_args()
+    if arguments.step:
+        print(json.dumps(step(arguments.step, arguments.results, arguments.photos[0])))
+        return
+    columns = ("photos", "step", "minutes", "cpu_minutes", "peak_mib", "disk_mib", "written_mib")
+    print_table(columns, (row for photos in arguments.photos for row in all_steps(photos)))
+
+
+if __name__ == "__main__":
+    main()

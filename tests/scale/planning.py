@@ -1,0 +1,237 @@
+"""What a driver's planning costs: minutes and peak memory at 100 thousand to 10 million photos.
+
+    python tests/scale/planning.py [PHOTOS ...]
+
+Each step is a fresh process with all that a driver imports, over the real storage code and a stub
+S3 server (`stub_s3.py`) of made-up photos:
+
+    nothing    imports alone
+    plan       list, sort, cut, write the plan
+    labelled   the same with a label for each photo
+    only_new   the same where an earlier run has done all but every hundredth photo
+    resume     take up the plan with half of its shards done, wave by wave to the end; nothing is
+               segmented: a wave's shards appear at once
+
+Afterwards the plans are read without the planner's code and compared with the bucket.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from made_up_bucket import LABELS, PHOTOS, made_up
+from stub_s3 import FILL, stub_s3
+
+SIZES = (100_000, 1_000_000, 10_000_000)
+STEPS = ("nothing", "plan", "labelled", "only_new", "resume")
+SHARD_IMAGES = 64
+NEW_EVERY = 100
+"""An earlier run has done all photos but those whose number divides by this."""
+
+
+def results_of(photos: int) -> str:
+    """Where the runs over that many photos are."""
+    return f"s3://results/{photos}"
+
+
+def step(name: str, photos: int) -> dict[str, float]:
+    """Does the step in this process; what it took, and the process's peak."""
+    from pipeline.bulk import plan, run  # noqa: F401 - as much as a driver imports
+    from pipeline.bulk.settings import Settings
+    from pipeline.results.layout import RunLayout
+
+    settings = Settings(
+        images=f"s3://{PHOTOS}/{photos}",
+        labels=f"s3://{LABELS}/{photos}" if name == "labelled" else None,
+        results=results_of(photos),
+        checkpoint="/none",
+        run_id="plan" if name == "resume" else name,
+        only_new=name == "only_new",
+        shard_images=SHARD_IMAGES,
+    )
+    layout = RunLayout(results=settings.results, run_id=settings.run_id or "")
+    started, cpu = time.monotonic(), time.process_time()
+    if name == "resume":
+        _resume(layout)
+    elif name != "nothing":
+        plan.make(settings, layout, settings.identity(model="m"))
+    return {
+        "minutes": (time.monotonic() - started) / 60,
+        "cpu_minutes": (time.process_time() - cpu) / 60,
+        "peak_mib": _peak_mib(),
+    }
+
+
+def _peak_mib() -> float:
+    """VmHWM of this process; getrusage's figure would hold that of the process before exec too."""
+    [line] = (x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
+    return int(line.split()[1]) / 2**10
+
+
+def _resume(layout: Any) -> None:
+    """What a driver does with the plan of an interrupted run, Ray and the network left out."""
+    from unittest.mock import Mock
+
+    from pipeline.bulk import plan, reconcile, run, waves
+    from pipeline.bulk.progress import Summary
+
+    def appear(_: Any, shards: pa.Table, *__: Any, **___: Any) -> Iterator[Summary]:
+        numbers = shards["shard"].to_pylist()
+        fill_shards(layout.images, numbers[0], numbers[-1] + 1)
+        yield from (Summary(shard=number) for number in numbers)
+
+    waves.run = appear  # type: ignore[assignment]
+    known = plan.load(layout)
+    assert known is not None
+    progress = run._progress(known, layout)
+    work = Mock(layout=layout)
+    reconciler = reconcile.Reconciler(work, Mock(max_actors=1), Mock(), progress.add)
+    reconciler._board = Mock()
+    for part in known.parts:
+        reconciler.complete(part)
+
+
+def fill_shards(images: str, first: int, stop: int) -> None:
+    """Shard files of these numbers appear below the prefix, empty."""
+    url = os.environ["AWS_ENDPOINT_URL"] + "/" + images.removeprefix("s3://")
+    urlopen(Request(url, method="PUT", headers={FILL: f"{first} {stop}"})).close()
+
+
+def put_done(photos: int, *, model: str, settings: str) -> None:
+    """The `done/` file of an earlier run over all photos but every hundredth."""
+    from pipeline.results import tables
+
+    constants = {"model": model, "settings": settings, "status": "ok", "run_id": "earlier"}
+    with tempfile.NamedTemporaryFile() as file:
+        with pq.ParquetWriter(file.name, tables.DONE, compression="zstd") as writer:
+            for first in range(0, photos, 100_000):
+                rows = []
+                for i in range(first, min(photos, first + 100_000)):
+                    if i % NEW_EVERY:
+                        key, etag, _ = made_up(PHOTOS, photos, i)
+                        rows.append({"uri": f"s3://{PHOTOS}/{key}", "etag": etag, **constants})
+                writer.write_table(pa.Table.from_pylist(rows, schema=tables.DONE))
+        _put(f"{results_of(photos)}/done/run=earlier.parquet", Path(file.name))
+
+
+def _put(uri: str, file: Path) -> None:
+    url = os.environ["AWS_ENDPOINT_URL"] + "/" + uri.removeprefix("s3://")
+    with file.open("rb") as data:
+        headers = {"Content-Length": str(file.stat().st_size)}
+        urlopen(Request(url, data=data, method="PUT", headers=headers)).close()
+
+
+def plan_bytes_and_check(photos: int, run: str, *, only: int = 1) -> int:
+    """Bytes of the plan, after a look that it holds each photo once, in order, and no other.
+
+    `only` is the step between the numbers of those photos that it should hold.
+    """
+    stub = pafs.S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"])
+    folder = f"{results_of(photos).removeprefix('s3://')}/plans/run={run}"
+    with stub.open_input_stream(f"{folder}/plan.json") as file:
+        names = [part["name"] for part in json.loads(file.read())["parts"]]
+    expected = (made_up(PHOTOS, photos, i) for i in range(0, photos, only))
+    shard, held = itertools.count(), 0
+    for name in names:
+        with stub.open_input_file(f"{folder}/{name}") as file:
+            held += file.size()
+            for row in pq.read_table(file).to_pylist():
+                assert row["shard"] == next(shard)
+                for image in row["images"]:
+                    key, etag, size = next(expected)
+                    found = (image["uri"], image["etag"], image["bytes"])
+                    assert found == (f"s3://{PHOTOS}/{key}", etag, size)
+    assert next(expected, None) is None
+    return held
+
+
+@contextmanager
+def stub_environment() -> Iterator[None]:
+    """A stub server, and the variables that lead to it in this process's environment."""
+    with stub_s3() as variables:
+        os.environ.update(variables)
+        os.environ.pop("AWS_PROFILE", None)
+        yield
+
+
+def measured(name: str, photos: int) -> dict[str, float]:
+    """The step in a process of its own; with the MiB of local disk that it took at most."""
+    command = ["nice", "-n", "10", sys.executable, __file__, "--step", name, str(photos)]
+    disk = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "TMPDIR": folder}
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+            while process.poll() is None:
+                disk = max(disk, _size(Path(folder)))
+                time.sleep(0.05)
+            assert process.stdout is not None
+            found: dict[str, float] = json.loads(process.stdout.read().splitlines()[-1])
+    return {**found, "disk_mib": disk / 2**20}
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for file in folder.rglob("*"):
+        try:
+            total += file.stat().st_size
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def all_steps(photos: int, steps: tuple[str, ...] = STEPS) -> Iterator[dict[str, Any]]:
+    """A row a step: what it took at that many photos. `plan` comes before `resume`."""
+    from dataclasses import asdict
+
+    from pipeline.bulk.settings import Inference, fingerprint
+
+    if "only_new" in steps:
+        put_done(photos, model="m", settings=fingerprint(asdict(Inference())))
+    for name in steps:
+        if name == "resume":
+            shards = -(-photos // SHARD_IMAGES)
+            fill_shards(f"{results_of(photos)}/images/run=plan", 0, shards // 2)
+        row: dict[str, Any] = {"photos": photos, "step": name, **measured(name, photos)}
+        if name in ("plan", "only_new"):
+            only = NEW_EVERY if name == "only_new" else 1
+            row["plan_mib"] = plan_bytes_and_check(photos, name, only=only) / 2**20
+        yield row
+
+
+def main() -> None:
+    """Measures and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("photos", type=int, nargs="*", default=SIZES)
+    parser.add_argument("--step", choices=STEPS, help="that step alone, in this process")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
+    arguments = parser.parse_args()
+    if arguments.step:
+        print(json.dumps(step(arguments.step, arguments.photos[0])))
+        return
+    columns = ("photos", "step", "minutes", "cpu_minutes", "peak_mib", "disk_mib", "plan_mib")
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for photos in arguments.photos:
+        with stub_environment():
+            for row in all_steps(photos, tuple(arguments.steps)):
+                cells = (row.get(column, "") for column in columns)
+                shown = (f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells)
+                print("| " + " | ".join(shown) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
