@@ -25,13 +25,16 @@ ACCESS_KEY, SECRET_KEY = "demo", "demosecret"
 
 
 @contextlib.contextmanager
-def s3_server(folder: Path, *, buckets: tuple[str, ...]) -> Iterator[dict[str, str]]:
+def s3_server(
+    folder: Path, *, buckets: tuple[str, ...], ports: dict[str, int] | None = None
+) -> Iterator[dict[str, str]]:
     """The environment variables with which AWS clients find the server, while it runs.
 
-    `folder` keeps the objects; a server started on it again still has them.
+    `folder` keeps the objects; a server started on it again still has them, and with the same
+    `ports` (of `free_ports`) its clients do not notice.
     Raises FileNotFoundError without the `weed` program, RuntimeError if it does not come up.
     """
-    ports = _free_ports()
+    ports = ports or free_ports()
     log = folder / "server.log"
     folder.mkdir(parents=True, exist_ok=True)
     command = [_program(), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *_OFF]
@@ -71,7 +74,7 @@ def _program() -> str:
     return found
 
 
-def _free_ports() -> dict[str, int]:
+def free_ports() -> dict[str, int]:
     """A free port for each service; the server takes the one 10,000 above it for gRPC too."""
     chosen: dict[str, int] = {}
     for name in _PORTS:

@@ -1,0 +1,55 @@
+"""The world that faults are injected into, made once; what each fault came to, as a table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from outcomes import OUTCOMES, as_table
+from small_photos import photo
+from world import BROKEN, GOOD, World
+
+from pipeline.data import storage
+
+SEED = int(os.environ.get("CHAOS_SEED", "1"))
+
+
+def put_photos(prefix: str) -> None:
+    """600 objects of which 18 are no photos: empty ones, letters, and truncated ones."""
+    for number in range(GOOD):
+        name, data, _ = photo(number)
+        storage.write(f"{prefix}/{name}", data)
+    cut = photo(1)[1]
+    for number in range(BROKEN):
+        data = (b"", b"a letter", cut[: len(cut) // 2])[number % 3]
+        storage.write(f"{prefix}/{number % 2}/broken-{number:02d}.jpg", data)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """The server, its proxy, and the photos."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("AWS_PROFILE", raising=False)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        made = World(tmp_path_factory.mktemp("chaos"), put_photos)
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """Of what a test draws; printed, and set by $CHAOS_SEED."""
+    print(f"CHAOS_SEED={SEED}")
+    return SEED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints the table, and writes it where $CHAOS_TABLE says."""
+    if OUTCOMES:
+        table = as_table(OUTCOMES)
+        terminalreporter.section(f"faults injected, seed {SEED}")
+        terminalreporter.write_line(table)
+        if path := os.environ.get("CHAOS_TABLE"):
+            Path(path).write_text(table + "\n")

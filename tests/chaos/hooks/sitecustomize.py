@@ -1,0 +1,137 @@
+"""Loaded by every Python that a run under fault injection starts (its folder is on PYTHONPATH).
+
+The product knows nothing of it. It wraps the functions that are a run's stages, as their modules
+are imported, so that a test can have a process wait at a named place to be killed there, and so
+that crafted photos do to their process what they say. What is armed lies as files in the folder
+`$FAULTS`: `armed/STAGE.PLACE` is claimed by the first process that comes by, by renaming it to
+`claimed/STAGE.PLACE.PID`.
+"""
+
+import functools
+import importlib.abc
+import importlib.util
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+FOLDER = os.environ.get("FAULTS")
+
+STAGES = {
+    "plan": ("pipeline.bulk.plan", "make"),
+    "fetch": ("pipeline.bulk.load", "Loader._fetch"),
+    "decode": ("pipeline.bulk.decode", "Decoders.image"),  # the actor, waiting for its child
+    "decoder": ("pipeline.data.images", "decode"),  # the child itself
+    "infer": ("pipeline.model.predict", "segment"),
+    "create": ("pipeline.data.storage", "create"),
+    "reconcile": ("pipeline.bulk.reconcile", "Reconciler._missing"),
+    "classes": ("pipeline.bulk.finish", "Finish.write_classes"),
+    "done": ("pipeline.bulk.finish", "Finish.write_done"),
+    "record": ("pipeline.bulk.finish", "Finish.write_record"),
+}
+PLACES = ("begin", "amid", "end")
+_WAIT_S = 60.0
+
+counts = Counter()
+
+
+def _crash(_data):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def _eat(_data):
+    eaten = []
+    while True:
+        eaten.append(bytearray(64 << 20))
+
+
+def _hang(_data):
+    while True:
+        time.sleep(1)
+
+
+POISON = {b"faults:crash": _crash, b"faults:eat": _eat, b"faults:hang": _hang}
+"""What a decoder does with a photo that holds these bytes."""
+
+DEADLY = (255, 0, 254, 1, 2, 3)
+"""The first two pixels of a photo whose inference kills its process."""
+
+
+def _poisoned(stage, arguments):
+    if stage == "decoder":
+        for marker, act in POISON.items():
+            if marker in arguments[0]:
+                act(arguments[0])
+    elif stage == "infer":
+        if os.path.exists(f"{FOLDER}/bug"):
+            raise RuntimeError("a bug that was put here")
+        images = arguments[1]
+        if any(tuple(image.reshape(-1)[:6]) == DEADLY for image in images):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _claimed(stage, place):
+    """The file that says that this process was chosen, where one was asked for."""
+    claim = f"{FOLDER}/claimed/{stage}.{place}.{os.getpid()}"
+    try:
+        os.rename(f"{FOLDER}/armed/{stage}.{place}", claim)
+    except OSError:
+        return None
+    return claim
+
+
+def _wrapped(stage, function):
+    @functools.wraps(function)
+    def at_stage(*arguments, **named):
+        if stage == "create" and "/images/" not in arguments[0]:
+            return function(*arguments, **named)
+        _poisoned(stage, arguments)
+        if stage == "decoder" and not counts[stage]:
+            counts[stage] += 1  # it may hold a photo whose decoder was just killed: two condemn
+            return function(*arguments, **named)
+        if _claimed(stage, "begin"):
+            time.sleep(_WAIT_S)
+        amid = _claimed(stage, "amid")
+        try:
+            return function(*arguments, **named)
+        finally:
+            if amid:  # it was not hit in time: the test tries again
+                os.rename(amid, f"{amid}.left")
+            if _claimed(stage, "end"):
+                time.sleep(_WAIT_S)
+
+    return at_stage
+
+
+def _wrap(module):
+    for stage, (name, path) in STAGES.items():
+        if name == module.__name__:
+            *owners, function = path.split(".")
+            owner = functools.reduce(getattr, owners, module)
+            setattr(owner, function, _wrapped(stage, getattr(owner, function)))
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the stages' modules as they would be found, and wraps them once they are loaded."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name not in {module for module, _ in STAGES.values()}:
+            return None
+        others = (each for each in sys.meta_path if each is not self)
+        specs = (each.find_spec(name, path, target) for each in others)
+        spec = next(filter(None, specs), None)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def load_and_wrap(module):
+                load(module)
+                _wrap(module)
+
+            spec.loader.exec_module = load_and_wrap
+        return spec
+
+
+if FOLDER and Path(FOLDER).is_dir():
+    sys.meta_path.insert(0, _Finder())

@@ -1,0 +1,117 @@
+"""Processes that are killed at a named stage: armed by a file, claimed by who comes by, killed.
+
+The other side is `hooks/sitecustomize.py`, in the processes of the run.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+PLACES = ("begin", "amid", "end")
+HOOKS = Path(__file__).with_name("hooks")
+
+_POLL_S = 0.002
+_AMID_S = 0.02  # at most so long after a stage began is its process killed
+_TRIES = 20
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A kill that hit a live process in the stage."""
+
+    stage: str
+    place: str
+    pid: int
+    victim: str  # what the process was called
+
+
+class Killer:
+    """Kills who comes by the armed stages of one run; `folder` is what the run's $FAULTS says."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder = folder
+        self.hits: list[Hit] = []
+        self._random = random.Random(seed)
+        for name in ("armed", "claimed"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What the run's environment needs for its processes to be hooked."""
+        path = os.pathsep.join(filter(None, [str(HOOKS), os.environ.get("PYTHONPATH")]))
+        return {"FAULTS": str(self.folder), "PYTHONPATH": path}
+
+    def kill(
+        self,
+        stage: str,
+        *,
+        place: str | None = None,
+        victim: Callable[[int], int] = lambda pid: pid,
+        within_s: float = 90.0,
+        alive: Callable[[], bool] = lambda: True,
+    ) -> Hit:
+        """Kills the next process in `stage`, or what `victim` makes of its id.
+
+        `place` is drawn where it is not given. Raises TimeoutError where nobody comes by within
+        `within_s`, or `alive()` says that nobody will.
+        """
+        deadline = time.monotonic() + within_s
+        for _ in range(_TRIES):
+            where = place or self._random.choice(PLACES)
+            time.sleep(self._random.uniform(0, 0.3))
+            pid = self._claim(stage, where, deadline, alive)
+            if where == "amid":
+                time.sleep(self._random.uniform(0, _AMID_S))
+            if (hit := self._hit(stage, where, pid, victim)) is not None:
+                self.hits.append(hit)
+                return hit
+        raise TimeoutError(f"{_TRIES} processes left {stage} before they were hit")
+
+    def _claim(self, stage: str, place: str, deadline: float, alive: Callable[[], bool]) -> int:
+        armed = self.folder / "armed" / f"{stage}.{place}"
+        armed.touch()
+        while time.monotonic() < deadline and alive():
+            for claim in self.folder.glob(f"claimed/{stage}.{place}.*"):
+                if claim.suffix != ".left":
+                    return int(claim.suffix[1:])
+                claim.unlink()  # it was quicker: again
+                armed.touch()
+            time.sleep(_POLL_S)
+        armed.unlink(missing_ok=True)
+        raise TimeoutError(f"nobody came by {stage}.{place}")
+
+    def _hit(self, stage: str, place: str, pid: int, victim: Callable[[int], int]) -> Hit | None:
+        """Kills; None where the process had left the stage by then."""
+        target = victim(pid)
+        name = _name(target)
+        os.kill(target, signal.SIGKILL)
+        _wait_for_death(pid)
+        claim = self.folder / "claimed" / f"{stage}.{place}.{pid}"
+        in_stage = claim.exists()
+        claim.unlink(missing_ok=True)
+        claim.with_name(f"{claim.name}.left").unlink(missing_ok=True)
+        return Hit(stage, place, pid, name) if in_stage else None
+
+
+def _name(pid: int) -> str:
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    return " ".join(words)[:60]
+
+
+def _wait_for_death(pid: int, within_s: float = 20.0) -> None:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        if state == "Z":
+            return
+        time.sleep(_POLL_S)
+    raise TimeoutError(f"process {pid} does not die")

@@ -1,0 +1,56 @@
+"""kill -9 of whatever works on a run, at a named stage: each photo is there once, undamaged."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from kills import Killer
+from outcomes import check, watched
+from world import Run, World, results_of
+
+pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
+
+
+def _started(world: World, name: str, killer: Killer, *flags: str) -> Run:
+    return world.run(name, *flags, variables=killer.variables)
+
+
+def test_actors_that_are_killed_at_each_of_their_stages(world: World, seed: int) -> None:
+    killer = world.killer("actors", seed)
+    with watched("kill -9 of an actor: fetch, decode, infer, create", results_of("actors")) as line:
+        run = _started(world, "actors", killer, "--actors", "2 2")
+        for stage in ("infer", "fetch", "create", "decode", "infer", "create", "create", "fetch"):
+            killer.kill(stage, alive=run.alive)
+        assert run.wait() == 0, run.said
+        line.injected = len(killer.hits)
+    assert all("Stage" in hit.victim for hit in killer.hits), killer.hits
+    check(world, "actors", line)
+
+
+def test_decoders_that_are_killed_while_they_decode(world: World, seed: int) -> None:
+    killer = world.killer("decoders", seed)
+    with watched("kill -9 of a decoder process", results_of("decoders")) as line:
+        run = _started(world, "decoders", killer)
+        for _ in range(6):
+            killer.kill("decoder", place="begin", alive=run.alive)
+        assert run.wait() == 0, run.said
+        line.injected = len(killer.hits)
+    assert all("decode_child" in hit.victim for hit in killer.hits), killer.hits
+    check(world, "decoders", line)
+
+
+def test_drivers_that_are_killed_at_each_of_their_stages(world: World, seed: int) -> None:
+    killer = world.killer("drivers", seed)
+    stages = ["plan", "reconcile", "create", "reconcile", "classes", "done", "record", "record"]
+    with watched("kill -9 of the driver: plan, waves, reconcile, classes, done, record",
+                 results_of("drivers")) as line:  # fmt: skip
+        for stage in stages:
+            run = _started(world, "drivers", killer)
+            # an actor's stage says when; the driver is who dies
+            killer.kill(stage, victim=lambda _, run=run: run.process.pid, alive=run.alive)
+            assert run.wait(30) == -signal.SIGKILL
+        run = world.done("drivers")
+        line.injected = len(killer.hits)
+    assert "segment.py" in killer.hits[0].victim
+    check(world, "drivers", line)

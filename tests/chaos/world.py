@@ -1,0 +1,184 @@
+"""What every fault is injected into: 600 photos on a real S3 server behind the proxy, and runs.
+
+Runs are real ones, `python jobs/segment.py` as a process of its own. What they leave is compared
+with the rows of a plain loop that no fault met.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from kills import Killer
+from proxy import Proxy
+
+from jobs.demo.server import free_ports, s3_server
+from pipeline.bulk.listing import Listing
+from pipeline.bulk.segmenter import Segmenter, Work, checkpoint_fingerprint
+from pipeline.bulk.settings import Inference, Settings, fingerprint
+from pipeline.data import storage
+from pipeline.results.layout import RunLayout
+
+ROOT = Path(__file__).parents[2]
+PHOTOS = "s3://photos/night"
+CHECKPOINT = "jobs/demo/tfzoo-voc-mobilenetv2.safetensors"
+GOOD, BROKEN = 582, 18
+SHARD_IMAGES = 16
+
+_OF_RUN = ("run_id", "shard", "etag")  # columns that say in which run, not what was seen
+
+
+@dataclass
+class Run:
+    """One run's process, its output, and when it began."""
+
+    process: subprocess.Popen[bytes]
+    output: Path
+    started: float = field(default_factory=time.monotonic)
+
+    def wait(self, within_s: float = 300.0) -> int:
+        """The exit code; a run that takes longer is ended, and TimeoutExpired raised."""
+        try:
+            return self.process.wait(within_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    @property
+    def said(self) -> str:
+        """What it printed, both streams."""
+        return self.output.read_text()
+
+    @property
+    def last_line(self) -> str:
+        return self.said.strip().splitlines()[-1]
+
+
+class World:
+    """The server, the proxy, the photos, and the rows that undisturbed photos have."""
+
+    def __init__(self, folder: Path, put: Callable[[str], None]) -> None:
+        self.folder = folder
+        self._ports = free_ports()
+        self._server = ExitStack()
+        self.start_server()
+        self.proxy = Proxy(os.environ["AWS_ENDPOINT_URL"])
+        self.proxy.start()
+        put(PHOTOS)
+        self.rows = _undisturbed(PHOTOS)
+        assert len(self.rows) == GOOD + BROKEN
+
+    def close(self) -> None:
+        self.proxy.stop()
+        self._server.close()
+
+    def start_server(self) -> None:
+        """Starts the S3 server, where it was before if it was started before."""
+        variables = self._server.enter_context(
+            s3_server(self.folder / "s3", buckets=("photos", "results"), ports=self._ports)
+        )
+        os.environ.update(variables)
+
+    def kill_server(self) -> None:
+        """kill -9 of the S3 server, with all that it has not written yet."""
+        marker = f"-dir={self.folder / 's3'}".encode()
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                found = marker in (process / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if found:
+                os.kill(int(process.name), signal.SIGKILL)
+        self._server.close()
+
+    def killer(self, name: str, seed: int) -> Killer:
+        """Who kills processes of the run `name`."""
+        return Killer(self.folder / "faults" / name, seed)
+
+    def run(self, name: str, *flags: str, variables: dict[str, str] | None = None) -> Run:
+        """Starts the run `name` on all photos, through the proxy."""
+        output = self.folder / f"{name}-{time.monotonic_ns()}.log"
+        given = {
+            "--images": PHOTOS,
+            "--results": results_of(name),
+            "--checkpoint": CHECKPOINT,
+            "--run-id": name,
+            "--shard-images": str(SHARD_IMAGES),
+            "--cpus-per-actor": "1",
+            "--max-error-fraction": "0.06",
+        }
+        given |= dict(zip(flags[::2], flags[1::2], strict=True))
+        command = [sys.executable, "jobs/segment.py"]
+        for flag, value in given.items():
+            command += [flag, *value.split()]
+        environment = {**os.environ, "AWS_ENDPOINT_URL": self.proxy.url, **(variables or {})}
+        with output.open("wb") as log:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+        return Run(process, output)
+
+    def done(self, name: str, *flags: str, within_s: float = 300.0) -> Run:
+        """The run, once it has ended well."""
+        run = self.run(name, *flags)
+        assert run.wait(within_s) == 0, run.said
+        return run
+
+
+def results_of(name: str) -> str:
+    """Where the results of the run `name` go: each has a place of its own."""
+    return f"s3://results/{name}"
+
+
+def rows_of(name: str, run_id: str | None = None) -> list[dict[str, Any]]:
+    """All rows that a glob over the run's images finds."""
+    layout = RunLayout(results=results_of(name), run_id=run_id or name)
+    found: list[dict[str, Any]] = []
+    for item in storage.list_objects(layout.images):
+        found += pq.read_table(io.BytesIO(storage.read(item.uri))).to_pylist()
+    return found
+
+
+def seen(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row says of its photo, whatever the run."""
+    return {name: value for name, value in row.items() if name not in _OF_RUN}
+
+
+def _undisturbed(images: str) -> dict[str, dict[str, Any]]:
+    """uri -> row, by a plain loop over the photos in this process, one thread."""
+    settings = Settings(
+        images=images, results="/nowhere", checkpoint=CHECKPOINT, include=("*",), run_id="loop"
+    )
+    identity = settings.identity(model=checkpoint_fingerprint(storage.read(settings.checkpoint)))
+    work = Work(
+        layout=RunLayout(results=settings.results, run_id="loop"),
+        images=settings.images,
+        checkpoint=settings.checkpoint,
+        model=str(identity["model"]),
+        settings=fingerprint(asdict(Inference())),
+        inference=Inference(),
+        batch_images=1,
+        cpus=1,
+        gpu=False,
+    )
+    with Listing(settings, model=work.model, settings_print="") as listing:
+        photos = list(listing.images())
+    segmenter = Segmenter(work)
+    data, _ = segmenter.rows_of(0, photos)
+    segmenter.close()
+    rows = pq.read_table(io.BytesIO(data)).to_pylist()
+    return {row["uri"]: row for row in rows}
