@@ -66,17 +66,18 @@ _CAMVID = replace(
 # What one CPU core can pay for: no 3x3 branches, small crops, and a decoder of one product.
 _VOC_CPU = replace(
     _VOC,
-    model=replace(_MOBILENET, atrous_rates=()),
-    augment=AugmentConfig(crop_size=(257, 257), late_crop_size=(385, 385), max_scale=1.5),
+    model=replace(_MOBILENET, atrous_rates=(), decoder=True, num_convs=0),
+    augment=AugmentConfig(
+        crop_size=(257, 257), late_crop_size=(385, 385), late_from=0.8, max_scale=1.5
+    ),
     optimiser=replace(
         _VOC.optimiser,
-        max_steps=850,
+        max_steps=4_800,  # 19 epochs
         batch_size=8,
         base_lr=0.007,
         bn_momentum=0.02,  # the shorter a run, the shorter its memory
-        ema_decay=0.99,
     ),
-    evaluation=EvaluationConfig(),
+    evaluation=EvaluationConfig(eval_every=1_200),
 )
 
 _CAMVID_CPU = replace(
@@ -84,7 +85,7 @@ _CAMVID_CPU = replace(
     model=replace(_CAMVID.model, atrous_rates=(), num_convs=0),
     data=_CAMVID.data,
     augment=AugmentConfig(crop_size=(240, 320), max_scale=1.25),
-    optimiser=replace(_VOC_CPU.optimiser, max_steps=800, hard_share=0.5),
+    optimiser=replace(_VOC_CPU.optimiser, max_steps=800, hard_share=0.5, ema_decay=0.99),
     evaluation=EvaluationConfig(eval_every=400),
 )
 
