@@ -76,6 +76,7 @@ class Row:
     output_stride: int
     protocol: str
     form: str
+    dtype: str | None = None
     device_s: float | None = None
     images_per_second: float | None = None
     executed_flops: float | None = None
@@ -196,6 +197,7 @@ class _Bench:
             **about,  # type: ignore[arg-type]
             protocol=protocol,
             form=form,
+            dtype=str(fast.dtype),
             device_s=cost.device_s,
             images_per_second=1 / cost.wall_s,
             executed_flops=executed / cost.device_s,

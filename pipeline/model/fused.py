@@ -70,6 +70,7 @@ def has_one_pass(dtype: torch.dtype) -> bool:
     """Whether this torch's oneDNN convolves with an activation, tried on a small map."""
     x = torch.linspace(-1, 1, 2 * 25, dtype=dtype).view(1, 2, 5, 5)
     weight = torch.linspace(1, -1, 2 * 2 * 9, dtype=dtype).view(2, 2, 3, 3)
+    x, weight = (each.contiguous(memory_format=torch.channels_last) for each in (x, weight))
     place = ([1, 1], [1, 1], [1, 1], 1)
     try:
         found = _one_pass(x, weight, None, place, "relu6", None)
@@ -94,6 +95,8 @@ def _one_pass(
     activation: Activation,
     other: torch.Tensor | None,
 ) -> torch.Tensor:
+    # As all maps are here; with channels first it has no addition in bf16.
+    x = x.contiguous(memory_format=torch.channels_last)
     # What torch's own compiler calls; it has no public name.
     convolve: Any = torch.ops.mkldnn._convolution_pointwise
     stride, padding, rate, groups = place

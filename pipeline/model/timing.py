@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pipeline.model import speed
+
 _PRODUCT_SIDE = {"cpu": 1536}
 _PRODUCT_SIDE_ELSEWHERE = 8192
 
@@ -33,8 +35,8 @@ def measure(work: Callable[[], object], device: torch.device, *, repeats: int) -
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product: what a convolution could reach at most."""
     side = _PRODUCT_SIDE.get(device.type, _PRODUCT_SIDE_ELSEWHERE)
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        side //= 4  # without instructions for it, it takes 20 times as long
+    if dtype == torch.bfloat16 and not speed.has_bf16(device):
+        side //= 4  # computed by hand, it takes 20 times as long
     a = torch.rand((side, side), device=device, dtype=dtype)
     a @ a
     return 2.0 * side**3 / measure(lambda: a @ a, device, repeats=3).device_s

@@ -50,7 +50,7 @@ def test_every_row_is_measured_or_says_why_not_and_both_forms_tell_the_same(tmp_
             continue
         assert row["left_out"] is None
         assert 0 < row["executed_flops"] < row["nominal_flops"]
-        rate = found["product_flops"]["torch.float32"]
+        rate = found["product_flops"][row["dtype"]]
         assert row["share_of_products"] == pytest.approx(row["executed_flops"] / rate)
         assert row["peak_bytes"] > 10e6
     # 17.375 passes by hand: 2 x (1/4 + 9/16 + 1 + 25/16 + 9/4 + 49/16).

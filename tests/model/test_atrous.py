@@ -21,7 +21,7 @@ def error(found, exact):
     return (found.double() - exact).square().mean().sqrt().item()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     height=st.integers(1, 17),
     width=st.integers(1, 17),
@@ -80,7 +80,6 @@ def test_pieces_of_any_size_give_the_whole(monkeypatch):
         torch.testing.assert_close(found, functional.conv2d(x, weight, None, 1, 4, 4, 2))
 
 
-@settings(deadline=None)
 @given(
     height=st.integers(1, 30),
     width=st.integers(1, 30),

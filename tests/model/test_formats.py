@@ -78,7 +78,7 @@ def refusal(data):
     return ""
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(cut=st.integers(0, 200), position=st.integers(0, 200), byte=st.integers(0, 255))
 def test_damaged_bytes_give_tensors_or_one_line_of_refusal(cut, position, byte, damaged_files):
     for whole in damaged_files:
