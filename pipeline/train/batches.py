@@ -8,6 +8,10 @@ exception in a process that nobody reads.
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.process
+import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -154,3 +158,15 @@ def _waited(batch: Batch | SampleError, waited_s: float) -> Batch | SampleError:
 
 def _start_loader(_: int) -> None:
     torch.set_num_threads(1)
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:  # None where batches are made in this process
+        threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
+
+
+def _end_with(trainer: multiprocessing.process.BaseProcess) -> None:
+    """Ends this process when the trainer does, even by kill -9.
+
+    torch watches the parent alone, which is the forkserver; and that lives as long as a loader.
+    """
+    trainer.join()
+    os._exit(1)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,3 +120,47 @@ def test_what_cannot_be_read_arrives_as_a_message_and_the_next_batch_comes(
 
 def test_a_batch_says_how_long_it_was_waited_for(source: Source) -> None:
     assert all(batch.waited_s > 0 for batch in made(source))
+
+
+_TRAINER = """
+import pickle, sys
+from pipeline.train.batches import batches
+if __name__ == "__main__":
+    for _ in batches(pickle.load(open(sys.argv[1], "rb")), 0, 6, loaders=2):
+        print("made", flush=True)
+        sys.stdin.read()
+"""
+
+
+def test_loaders_end_with_a_trainer_that_is_killed(source: Source, tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(pickle.dumps(source))
+    (tmp_path / "trainer.py").write_text(_TRAINER)
+    command = [sys.executable, str(tmp_path / "trainer.py"), str(tmp_path / "source")]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment(tmp_path)
+    ) as trainer:
+        assert trainer.stdout is not None
+        assert trainer.stdout.readline() == b"made\n"
+        helpers = _marked(tmp_path) - {trainer.pid}
+        assert len(helpers) >= 3  # the forkserver and two loaders
+        trainer.kill()
+        trainer.wait()
+    deadline = time.monotonic() + 30
+    while (left := _marked(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == set()
+
+
+def _environment(mark: Path) -> dict[str, str]:
+    path = os.pathsep.join(each for each in sys.path if each)
+    return {**os.environ, "MARK": str(mark), "PYTHONPATH": path}
+
+
+def _marked(mark: Path) -> set[int]:
+    """Processes with that mark in their environment, and what they started."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"MARK={mark}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.add(int(process.name))
+    return found
