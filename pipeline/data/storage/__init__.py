@@ -151,4 +151,4 @@ def filesystem(uri: str) -> Any | None:
         return None
     from pipeline.data.storage import s3
 
-    return s3.filesystem()
+    return s3.for_libraries()

@@ -56,10 +56,20 @@ T = TypeVar("T")
 
 @functools.cache
 def filesystem() -> s3fs.S3FileSystem:
-    """The process's one client: a connection pool shared by all threads."""
+    """The process's one client: a connection pool shared by all threads. `_retry` tries again."""
+    return _client({"max_attempts": 0})
+
+
+@functools.cache
+def for_libraries() -> s3fs.S3FileSystem:
+    """A client that tries again by itself, for libraries that send their own requests."""
+    return _client({"max_attempts": ATTEMPTS, "mode": "standard"})
+
+
+def _client(retries: dict[str, Any]) -> s3fs.S3FileSystem:
     found = s3fs.S3FileSystem(
         skip_instance_cache=True,
-        config_kwargs={**_TIMEOUTS_S, "retries": {"max_attempts": 0}, "max_pool_connections": 64},
+        config_kwargs={**_TIMEOUTS_S, "retries": retries, "max_pool_connections": 64},
     )
     session = AioSession()
     # three quarters of a listing's CPU time go into dates that nobody asks for
@@ -133,6 +143,7 @@ def read(uri: str, etag: str | None) -> bytes:
 
     async def get(client: Any, _: int) -> bytes:
         answer = await client.get_object(**request)
+        _answered.set()  # how long the body takes says nothing of the address
         async with answer["Body"] as body:
             data: bytes = await body.read()
         if len(data) != answer["ContentLength"]:
@@ -205,7 +216,7 @@ def _retry(uri: str, attempt: Callable[[Any, int], Awaitable[T]]) -> T:
             # who never answered yet is asked for less long: its address is probably wrong
             patience = None if _answered.is_set() else max(0.1, until - time.monotonic())
             try:
-                result = await asyncio.wait_for(once(number), patience)
+                result = await _answered_within(patience, once(number))
                 _answered.set()
                 return result
             except (
@@ -225,6 +236,16 @@ def _retry(uri: str, attempt: Callable[[Any, int], Awaitable[T]]) -> T:
 
     result: T = fsspec.asyn.sync(filesystem().loop, attempts)
     return result
+
+
+async def _answered_within(patience_s: float | None, work: Awaitable[T]) -> T:
+    """What `work` returns. Raises TimeoutError where no server answers before that is over."""
+    task = asyncio.ensure_future(work)
+    done, _ = await asyncio.wait({task}, timeout=patience_s)
+    if not done and not _answered.is_set():
+        task.cancel()
+        raise TimeoutError
+    return await task
 
 
 def _passes(error: Exception) -> bool:
