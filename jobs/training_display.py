@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 import time
 
+from jobs.answers import visible
 from jobs.display import duration
+from pipeline.data import labels
 from pipeline.train.board import Watched
-from pipeline.train.history import Step
+from pipeline.train.history import Score, Step
 from pipeline.train.settings import Settings
 
 LINE_EVERY_S = 5.0
@@ -19,7 +21,8 @@ class TrainingDisplay:
     def __init__(self, settings: Settings) -> None:
         self._max_steps = settings.experiment.optimiser.max_steps
         self._batch_size = settings.experiment.optimiser.batch_size
-        self._scored = 0
+        self._classes = settings.experiment.data.classes
+        self._scored = self._warned = 0
         self._step = -1
         self._next = 0.0
 
@@ -30,6 +33,9 @@ class TrainingDisplay:
         sys.stderr.flush()
 
     def __call__(self, watched: Watched) -> None:
+        for warning in watched.warnings[self._warned :]:
+            print(f"WARNING {visible(warning)}", file=sys.stderr)
+        self._warned = len(watched.warnings)
         for score in watched.scores[self._scored :]:
             best = max(each.miou for each in watched.scores)
             print(
@@ -37,12 +43,18 @@ class TrainingDisplay:
                 f"pixel accuracy {score.pixel_accuracy:.2%}",
                 file=sys.stderr,
             )
+            print(f"  {self._ious(score)}", file=sys.stderr)
         self._scored = len(watched.scores)
         row, now = watched.row, time.monotonic()
         if row is None or row.step == self._step or now < self._next:
             return
         self._step, self._next = row.step, now + LINE_EVERY_S
         print(self._line(row), file=sys.stderr, flush=True)
+
+    def _ious(self, score: Score) -> str:
+        """IoU of every class that val has."""
+        known = zip(labels.by_name(self._classes).names, score.ious, strict=True)
+        return ", ".join(f"{name} {iou:.1%}" for name, iou in known if iou is not None)
 
     def _line(self, row: Step) -> str:
         left = (self._max_steps - row.step) * self._batch_size / max(row.images_per_second, 1e-9)

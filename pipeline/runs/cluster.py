@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -78,3 +79,12 @@ def _warn_where_nothing_fits(cpus: int, gpus: float) -> None:
             cpus,
             gpus,
         )
+
+
+def room(cpus: int, gpus: float) -> int:
+    """How many workers of that size the nodes that are there hold, were nothing else on them."""
+    nodes = [each["Resources"] for each in ray.nodes() if each["Alive"]]  # type: ignore[no-untyped-call]
+    return sum(
+        int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else math.inf))
+        for node in nodes
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ from pipeline.train.state import Snapshot
 from pipeline.train.task import Task, node_cache
 
 Say = Callable[[str], None]
+
+SAY_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +120,8 @@ def begin(settings: Settings, looked: Looked, say: Say) -> Begun:
     storage.write(storage.join(out, checkpoints.SURVEY), looked.survey.to_json().encode())
     initial = storage.join(out, checkpoints.INITIAL)
     if looked.first is not None:
-        storage.create(initial, weights.to_bytes(looked.first, looked.train.classes))
+        # under the lease, and the same for the same run: a large network is over `create`'s limit
+        storage.write(initial, weights.to_bytes(looked.first, looked.train.classes))
     return Begun(settings=settings, task=task_of(settings, looked, initial))
 
 
@@ -210,11 +214,33 @@ def _surveyed(settings: Settings, train: Split, val: Split, say: Say) -> Survey:
         before = Survey.from_json(storage.read(uri).decode())
         if before.fingerprint == train.fingerprint:
             return before
+    if not settings.dry_run:
+        _check_writable(settings.out)
     say(f"looking at the labels of {len(train) + len(val)} photos")
     read = node_cache(train, val, max_bytes=settings.cache_bytes)
-    if not survey(val, read).pixels.any():
+    if not survey(val, read, progress=_Progress(val, say)).pixels.any():
         raise ValueError(
             f"no pixel of the {len(val)} photos of {val.name} is labelled, so there is no score: "
             "are --val-split and the classes' ignore_index the right ones?"
         )
-    return survey(train, read)
+    return survey(train, read, progress=_Progress(train, say))
+
+
+def _check_writable(out: str) -> None:
+    """Raises StorageError where nothing can be put below `out`: now, not after an hour."""
+    probe = storage.join(out, "probe")
+    storage.write(probe, b"")
+    storage.delete([probe], within=out)
+
+
+class _Progress:
+    """Says how many labels of a split were looked at, where it takes long."""
+
+    def __init__(self, split: Split, say: Say) -> None:
+        self._split, self._say = split, say
+        self._next = time.monotonic() + SAY_EVERY_S
+
+    def __call__(self, done: int) -> None:
+        if time.monotonic() >= self._next:
+            self._next += SAY_EVERY_S
+            self._say(f"looked at {done} of {len(self._split)} labels of {self._split.name}")

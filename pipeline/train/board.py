@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,11 @@ from pipeline.train.history import Score, Step
 
 @dataclass(frozen=True, kw_only=True)
 class Watched:
-    """The newest step and the scores so far; None and () before the first."""
+    """The newest step, the scores and the warnings so far; None and () before the first."""
 
     row: Step | None
     scores: tuple[Score, ...]
+    warnings: tuple[str, ...] = ()
 
 
 class Board:
@@ -25,6 +27,7 @@ class Board:
         self._row: Step | None = None
         self._scores: dict[int, Score] = {}
         self._failure: str | None = None
+        self._warnings: dict[str, None] = {}
 
     def now(self, row: Step, scored: Score | None) -> None:
         self._row = row
@@ -35,18 +38,30 @@ class Board:
         """The first worker that cannot go on says why; the others only follow."""
         self._failure = self._failure or message
 
+    def warn(self, message: str) -> None:
+        """What several workers say alike is kept once."""
+        self._warnings[message] = None
+
     def watched(self) -> Watched:
-        return Watched(row=self._row, scores=tuple(self._scores.values()))
+        scores = tuple(self._scores.values())
+        return Watched(row=self._row, scores=scores, warnings=tuple(self._warnings))
 
     def failure(self) -> str | None:
         return self._failure
 
 
-class Teller:
-    """A worker's words to the board: how it goes without waiting, a failure for certain."""
+class Teller(logging.Handler):
+    """A worker's words to the board: how it goes without waiting, a failure for certain.
+
+    As a handler of the log it tells warnings too.
+    """
 
     def __init__(self, board: Any) -> None:
+        super().__init__(logging.WARNING)
         self._board = board
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._board.warn.remote(record.getMessage())
 
     def now(self, row: Step, scored: Score | None) -> None:
         self._board.now.remote(row, scored)

@@ -42,8 +42,7 @@ def name_of(step: int) -> str:
 
 def put(out: str, snapshot: Snapshot) -> None:
     """Puts the snapshot, then deletes the checkpoints before it but for the one just before."""
-    uri = storage.join(out, f"{FOLDER}/{name_of(snapshot.step)}/state.safetensors")
-    storage.write(uri, snapshot.to_bytes())
+    storage.write(_uri(out, snapshot.step), snapshot.to_bytes())
     older = sorted(each for each in _found(out) if each[0] < snapshot.step)
     storage.delete([uri for _, uri in older[:-1]], within=storage.join(out, FOLDER))
 
@@ -61,9 +60,19 @@ def latest(out: str) -> Snapshot | None:
     return None
 
 
+def of_step(out: str, step: int) -> Snapshot:
+    """The checkpoint after `step` steps. Raises CheckpointError, StorageError."""
+    uri = _uri(out, step)
+    return state.read(storage.read(uri), uri)
+
+
 def newest_step(out: str) -> int:
     """Of the newest checkpoint, which need not be readable; 0 where there is none."""
     return max((step for step, _ in _found(out)), default=0)
+
+
+def _uri(out: str, step: int) -> str:
+    return storage.join(out, f"{FOLDER}/{name_of(step)}/state.safetensors")
 
 
 def _found(out: str) -> list[tuple[int, str]]:

@@ -11,6 +11,7 @@ import torch
 from pipeline.data.samples import SampleError
 from pipeline.train.batches import batches
 from pipeline.train.begin import Looked, Say, first_model, look, task_of
+from pipeline.train.config import Experiment
 from pipeline.train.group import Group
 from pipeline.train.settings import Settings
 from pipeline.train.task import source_of, state_of, stepper_of
@@ -30,6 +31,11 @@ class Estimate:
 
 def estimate(settings: Settings, say: Say) -> Estimate:
     """Times ten steps of one worker's part of the batch. Raises ValueError as `look` does."""
+    if settings.gpus_per_worker and not torch.cuda.is_available():
+        raise ValueError(
+            f"--gpus-per-worker {settings.gpus_per_worker:g} --dry-run: steps are timed here, "
+            "where torch finds no GPU; dry-run it on a machine with one"
+        )
     looked = look(settings, say)
     task = task_of(settings, looked, initial="")
     torch.set_num_threads(task.threads)
@@ -38,10 +44,12 @@ def estimate(settings: Settings, say: Say) -> Estimate:
     first = looked.first or first_model(settings.experiment, say)
     state = state_of(task, first, group)
     stepper = stepper_of(task, state, group)
-    # the first of as many workers as there will be, alone
-    source = source_of(task, rank=0, world=settings.most_workers)
+    # the first of as many workers as there will be, alone; batch normalisation wants two photos
+    config = task.experiment.optimiser
+    world = min(settings.most_workers, max(1, config.batch_size // 2))
+    source = source_of(task, rank=0, world=world)
     seconds = []
-    steps = min(STEPS + WARM_UP, task.experiment.optimiser.max_steps)
+    steps = min(STEPS + WARM_UP, config.max_steps)
     made = batches(source, 0, steps, loaders=task.loaders)
     started = time.monotonic()
     for batch in itertools.islice(made, steps):
@@ -51,5 +59,13 @@ def estimate(settings: Settings, say: Say) -> Estimate:
         seconds.append(time.monotonic() - started)
         started = time.monotonic()
     step_s = sorted(seconds[WARM_UP:] or seconds)[len(seconds[WARM_UP:] or seconds) // 2]
-    max_steps = task.experiment.optimiser.max_steps
-    return Estimate(looked=looked, step_s=step_s, seconds=step_s * max_steps)
+    return Estimate(looked=looked, step_s=step_s, seconds=step_s * small_steps(task.experiment))
+
+
+def small_steps(experiment: Experiment) -> float:
+    """All steps, counted in those of the first crop: larger crops come late, and cost more."""
+    augment, max_steps = experiment.augment, experiment.optimiser.max_steps
+    late = sum(augment.crop_at(step, max_steps) != augment.crop_size for step in range(max_steps))
+    height, width = augment.late_crop_size or augment.crop_size
+    larger = height * width / (augment.crop_size[0] * augment.crop_size[1])
+    return max_steps - late + late * larger

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import signal
 import threading
 import time
@@ -18,12 +19,14 @@ from typing import Any
 import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.data import storage
 from pipeline.runs import cluster, lease
 from pipeline.runs.cluster import RunStoppedError
+from pipeline.runs.lease import Lease
 from pipeline.train import checkpoints, loop
 from pipeline.train.begin import Begun, begin, look
 from pipeline.train.board import Board, Teller, Watched
@@ -32,6 +35,9 @@ from pipeline.train.settings import Settings
 from pipeline.train.task import Task
 
 LOOK_EVERY_S = 2.0
+
+_PATIENCE_S = 24 * 3600
+"""Seconds that a worker waits for another one, which may be slow on val; Ray notices the dead."""
 
 Watch = Callable[[Watched], None]
 """Is told how far the run is, every few seconds."""
@@ -59,13 +65,26 @@ def fit(settings: Settings, say: Callable[[str], None], watch: Watch) -> Ended:
     cluster.connect(
         workers=settings.most_workers, cpus=settings.cpus, gpus=settings.gpus_per_worker, quiet=True
     )
-    with lease.held(storage.join(settings.out, "lease.json"), settings.out, within=settings.out):
+    _say_where_few_fit(settings, say)
+    uri = storage.join(settings.out, "lease.json")
+    with lease.held(uri, settings.out, within=settings.out) as held:
         record = recorded(settings.out)  # by the driver that had the lease before
         if record is not None:
             return Ended(record=record, nothing_to_do=True)
         begun = begin(settings, looked, say)
         say(_start(begun))
-        return _train(begun, watch)
+        return _train(begun, watch, held)
+
+
+def _say_where_few_fit(settings: Settings, say: Callable[[str], None]) -> None:
+    """Ray waits for the cluster to grow, without a word."""
+    wanted = settings.workers_range[0]
+    room = cluster.room(settings.cpus, settings.gpus_per_worker)
+    if room < wanted:
+        say(
+            f"the cluster has room for {room} of {wanted} workers of {settings.cpus} CPUs and "
+            f"{settings.gpus_per_worker:g} GPUs: waiting for it to grow"
+        )
 
 
 def recorded(out: str) -> dict[str, Any] | None:
@@ -86,13 +105,19 @@ def _start(begun: Begun) -> str:
     return f"{begins}, on {workers} worker{'s' if workers != '1' else ''}"
 
 
-def _train(begun: Begun, watch: Watch) -> Ended:
+def _train(begun: Begun, watch: Watch, held: Lease) -> Ended:
     started = time.time()
     actor: Any = ray.remote(Board)
-    board = actor.options(num_cpus=0).remote()
-    with _Watching(board, watch), _interruptible():
+    # where the driver is: other nodes may go
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = actor.options(num_cpus=0, scheduling_strategy=here).remote()
+    with _Watching(board, watch, held.lost), _interruptible():
         try:
             _trainer(begun, board).fit()
+        except KeyboardInterrupt:
+            if held.lost.is_set():
+                raise RunStoppedError("another driver took the run over") from None
+            raise
         except ray.train.TrainingFailedError as error:
             failure = ray.get(board.failure.remote())
             raise RunStoppedError(failure or f"Ray Train gave up: {_cause(error)}") from error
@@ -118,6 +143,7 @@ def _trainer(begun: Begun, board: Any) -> TorchTrainer:
             resources_per_worker={"CPU": settings.cpus}
             | ({"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {}),
         ),
+        torch_config=TorchConfig(timeout_s=_PATIENCE_S),
         run_config=RunConfig(
             name=checkpoints.FOLDER,
             storage_path=where.path,
@@ -131,7 +157,12 @@ def _trainer(begun: Begun, board: Any) -> TorchTrainer:
 def _worker(config: dict[str, Any]) -> None:
     """What Ray Train calls on every worker."""
     task: Task = config["task"]
-    loop.train(task, RayGroup.join(), Teller(config["board"]))
+    teller = Teller(config["board"])
+    logging.getLogger("pipeline").addHandler(teller)  # what a worker prints, nobody sees
+    try:
+        loop.train(task, RayGroup.join(), teller)
+    finally:
+        logging.getLogger("pipeline").removeHandler(teller)
 
 
 @contextlib.contextmanager
@@ -154,10 +185,13 @@ def _cause(error: BaseException) -> str:
 
 
 class _Watching:
-    """Looks at the board every few seconds, as long as it is entered, and tells who watches."""
+    """Looks at the board every few seconds, as long as it is entered, and tells who watches.
 
-    def __init__(self, board: Any, watch: Watch) -> None:
-        self._board, self._watch = board, watch
+    Where `lost` is set, which says that the run is another driver's now, it interrupts this one.
+    """
+
+    def __init__(self, board: Any, watch: Watch, lost: threading.Event) -> None:
+        self._board, self._watch, self._lost = board, watch, lost
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
 
@@ -171,6 +205,11 @@ class _Watching:
     def _look(self) -> None:
         while not self._ended.wait(LOOK_EVERY_S):
             self._once()
+            if self._lost.is_set():
+                main = threading.main_thread().ident
+                assert main is not None
+                signal.pthread_kill(main, signal.SIGINT)  # wakes it from whatever it waits for
+                return
         self._once()
 
     def _once(self) -> None:

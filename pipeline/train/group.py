@@ -7,8 +7,10 @@ workers equally often.
 
 from __future__ import annotations
 
+import os
 import random
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -20,6 +22,8 @@ from torch import nn
 from pipeline.train import normalisation
 
 CPU = torch.device("cpu")
+
+_UPLOADING = threading.Semaphore(1)
 
 Save = Callable[[], None]
 """Puts a checkpoint; may be called in another thread."""
@@ -102,9 +106,15 @@ class RayGroup(Group):
         path = storage.build_checkpoint_path_from_name(name)
 
         def upload(_: ray.train.Checkpoint, __: str) -> ray.train.Checkpoint:
-            save()
+            try:
+                save()
+            finally:
+                os.rmdir(folder)
+                _UPLOADING.release()
             return ray.train.Checkpoint(path, filesystem=storage.storage_filesystem)
 
+        # where storage is slower than training, training waits: copies would fill the memory
+        _UPLOADING.acquire()
         # Ray wants a folder to upload; what is put comes from memory, as one object
         folder = tempfile.mkdtemp(prefix="deeplab-checkpoint-")
         ray.train.report(

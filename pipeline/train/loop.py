@@ -61,17 +61,7 @@ class _Run:
 
     def sees_data(self) -> bool:
         """Whether every worker finds the photos: a local path may be another node's."""
-        image = self._task.train.pairs[0].image
-        if storage.exists(image):
-            return not self._someone_failed(None)
-        self._someone_failed(
-            SampleError(
-                image,
-                f"it is not on node {socket.gethostname()}: give --data as s3://, or as a path "
-                "that every node has",
-            )
-        )
-        return False
+        return not self._someone_failed(_missing(self._task.train.pairs[0].image))
 
     def trains(self) -> bool:
         """Whether all steps are done now."""
@@ -161,8 +151,8 @@ class _Run:
 
     def _save(self) -> None:
         self._group.share_buffers(self._state.model)
-        if self._state.average is not None:
-            self._group.share_buffers(self._state.average)
+        if self._state.average is not None:  # its own counter is on the CPU, and the same for all
+            self._group.share_buffers(self._state.best_model)
         facts = {"world": self._group.world, "threads": self._task.threads}
         save = None
         if self._group.first:
@@ -174,7 +164,10 @@ class _Run:
                 write_history(out, snapshot.history, names)
 
         newest = self._state.history.scores[-1:]
-        metrics = {"step": self._state.step, "val_miou": newest[0].miou if newest else None}
+        metrics: dict[str, object] = {"step": self._state.step}
+        if newest:
+            ious = dict(zip(self._task.val.classes.names, newest[0].ious, strict=True))
+            metrics |= {"val_miou": newest[0].miou, "val_ious": ious}
         self._group.report(metrics, name=checkpoints.name_of(self._state.step), save=save)
 
     def ends(self) -> None:
@@ -209,23 +202,33 @@ class _Window:
         )
 
 
+def _missing(image: str) -> SampleError | None:
+    """Why this node cannot read the photos, as far as one of them tells."""
+    node = socket.gethostname()
+    try:
+        there = storage.exists(image)
+    except storage.StorageError as error:
+        return SampleError(image, f"node {node} cannot read it: {error}")
+    if there:
+        return None
+    return SampleError(
+        image,
+        f"it is not on node {node}: give --data as s3://, or as a path that every node has",
+    )
+
+
 def _begin(task: Task, group: Group) -> TrainingState:
     """The run's state as the newest checkpoint has it, or as it is before the first step."""
     model, _ = weights.load(task.initial)
     begun = state_of(task, model, group)
     if group.first and group.world > 1 and group.device.type == "cpu":
         _say_what_is_not_shared(task, model)
-    newest = checkpoints.latest(task.out)
-    step = newest.step if newest else 0
-    # one may be put, or go, between two workers' listings
-    first_step = int(group.sum(torch.tensor(step if group.first else 0)))
-    if step != first_step:
-        raise RuntimeError(
-            f"the newest checkpoint is of step {step} here, of {first_step} for the first worker: "
-            "start again"
-        )
-    if newest is None:
+    newest = checkpoints.latest(task.out) if group.first else None
+    # the first worker chooses: one may be put, or go, between two workers' listings
+    step = int(group.sum(torch.tensor(newest.step if newest else 0)))
+    if step == 0:
         return begun
+    newest = newest or checkpoints.of_step(task.out, step)
     state.restore(begun, newest)
     facts = {"world": group.world, "threads": task.threads}
     if dict(newest.facts) != facts and group.first:

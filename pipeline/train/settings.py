@@ -53,6 +53,11 @@ class Settings:
                 f"--gpus-per-worker {self.gpus_per_worker:g}: it must be 0 to 1; for more GPUs "
                 "give more --workers"
             )
+        if 0 < self.gpus_per_worker < 1 < self.most_workers:
+            raise ValueError(
+                f"--gpus-per-worker {self.gpus_per_worker:g} on {self.most_workers} workers: two "
+                "of them would share a GPU, over which they cannot talk: give 1"
+            )
         if self.checkpoint_every < 1:
             raise ValueError(f"--checkpoint-every {self.checkpoint_every}: it must be at least 1")
         if self.out.count("/") < 3 and self.out.startswith("s3://"):

@@ -18,6 +18,8 @@ from pipeline.data.samples import SampleError
 from pipeline.model import weights
 from pipeline.train.begin import begin, look
 from pipeline.train.config import Experiment
+from pipeline.train.estimate import estimate, small_steps
+from pipeline.train.recipes import by_name
 from pipeline.train.settings import Settings
 
 POOLED = replace(tiny.MOBILENET, image_pooling=True)
@@ -39,6 +41,7 @@ def said(*, batch_size: int = 8, pooled: bool = False, **values: Any) -> Setting
         ({"workers": (1, 2, 3)}, "--workers 1 2 3"),
         ({"cpus_per_worker": 0}, "--cpus-per-worker 0"),
         ({"gpus_per_worker": -1.0}, "--gpus-per-worker -1"),
+        ({"gpus_per_worker": 0.5, "workers": (1, 2)}, "two of them would share a GPU"),
         ({"loaders": -1}, "--loaders -1"),
         ({"checkpoint_every": 0}, "--checkpoint-every 0"),
         ({"out": "s3://bucket"}, "give a prefix below the bucket"),
@@ -196,3 +199,48 @@ def test_rare_classes_weigh_more_where_it_is_asked_for(root: Path, tmp_path: Pat
             seen[k] += int((label != 255).sum()) if here else 0
     frequency = counts[:3] / seen[:3]
     assert task.class_weights == pytest.approx([*(np.median(frequency) / frequency), 1.0])
+
+
+def test_a_network_over_the_limit_of_a_create_begins_too(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny.settings(root, tmp_path / "out", tiny.experiment())
+    looked = look(settings, print)
+    monkeypatch.setattr("pipeline.data.storage.base.MAX_CREATE_BYTES", 100_000)
+    begun = begin(settings, looked, print)
+    assert storage.stat_object(begun.task.initial).size > 100_000  # type: ignore[union-attr]
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_any_label_is_looked_at(
+    root: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    lines: list[str] = []
+    with pytest.raises((ValueError, storage.StorageError), match="file"):
+        look(tiny.settings(root, tmp_path / "file" / "out", tiny.experiment()), lines.append)
+    assert not any("looking at the labels" in line for line in lines)
+
+
+def test_a_dry_run_counts_late_crops_by_their_size() -> None:
+    what = tiny.experiment(max_steps=8)
+    augment = replace(what.augment, crop_size=(20, 30), late_crop_size=(40, 45), late_from=0.75)
+    # six steps of 600 pixels and two of 1,800
+    assert small_steps(replace(what, augment=augment)) == 6 + 2 * 3
+    assert small_steps(replace(what, augment=replace(augment, late_crop_size=None))) == 8
+
+
+def test_a_dry_run_for_gpus_where_there_are_none_says_so(root: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    settings = tiny.settings(root, tmp_path / "out", tiny.experiment())
+    with pytest.raises(ValueError, match="dry-run it on a machine with one"):
+        estimate(replace(settings, gpus_per_worker=1.0), print)
+
+
+def test_every_row_of_table_11_can_be_run_on_its_replicas() -> None:
+    for replicas in (1, 2, 4, 8, 16, 32):
+        recipe = by_name(f"table11-replicas{replicas}")
+        Settings(
+            data="d", out="o", workers=(replicas,), gpus_per_worker=1.0,
+            experiment=recipe.experiment,
+        )  # fmt: skip
