@@ -21,10 +21,7 @@ import argparse
 import itertools
 import json
 import os
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +32,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from made_up_bucket import LABELS, PHOTOS, made_up
+from measure import Row, in_a_process, print_table, taken
 from stub_s3 import FILL, stub_s3
 
 SIZES = (100_000, 1_000_000, 10_000_000)
@@ -49,7 +47,7 @@ def results_of(photos: int) -> str:
     return f"s3://results/{photos}"
 
 
-def step(name: str, photos: int) -> dict[str, float]:
+def step(name: str, photos: int) -> Row:
     """Does the step in this process; what it took, and the process's peak."""
     from pipeline.bulk import plan, run  # noqa: F401 - as much as a driver imports
     from pipeline.bulk.settings import Settings
@@ -65,22 +63,11 @@ def step(name: str, photos: int) -> dict[str, float]:
         shard_images=SHARD_IMAGES,
     )
     layout = RunLayout(results=settings.results, run_id=settings.run_id or "")
-    started, cpu = time.monotonic(), time.process_time()
+    if name == "nothing":
+        return taken(lambda: None)
     if name == "resume":
-        _resume(layout)
-    elif name != "nothing":
-        plan.make(settings, layout, settings.identity(model="m"))
-    return {
-        "minutes": (time.monotonic() - started) / 60,
-        "cpu_minutes": (time.process_time() - cpu) / 60,
-        "peak_mib": _peak_mib(),
-    }
-
-
-def _peak_mib() -> float:
-    """VmHWM of this process; getrusage's figure would hold that of the process before exec too."""
-    [line] = (x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
-    return int(line.split()[1]) / 2**10
+        return taken(lambda: _resume(layout))
+    return taken(lambda: plan.make(settings, layout, settings.identity(model="m")))
 
 
 def _resume(layout: Any) -> None:
@@ -169,32 +156,7 @@ def stub_environment() -> Iterator[None]:
         yield
 
 
-def measured(name: str, photos: int) -> dict[str, float]:
-    """The step in a process of its own; with the MiB of local disk that it took at most."""
-    command = ["nice", "-n", "10", sys.executable, __file__, "--step", name, str(photos)]
-    disk = 0.0
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "TMPDIR": folder}
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
-            while process.poll() is None:
-                disk = max(disk, _size(Path(folder)))
-                time.sleep(0.05)
-            assert process.stdout is not None
-            found: dict[str, float] = json.loads(process.stdout.read().splitlines()[-1])
-    return {**found, "disk_mib": disk / 2**20}
-
-
-def _size(folder: Path) -> int:
-    total = 0
-    for file in folder.rglob("*"):
-        try:
-            total += file.stat().st_size
-        except FileNotFoundError:
-            continue
-    return total
-
-
-def all_steps(photos: int, steps: tuple[str, ...] = STEPS) -> Iterator[dict[str, Any]]:
+def all_steps(photos: int, steps: tuple[str, ...] = STEPS) -> Iterator[Row]:
     """A row a step: what it took at that many photos. `plan` comes before `resume`."""
     from dataclasses import asdict
 
@@ -206,7 +168,8 @@ def all_steps(photos: int, steps: tuple[str, ...] = STEPS) -> Iterator[dict[str,
         if name == "resume":
             shards = -(-photos // SHARD_IMAGES)
             fill_shards(f"{results_of(photos)}/images/run=plan", 0, shards // 2)
-        row: dict[str, Any] = {"photos": photos, "step": name, **measured(name, photos)}
+        took = in_a_process(__file__, "--step", name, str(photos))
+        row: Row = {"photos": photos, "step": name, **took}
         if name in ("plan", "only_new"):
             only = NEW_EVERY if name == "only_new" else 1
             row["plan_mib"] = plan_bytes_and_check(photos, name, only=only) / 2**20
@@ -224,13 +187,11 @@ def main() -> None:
         print(json.dumps(step(arguments.step, arguments.photos[0])))
         return
     columns = ("photos", "step", "minutes", "cpu_minutes", "peak_mib", "disk_mib", "plan_mib")
-    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for photos in arguments.photos:
-        with stub_environment():
-            for row in all_steps(photos, tuple(arguments.steps)):
-                cells = (row.get(column, "") for column in columns)
-                shown = (f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells)
-                print("| " + " | ".join(shown) + " |", flush=True)
+    with stub_environment():
+        print_table(
+            columns,
+            (row for n in arguments.photos for row in all_steps(n, tuple(arguments.steps))),
+        )
 
 
 if __name__ == "__main__":
