@@ -41,6 +41,22 @@ def _finished(results: str, run: str, rows: list[Row]) -> None:
     storage.write(layout.shard(0), tables.to_parquet(rows, tables.IMAGES))
 
 
+def _finished_in_parts(results: str, run: str, rows: list[Row]) -> None:
+    """As a large run ends: a file of `done` for each row."""
+    layout = RunLayout(results=results, run_id=run)
+    *before, last = [{name: row.get(name) for name in tables.DONE.names} for row in rows]
+    for number, row in enumerate(before):
+        storage.write(layout.done_part(number), tables.to_parquet([row], tables.DONE))
+    storage.write(layout.done, tables.to_parquet([last], tables.DONE))
+    storage.write(layout.shard(0), tables.to_parquet(rows, tables.IMAGES))
+
+
+def _killed_while_it_wrote_done(results: str, run: str, rows: list[Row]) -> None:
+    """All shards are there, and some of the parts of `done`, but not the last."""
+    _finished_in_parts(results, run, rows)
+    storage.delete([RunLayout(results=results, run_id=run).done])
+
+
 def _unfinished(results: str, run: str, rows: list[Row]) -> None:
     layout = RunLayout(results=results, run_id=run)
     for number, row in enumerate(rows):
@@ -69,6 +85,34 @@ def test_what_finished_and_unfinished_runs_have_done_is_left_out_and_counted(
     assert (_names(new), before) == (["05", "06", "07"], 5)
     everything = settings_for(prefix, only_new=False)
     assert len(_new(everything)[0]) == 8
+
+
+@pytest.mark.parametrize("end", [_finished_in_parts, _killed_while_it_wrote_done])
+def test_done_in_parts_counts_each_photo_once_whole_or_half_written(
+    prefix: str, settings_for: SettingsFor, end: Callable[..., None]
+) -> None:
+    settings = settings_for(prefix, only_new=True)
+    _put(prefix, 8)
+    photos, _ = _new(settings)
+    end(settings.results, "a", [_row(photo, "a") for photo in photos[:4]])
+    passing = _row(photos[4], "b", error_kind="timeout", error="no")
+    end(settings.results, "b", [passing, _row(photos[5], "b")])
+    new, before = _new(settings)
+    assert (_names(new), before) == (["04", "06", "07"], 5)
+
+
+def test_parts_of_done_without_the_last_one_are_not_believed(
+    prefix: str, settings_for: SettingsFor
+) -> None:
+    settings = settings_for(prefix, only_new=True)
+    _put(prefix, 4)
+    photos, _ = _new(settings)
+    rows = [_row(photo, "a") for photo in photos[:3]]
+    _killed_while_it_wrote_done(settings.results, "a", rows)
+    # the shards are what counts: here they tell less than the parts
+    shard = RunLayout(results=settings.results, run_id="a").shard(0)
+    storage.write(shard, tables.to_parquet(rows[:1], tables.IMAGES))
+    assert _names(_new(settings)[0]) == ["01", "02", "03"]
 
 
 def test_the_limit_counts_new_photos_alone(tmp_path: Path, settings_for: SettingsFor) -> None:
@@ -170,7 +214,8 @@ def test_only_new_agrees_with_plain_sets(
                     changes[name] = "other"
             runs.setdefault(run, []).append(_row(photo, run, **changes))
     for run, rows in runs.items():
-        draw.choice([_finished, _unfinished])(settings.results, run, rows)
+        ends = [_finished, _unfinished, _finished_in_parts, _killed_while_it_wrote_done]
+        draw.choice(ends)(settings.results, run, rows)
 
     def is_done(photo: Listed) -> bool:
         key = (photo.uri, photo.etag, photo.label_etag, "m", "s")

@@ -118,6 +118,36 @@ def test_a_part_never_holds_more_images_than_fit_one_put(
     assert len(_shards(settings, made)) == 10
 
 
+def test_a_part_holds_what_was_listed_column_by_column(
+    prefix: str, settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "WAVE_SHARDS", 3)
+    names = [f"{i:02d} é'%2e.jpg" for i in range(11)]
+    for i, name in enumerate(names):
+        storage.write(f"{prefix}/photos/{name}", b"x" * (i % 4))
+        if i % 3:  # null in the same columns as labels of others
+            storage.write(f"{prefix}/labels/{name[:-4]}.png", b"y" * i)
+    settings = settings_for(prefix, shard_images=2)
+    made = _make(settings)
+    etags = {o.uri: o.etag for place in ("photos", "labels") for o in _listed(prefix, place)}
+    found = []
+    for part in made.parts:
+        table = plan.read_part(_layout(settings), part)
+        assert table.schema.equals(plan.SHARDS)
+        assert table["shard"].to_pylist() == list(part.numbers)
+        found += [image for images in table["images"].to_pylist() for image in images]
+    for i, (name, image) in enumerate(zip(names, found, strict=True)):
+        uri, label = f"{prefix}/photos/{name}", f"{prefix}/labels/{name[:-4]}.png"
+        wanted = {"uri": uri, "etag": etags[uri], "bytes": i % 4}
+        labels = (label, etags[label], i) if i % 3 else (None, None, None)
+        names_of_labels = ("label_uri", "label_etag", "label_bytes")
+        assert image == {**wanted, **dict(zip(names_of_labels, labels, strict=True))}
+
+
+def _listed(prefix: str, place: str) -> list[storage.Object]:
+    return list(storage.list_objects(f"{prefix}/{place}"))
+
+
 def test_a_second_make_returns_the_first_plan_whatever_came_later(
     prefix: str, settings_for: SettingsFor
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,6 +64,72 @@ def test_a_prefix_does_not_list_its_neighbours(prefix: str) -> None:
     storage.write(f"{prefix}/run=10/x", b".")
     assert [item.uri for item in storage.list_objects(f"{prefix}/run=1")] == [f"{prefix}/run=1/x"]
     assert list(storage.list_objects(f"{prefix}/nothing")) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_listing_between_two_names_is_the_same_as_leaving_out_all_others(
+    prefix: str, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    for backend in ("local", "s3"):
+        monkeypatch.setattr(f"pipeline.data.storage.{backend}.PAGE_OBJECTS", 3)
+    draw = random.Random(seed)
+    names = {"".join(draw.choices("ab-.0é", k=draw.randrange(1, 4))) for _ in range(25)}
+    names -= {".", ".."}
+    for name in names:
+        storage.write(f"{prefix}/{name}", b".")
+    bounds = [*sorted(names, key=str.encode), "a", "b0", "é-", "0"]
+    for first, last in (draw.choices(bounds, k=2) for _ in range(8)):
+        found = storage.list_objects(prefix, between=(f"{prefix}/{first}", f"{prefix}/{last}"))
+        wanted = {name for name in names if first.encode() <= name.encode() <= last.encode()}
+        assert [storage.relative(prefix, item.uri) for item in found] == sorted(
+            wanted, key=str.encode
+        )
+
+
+@pytest.mark.s3
+def test_a_listing_between_two_names_asks_s3_for_no_page_beyond_them(
+    s3_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.data.storage import s3
+
+    monkeypatch.setattr(s3, "PAGE_OBJECTS", 3)
+    for number in range(30):
+        storage.write(f"{s3_prefix}/{number:02d}", b".")
+    between = (f"{s3_prefix}/10", f"{s3_prefix}/14")
+    pages = list(storage.list_pages(s3_prefix, between=between))
+    assert len(pages) <= 3  # two hold the five, and one may be needed to see that they end
+    names = [storage.relative(s3_prefix, item.uri) for page in pages for item in page]
+    assert names == ["10", "11", "12", "13", "14"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("2026-11-01T12:00:00.000Z", "2026-11-01T12:00:00Z", "2026-11-01T12:00:00.123456+02:00"),
+        *("Sun, 01 Nov 2026 12:00:00 GMT", "1793534400", 1793534400, 1793534400.5),
+    ],
+)
+def test_dates_are_those_that_the_librarys_own_parser_reads(text: object) -> None:
+    from botocore.utils import parse_timestamp
+
+    from pipeline.data.storage import s3
+
+    assert s3._date(text) == parse_timestamp(text)
+
+
+@pytest.mark.s3
+def test_the_dates_of_a_listing_do_not_go_through_the_slow_parser(
+    s3_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.data.storage import s3
+
+    def slow(text: object) -> None:
+        raise AssertionError(f"{text} went through the slow parser")
+
+    storage.write(f"{s3_prefix}/a", b".")
+    for module in ("botocore.parsers", "botocore.utils", s3.__name__):
+        monkeypatch.setattr(f"{module}.parse_timestamp", slow, raising=False)
+    assert len(list(storage.list_objects(s3_prefix))) == 1
 
 
 def test_create_refuses_what_does_not_fit_one_put(

@@ -22,6 +22,7 @@ def write_all(results: str, run_id: str, *, finished: bool = True) -> RunLayout:
     run = RunLayout(results=results, run_id=run_id)
     write_run(results, run_id, finished=finished)
     storage.write(run.single(17, 3), b"row")
+    storage.write(run.done_part(0), b"keys")
     write_lease(run, age_s=3600)
     return run
 

@@ -13,7 +13,7 @@ import argparse
 import json
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -96,12 +96,12 @@ def written(results: str, folder: str) -> tuple[int, int]:
     )
 
 
-def all_steps(photos: int) -> Iterator[Row]:
+def all_steps(photos: int, steps: Sequence[str] = STEPS) -> Iterator[Row]:
     """A row a step: what it took at that many photos."""
     rows = {"classes": CLASSES_EACH * photos, "done": photos}
     with tempfile.TemporaryDirectory() as results:
         fill(results, photos)
-        for name in STEPS:
+        for name in steps:
             took = in_a_process(__file__, "--step", name, "--results", results, str(photos))
             row: Row = {"photos": photos, "step": name, **took}
             if name in rows:

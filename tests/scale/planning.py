@@ -123,16 +123,13 @@ def _put(uri: str, file: Path) -> None:
         urlopen(Request(url, data=data, method="PUT", headers=headers)).close()
 
 
-def plan_bytes_and_check(photos: int, run: str, *, only: int = 1) -> int:
-    """Bytes of the plan, after a look that it holds each photo once, in order, and no other.
-
-    `only` is the step between the numbers of those photos that it should hold.
-    """
+def plan_bytes_and_check(photos: int, run: str) -> int:
+    """Bytes of the plan, after a look that it holds each photo once, in order, and no other."""
     stub = pafs.S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"])
     folder = f"{results_of(photos).removeprefix('s3://')}/plans/run={run}"
     with stub.open_input_stream(f"{folder}/plan.json") as file:
         names = [part["name"] for part in json.loads(file.read())["parts"]]
-    expected = (made_up(PHOTOS, photos, i) for i in range(0, photos, only))
+    numbers = iter(range(0, photos, NEW_EVERY if run == "only_new" else 1))
     shard, held = itertools.count(), 0
     for name in names:
         with stub.open_input_file(f"{folder}/{name}") as file:
@@ -140,11 +137,27 @@ def plan_bytes_and_check(photos: int, run: str, *, only: int = 1) -> int:
             for row in pq.read_table(file).to_pylist():
                 assert row["shard"] == next(shard)
                 for image in row["images"]:
-                    key, etag, size = next(expected)
-                    found = (image["uri"], image["etag"], image["bytes"])
-                    assert found == (f"s3://{PHOTOS}/{key}", etag, size)
-    assert next(expected, None) is None
+                    _check_image(image, photos, next(numbers), labelled=run == "labelled")
+    assert next(numbers, None) is None
     return held
+
+
+def _check_image(image: Row, photos: int, number: int, *, labelled: bool) -> None:
+    key, etag, size = made_up(PHOTOS, photos, number)
+    found = (image["uri"], image["etag"], image["bytes"])
+    assert found == (f"s3://{PHOTOS}/{key}", etag, size)
+    label_key, *of_label = made_up(LABELS, photos, number)
+    label = (f"s3://{LABELS}/{label_key}", *of_label) if labelled else (None, None, None)
+    assert (image["label_uri"], image["label_etag"], image["label_bytes"]) == label
+
+
+def shard_files(photos: int) -> int:
+    """How many files the run that was resumed has."""
+    stub = pafs.S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"])
+    folder = f"{results_of(photos).removeprefix('s3://')}/images/run=plan"
+    return sum(
+        each.is_file for each in stub.get_file_info(pafs.FileSelector(folder, recursive=True))
+    )
 
 
 @contextmanager
@@ -164,15 +177,16 @@ def all_steps(photos: int, steps: tuple[str, ...] = STEPS) -> Iterator[Row]:
 
     if "only_new" in steps:
         put_done(photos, model="m", settings=fingerprint(asdict(Inference())))
+    shards = -(-photos // SHARD_IMAGES)
     for name in steps:
         if name == "resume":
-            shards = -(-photos // SHARD_IMAGES)
             fill_shards(f"{results_of(photos)}/images/run=plan", 0, shards // 2)
         took = in_a_process(__file__, "--step", name, str(photos))
         row: Row = {"photos": photos, "step": name, **took}
-        if name in ("plan", "only_new"):
-            only = NEW_EVERY if name == "only_new" else 1
-            row["plan_mib"] = plan_bytes_and_check(photos, name, only=only) / 2**20
+        if name in ("plan", "labelled", "only_new"):
+            row["plan_mib"] = plan_bytes_and_check(photos, name) / 2**20
+        if name == "resume":
+            assert shard_files(photos) == shards
         yield row
 
 
