@@ -10,7 +10,6 @@ import base64
 import datetime
 import io
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jobs.escape import json_text, visible
+
 _TABLE_ROWS = 1000
 
-# C0 and C1, DEL, the separators of lines, and what turns the direction of text
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -143,10 +142,9 @@ def _cell(value: Any) -> str:
 def _json_text(value: Any) -> str:
     """The plain value as JSON without raw control characters; NaN and infinities are null."""
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        return json_text(value, allow_nan=False)
     except ValueError:
-        text = json.dumps(_finite(value), ensure_ascii=False)
-    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+        return json_text(_finite(value))
 
 
 def _finite(value: Any) -> Any:
@@ -155,11 +153,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def visible(text: str) -> str:
-    """The text with control characters spelled out, so that it cannot steer a terminal."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 from collections.abc import Callable, Mapping
+
+from jobs.escape import Formatter, json_text
 
 
 def run(
@@ -16,7 +17,9 @@ def run(
     It is 1 where one of `stops` is raised, where the job is interrupted (the last line then says
     `interrupted`), and for a bug; 2 for any other ValueError: arguments that cannot be right.
     """
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    to_stderr = logging.StreamHandler()
+    to_stderr.setFormatter(Formatter("%(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[to_stderr], level=logging.WARNING)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` is an interruption
     try:
         said = work()
@@ -48,4 +51,4 @@ def failed(job: str, code: int, error: object) -> int:
 def _quoted(value: object) -> str:
     text = str(value)
     plain = text.isprintable() and not set(text) & set(" \"'\\=")
-    return text if plain else json.dumps(text, ensure_ascii=False)
+    return text if plain else json_text(text)

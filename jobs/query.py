@@ -14,8 +14,9 @@ import duckdb
 import pyarrow as pa
 import tyro
 
-from jobs.answers import WRITERS, visible, write_parquet
+from jobs.answers import WRITERS, write_parquet
 from jobs.arguments import parse
+from jobs.escape import visible
 from pipeline.data import storage
 from pipeline.results.query import connect
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse(Arguments, argv, description=Arguments.__doc__)
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(visible(str(error)), file=sys.stderr)
         return 2
     if arguments.format == "parquet" and arguments.output is None and sys.stdout.isatty():
         print("parquet is not for a terminal: give --output, or pipe it", file=sys.stderr)

@@ -7,6 +7,7 @@ classes enter as JSON text. A class id is a position in `names`, and `ignore_ind
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -131,6 +132,9 @@ def _check_names(names: Sequence[str]) -> None:
             raise TypeError(f"names[{i}] is {name!r:.80}; it must be a string")
         if not name.strip():
             raise ValueError(f"names[{i}] is {name!r}; every class needs a name")
+        # it is printed as it is; joiners are letters to some languages and to emoji
+        if not re.sub("[\u200c\u200d]", "", name).isprintable():
+            raise ValueError(f"names[{i}] is {name!r:.80}; a name holds no control characters")
         if name in first:
             raise ValueError(f"classes {first[name]} and {i} are both called {name!r}")
         first[name] = i

@@ -99,3 +99,15 @@ def test_255_classes_fit_in_a_byte_and_256_do_not():
     assert from_json(json.dumps({"names": names[:255]})).num_classes == 255
     with pytest.raises(ValueError, match="256 class names"):
         from_json(json.dumps({"names": names}))
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "a\nb", "\x9b", "\u202egnp", "\0", "\ud800"])
+def test_a_class_name_that_could_steer_a_terminal_is_refused(name):
+    with pytest.raises(ValueError, match=r"names\[1\] is .*no control characters") as error:
+        Classes(names=("sky", name), palette=((0, 0, 0), (1, 1, 1)))
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["[red]sky[/red]", "=1+1", "\u0646\u200c\u0645", "👩\u200d🚀", "été"])
+def test_a_class_name_of_any_language_is_taken_as_it_is(name):
+    assert Classes(names=("sky", name), palette=((0, 0, 0), (1, 1, 1))).names[1] == name
