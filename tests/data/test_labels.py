@@ -108,6 +108,8 @@ def test_a_class_name_that_could_steer_a_terminal_is_refused(name):
     assert str(error.value).isprintable()
 
 
-@pytest.mark.parametrize("name", ["[red]sky[/red]", "=1+1", "\u0646\u200c\u0645", "👩\u200d🚀", "été"])
+@pytest.mark.parametrize(
+    "name", ["[red]sky[/red]", "=1+1", "\u0646\u200c\u0645", "👩\u200d🚀", "été"]
+)
 def test_a_class_name_of_any_language_is_taken_as_it_is(name):
     assert Classes(names=("sky", name), palette=((0, 0, 0), (1, 1, 1))).names[1] == name
