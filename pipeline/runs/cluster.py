@@ -8,9 +8,12 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 
 _REACHABLE_S = 5.0
 
@@ -31,7 +34,7 @@ def connect(*, workers: int, cpus: int, gpus: float, quiet: bool = False) -> Non
 
     What its workers print is printed here too, unless `quiet`.
 
-    Raises RunStoppedError where none answers.
+    Raises RunStoppedError where none answers, or none starts.
     """
     if ray.is_initialized():
         return
@@ -41,6 +44,12 @@ def connect(*, workers: int, cpus: int, gpus: float, quiet: bool = False) -> Non
         _init(wanted=workers * cpus + 1, quiet=quiet)
     except ConnectionError as error:
         raise RunStoppedError(f"no Ray answers at RAY_ADDRESS: {error}") from error
+    except Exception as error:
+        if "timed out during startup" not in str(error):  # Ray has no type of its own for it
+            raise
+        raise RunStoppedError(
+            "Ray did not start on this machine within 30 s: is it busy with something else?"
+        ) from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, ours)  # Ray's own ends the process without a word
@@ -53,12 +62,28 @@ def _init(wanted: int, quiet: bool) -> None:
         _check_reachable(os.environ["RAY_ADDRESS"])
         ray.init(**options)
         return
-    ray.init(
-        address="local",
-        num_cpus=max(wanted, os.cpu_count() or 1),
-        include_dashboard=False,
-        **options,
-    )
+    with _loopback():
+        ray.init(
+            address="local",
+            num_cpus=max(wanted, os.cpu_count() or 1),
+            include_dashboard=False,
+            **options,
+        )
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """A Ray that is started here listens to this machine alone, not on all of its addresses.
+
+    Ray does so by itself where it can have no cluster (Windows, macOS), and has no argument for
+    it: it takes 127.0.0.1 for a wish to be reached from elsewhere.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _check_reachable(address: str) -> None:

@@ -1,0 +1,102 @@
+"""A Ray that a run starts on this machine: who can reach it, and what is said where it fails."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+
+from pipeline.runs import cluster
+
+ROOT = Path(__file__).parents[2]
+
+_START = """
+import os, sys
+import ray
+from pipeline.runs import cluster
+cluster.connect(workers=1, cpus=1, gpus=0, quiet=True)
+assert ray.get(ray.remote(lambda: 7).remote()) == 7  # a worker listens too
+print("up", flush=True)
+sys.stdin.read()
+"""
+
+
+def descendants(root: int) -> set[int]:
+    """The process and all that came of it."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            stat = (folder / "stat").read_text()
+        except OSError:  # it ended in between
+            continue
+        parents[int(folder.name)] = int(stat.rpartition(")")[2].split()[1])
+    found = {root}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def listening(pids: set[int]) -> dict[str, set[str]]:
+    """Address -> the programs of these processes that listen on TCP there, by the kernel's word."""
+    sockets = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":
+                packed = bytes.fromhex(fields[1].partition(":")[0])
+                words = [packed[i : i + 4][::-1] for i in range(0, len(packed), 4)]
+                family = socket.AF_INET if table == "tcp" else socket.AF_INET6
+                sockets[f"socket:[{fields[9]}]"] = socket.inet_ntop(family, b"".join(words))
+    found: dict[str, set[str]] = {}
+    for pid in pids:
+        try:
+            program = Path(f"/proc/{pid}/comm").read_text().strip()
+            held = [os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()]
+        except OSError:
+            continue
+        for address in (sockets[each] for each in held if each in sockets):
+            found.setdefault(address, set()).add(program)
+    return found
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_ray_that_is_started_here_listens_to_this_machine_alone_and_has_no_dashboard() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with subprocess.Popen(
+        [sys.executable, "-c", _START],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().strip() == "up"
+            pids = descendants(process.pid)
+            found = listening(pids)
+            commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in pids]
+        finally:
+            process.communicate("")
+    assert any("raylet" in program for programs in found.values() for program in programs)
+    assert set(found) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, found
+    assert not any("dashboard/dashboard.py" in command for command in commands)
+
+
+def test_a_ray_that_does_not_start_in_time_is_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def slow(**_: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", slow)
+    with pytest.raises(cluster.RunStoppedError, match="did not start on this machine"):
+        cluster.connect(workers=1, cpus=1, gpus=0)

@@ -1,0 +1,155 @@
+"""A long run watched: memory of driver, actor and decoder as it goes, files and rows at its end.
+
+    python tests/scale/soak.py shards [COUNT]    one tiny photo each: what a shard costs for good
+    python tests/scale/soak.py images [COUNT]    64 a shard: what a photo costs for good
+
+The whole product runs, Ray too, with one actor on one CPU over photos of 9 x 7 pixels, so that the
+network takes little of the time. A row is printed at every twentieth of the way. Memory must be
+flat after the first tenth: `actor` and `decoder` within GROWTH_MIB; `driver` within that and
+DRIVER_KIB_A_SHARD, which Ray keeps of each shard of a wave until the wave ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from measure import Row, kib_of, print_table
+from PIL import Image
+
+COUNT = 20_000
+SHARD_IMAGES = {"shards": 1, "images": 64}
+GROWTH_MIB = 64
+DRIVER_KIB_A_SHARD = 40
+CHECKPOINT = Path(__file__).parents[2] / "jobs/demo/tfzoo-voc-mobilenetv2.safetensors"
+COLUMNS = ("done", "minutes", "driver_mib", "actor_mib", "decoder_mib")
+
+
+def fill(folder: Path, count: int) -> None:
+    """`count` photos, each of another colour."""
+    for number in range(count):
+        path = folder / f"{number // 1000:03d}" / f"{number:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 7), (number % 256, number // 256 % 256, 90)).save(path)
+
+
+class Memory:
+    """Looks at the memory of this process and of its descendants, a row every so many photos."""
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._next = 0
+        self._started = time.monotonic()
+        self.rows: list[Row] = []
+
+    def look(self, done: int) -> Row | None:
+        """A row, if it is time for one."""
+        if done < self._next:
+            return None
+        self._next = (done // self._every + 1) * self._every
+        row: Row = {"done": done, "minutes": (time.monotonic() - self._started) / 60}
+        row["driver_mib"] = kib_of("VmRSS") / 2**10
+        for name, of in (("actor", "ray::MapWorker"), ("decoder", "decode_child")):
+            row[f"{name}_mib"] = max(descendants_kib(of), default=0) / 2**10
+        self.rows.append(row)
+        return row
+
+
+def descendants_kib(name: str) -> Iterator[int]:
+    """VmRSS of the processes below this one whose command line holds `name`."""
+    parents, commands = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            stat = (folder / "stat").read_text()
+            commands[int(folder.name)] = (folder / "cmdline").read_text(errors="replace")
+        except OSError:  # it ended in between
+            continue
+        parents[int(folder.name)] = int(stat.rpartition(")")[2].split()[1])
+    for pid, command in commands.items():
+        if name not in command:
+            continue
+        above = pid
+        while above > 1 and above != os.getpid():
+            above = parents.get(above, 0)
+        if above == os.getpid():
+            try:
+                yield kib_of("VmRSS", pid)
+            except (OSError, StopIteration):
+                continue
+
+
+def soak(folder: Path, kind: str, count: int, tell: Callable[[Row], None]) -> list[Row]:
+    """Runs it, telling of each row; the rows."""
+    from pipeline.bulk import plan, run
+    from pipeline.bulk.progress import Progress
+    from pipeline.bulk.settings import Settings
+
+    memory = Memory(max(1, count // 20))
+
+    def watch(_: plan.Plan, progress: Progress) -> None:
+        if row := memory.look(progress.images_now):
+            tell(row)
+
+    settings = Settings(
+        images=str(folder / "photos"),
+        results=str(folder / "results"),
+        checkpoint=str(CHECKPOINT),
+        run_id="soak",
+        shard_images=SHARD_IMAGES[kind],
+        cpus_per_actor=1,
+    )
+    ended = run.run(settings, watch)
+    assert ended.outcome is not None
+    assert (ended.outcome.ok, ended.outcome.errors) == (count, 0)
+    return memory.rows
+
+
+def check_rows(folder: Path, kind: str, count: int) -> tuple[int, int]:
+    """Files and rows of the run, read without the product, each photo once."""
+    files = list((folder / "results/images/run=soak").glob("*"))
+    uris = [uri for file in files for uri in pq.read_table(file, ["uri"])["uri"].to_pylist()]
+    assert len(files) == -(-count // SHARD_IMAGES[kind]), len(files)
+    assert len(uris) == len(set(uris)) == count, (len(uris), len(set(uris)))
+    return len(files), len(uris)
+
+
+def check_flat(rows: list[Row], kind: str, count: int) -> dict[str, float]:
+    """MiB by which each process grew after the first tenth; raises AssertionError beyond limits."""
+    later = [row for row in rows if row["done"] >= count / 10]
+    shards = (later[-1]["done"] - later[0]["done"]) / SHARD_IMAGES[kind]
+    allowed = {name: float(GROWTH_MIB) for name in COLUMNS[2:]}
+    allowed["driver_mib"] += min(shards, 10_000) * DRIVER_KIB_A_SHARD / 2**10
+    grew = {name: max(row[name] for row in later) - later[0][name] for name in allowed}
+    assert all(grew[name] <= allowed[name] for name in grew), (grew, allowed)
+    return grew
+
+
+def main() -> None:
+    """Soaks, prints the table, and what was counted."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=SHARD_IMAGES)
+    parser.add_argument("count", type=int, nargs="?", default=COUNT)
+    arguments = parser.parse_args()
+    kind, count = arguments.kind, arguments.count
+    print_table(COLUMNS, ())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        fill(folder / "photos", count)
+        rows = soak(folder, kind, count, print_row)
+        files, found = check_rows(folder, kind, count)
+    print(f"{files} files, {found} rows, no photo twice")
+    print("grew after the first tenth, MiB:", check_flat(rows, kind, count))
+
+
+def print_row(row: Row) -> None:
+    """The row as Markdown, at once."""
+    print("| " + " | ".join(f"{row[name]:.1f}" for name in COLUMNS) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
