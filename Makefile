@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check audit clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,5 +22,10 @@ check: $(VENV)/.installed  ## lint, types, and who may import whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports --cache-dir $(VENV)/import-linter
 
+audit:  ## known vulnerabilities of what constraints.txt pins, dated exceptions left out
+	test -x $(VENV)-audit/bin/pip-audit || ($(PYTHON) -m venv $(VENV)-audit && \
+		$(VENV)-audit/bin/python -m pip install --quiet pip-audit==2.10.1)
+	PATH="$(CURDIR)/$(VENV)-audit/bin:$$PATH" $(VENV)-audit/bin/python .ci/audit.py $(AUDIT)
+
 clean:  ## the environment and what the demo left
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) $(VENV)-audit demo-out
