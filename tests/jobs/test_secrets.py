@@ -62,6 +62,35 @@ def test_the_secret_is_in_nothing_that_a_run_leaves_behind(
     assert secret.encode() not in listed
 
 
+@pytest.mark.s3
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["no bucket", "wrong secret", "no photos"])
+def test_a_run_that_fails_says_nothing_of_the_secret_and_leaves_it_nowhere(
+    tmp_path: Path, s3_environment: dict[str, str], s3_prefix: str, fault: str
+) -> None:
+    environment = {**os.environ, **s3_environment, "TMPDIR": str(tmp_path)}
+    secret = environment["AWS_SECRET_ACCESS_KEY"]
+    _python(f"storage.write('{s3_prefix}/photos/a.jpg', b'no photo')", environment)
+    results = "s3://no-such-bucket/x" if fault == "no bucket" else f"{s3_prefix}/results"
+    if fault == "wrong secret":
+        secret = environment["AWS_SECRET_ACCESS_KEY"] = "another-wJalrXUtnFEMI-secret"
+    photos = f"{s3_prefix}/nothing" if fault == "no photos" else f"{s3_prefix}/photos"
+    job = ["jobs/segment.py", "--images", photos, "--results", results]
+    run = subprocess.run(
+        [sys.executable, *job, "--checkpoint", CHECKPOINT],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        check=False,
+    )
+    assert run.returncode in (1, 2), run.stdout + run.stderr
+    assert b"segment failed" in run.stdout
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    left = b"".join([run.stdout, run.stderr, *(path.read_bytes() for path in files)])
+    assert secret.encode() not in left
+    assert s3_environment["AWS_SECRET_ACCESS_KEY"].encode() not in run.stdout + run.stderr
+
+
 def _python(code: str, environment: dict[str, str]) -> bytes:
     command = [sys.executable, "-c", f"from pipeline.data import storage\n{code}"]
     return subprocess.run(

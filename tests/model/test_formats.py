@@ -70,6 +70,39 @@ def test_a_headers_length_is_not_taken_for_another_formats_magic_number():
     assert parse(data, name="file").tensors["w"].shape == (1,)
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},  # beyond the end
+        {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]},
+        {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 4]},  # overflows
+        {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]},
+        {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]},  # hides bytes
+        {"dtype": "OBJ", "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": "1", "data_offsets": [0, 4]},
+        7,
+    ],
+)
+def test_a_header_that_lies_about_its_tensors_is_refused_in_one_line(entry):
+    header = json.dumps({"w": entry}).encode()
+    header = header.ljust(-(-len(header) // 8) * 8)
+    with pytest.raises(CheckpointError) as error:
+        parse(struct.pack("<Q", len(header)) + header + bytes(4), name="file")
+    assert "file" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_headers_that_overlap_or_claim_gigabytes_are_refused():
+    both = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    header = json.dumps({"a": both, "b": both}).encode()
+    assert refusal(struct.pack("<Q", len(header)) + header + bytes(4))
+    for length in (2**63, 2**64 - 1, 10**9, 5):
+        assert refusal(struct.pack("<Q", length) + header + bytes(4))
+
+
 def refusal(data):
     try:
         parse(data, name="file")
