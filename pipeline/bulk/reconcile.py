@@ -1,8 +1,9 @@
 """A part of the plan is done until nothing is missing, whatever dies.
 
 Waves first; what came back from no process goes again with nothing queued beside it; and what
-then still kills its process goes photo by photo. The results' listing, not anyone's word, says
-what is missing.
+then still kills its process goes photo by photo. A wave that Ray abandons because too many
+processes died is begun again as long as each gets shards done. The results' listing, not anyone's
+word, says what is missing.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from pipeline.bulk.plan import Part
 from pipeline.bulk.progress import Summary
 from pipeline.bulk.rows import RowMaker
 from pipeline.bulk.segmenter import Work
-from pipeline.bulk.waves import Pool, photos_of
+from pipeline.bulk.waves import Pool, WaveLostError, photos_of
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout, shard_number
+from pipeline.runs.cluster import RunStoppedError
 
 logger = logging.getLogger(__name__)
 
@@ -69,14 +71,24 @@ class Reconciler:
     def _reconcile(self, part: Part, shards: pa.Table) -> None:
         for one_at_a_time in (False, True):
             missing = self._missing(part)
-            if not missing:
-                return
-            if one_at_a_time:
+            if missing and one_at_a_time:
                 logger.warning("%d shards came back from no process; again", len(missing))
-            self._wave(shards.take(missing), self._pool, one_at_a_time=one_at_a_time)
+            while missing and (lost := self._lost(shards.take(missing), one_at_a_time)):
+                before, missing = missing, self._missing(part)
+                if len(missing) == len(before):
+                    raise RunStoppedError(f"processes die and get no shard done: {lost}")
+                logger.warning("too many processes died, %d shards are missing", len(missing))
         if missing := self._missing(part):
             logger.warning("%d shards kill their process; photo by photo now", len(missing))
             self._photo_by_photo(shards.take(missing))
+
+    def _lost(self, shards: pa.Table, one_at_a_time: bool) -> WaveLostError | None:
+        """Why the wave was abandoned, None where it was not."""
+        try:
+            self._wave(shards, self._pool, one_at_a_time=one_at_a_time)
+        except WaveLostError as error:
+            return error
+        return None
 
     def _missing(self, part: Part) -> list[int]:
         """Positions in the part of the shards that have no file."""

@@ -34,7 +34,19 @@ _CONCURRENT_SHARDS = 2  # one is fetched and decoded while the other is in the n
 _SHARDS_IN_FLIGHT = 3  # and one more waits at the actor
 _TELL_EVERY_S = 2.0
 
+_LOST = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+)
+"""What Ray says of shards that died with a process or a node."""
+
 logger = logging.getLogger(__name__)
+
+
+class WaveLostError(RuntimeError):
+    """So many shards died with their processes that the rest of the wave was not tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +139,8 @@ def run(
     """Sends the shards through the pool; the summaries of those that come back, as they come.
 
     `board` is the handle of a `Board`. With `one_at_a_time` nothing is queued on an actor behind
-    another shard, so that a death costs no other shard. Raises RunStoppedError.
+    another shard, so that a death costs no other shard.
+    Raises WaveLostError, and RunStoppedError for what no other wave would do better.
     """
     _set_context(len(shards))
     rows = [shards.take([i]) for i in range(len(shards))]  # one block each
@@ -158,6 +171,8 @@ def run(
                 raise RunStoppedError(fatal)
             board.forget.remote(row["shard"])
             yield Summary(**{**row, "errors": Counter(json.loads(row["errors"]))})
+    except _LOST as error:
+        raise WaveLostError(str(error).splitlines()[0]) from error
     except ray.exceptions.RayError as error:
         raise RunStoppedError(f"Ray gave up: {str(error).splitlines()[0]}") from error
 

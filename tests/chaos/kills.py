@@ -53,7 +53,7 @@ class Killer:
         *,
         place: str | None = None,
         victim: Callable[[int], int] = lambda pid: pid,
-        within_s: float = 90.0,
+        within_s: float = 240.0,
         alive: Callable[[], bool] = lambda: True,
     ) -> Hit:
         """Kills the next process in `stage`, or what `victim` makes of its id.

@@ -46,7 +46,7 @@ class Run:
     output: Path
     started: float = field(default_factory=time.monotonic)
 
-    def wait(self, within_s: float = 300.0) -> int:
+    def wait(self, within_s: float = 600.0) -> int:
         """The exit code; a run that takes longer is ended, and TimeoutExpired raised."""
         try:
             return self.process.wait(within_s)
@@ -132,7 +132,7 @@ class World:
             )  # fmt: skip
         return Run(process, output)
 
-    def done(self, name: str, *flags: str, within_s: float = 300.0) -> Run:
+    def done(self, name: str, *flags: str, within_s: float = 600.0) -> Run:
         """The run, once it has ended well."""
         run = self.run(name, *flags)
         assert run.wait(within_s) == 0, run.said

@@ -43,6 +43,9 @@ ATTEMPTS = 10
 """Requests sent at most for one call: what fails at once is tried again for some 15 seconds, so
 that six failures in a row are survived, and a server that is started again."""
 
+FIRST_PAUSE_S = 0.1
+"""Seconds before the second request at most; each further pause is twice as long, up to 5."""
+
 FIRST_ANSWER_S = 15.0
 """Seconds within which a server must have answered once, retries included."""
 
@@ -231,7 +234,7 @@ def _retry(uri: str, attempt: Callable[[Any, int], Awaitable[T]]) -> T:
                 late = not _answered.is_set() and time.monotonic() > until
                 if late or number == ATTEMPTS - 1 or not _passes(error):
                     raise _translate(uri, error) from error
-            await asyncio.sleep(min(5.0, 0.1 * 2**number) * random.uniform(0.5, 1.0))
+            await asyncio.sleep(min(5.0, FIRST_PAUSE_S * 2**number) * random.uniform(0.5, 1.0))
         raise AssertionError("unreachable")
 
     result: T = fsspec.asyn.sync(filesystem().loop, attempts)

@@ -20,7 +20,7 @@ from yarl import URL
 
 Fault = Literal[
     "slow_down", "internal", "reset", "hang", "truncated", "flipped", "lost_reply", "slow_bytes",
-    "denied", "expired", "late",
+    "garbled", "denied", "expired", "late",
 ]  # fmt: skip
 
 HANG_S = 600.0
@@ -71,6 +71,7 @@ class Proxy:
         self.upstream = upstream
         self.rules: list[Rule] = []
         self.url = ""
+        self.arrived = 0  # requests that `late` rules held, and that were forwarded
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="proxy", daemon=True)
@@ -110,7 +111,7 @@ class Proxy:
         async with ClientSession(
             connector=connector, timeout=ClientTimeout(total=None), auto_decompress=False
         ) as self._session:
-            runner = web.AppRunner(app, shutdown_timeout=0.1)
+            runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
             await runner.setup()
             site = web.TCPSite(runner, "127.0.0.1", 0)
             await site.start()
@@ -157,6 +158,7 @@ class Proxy:
         """The request arrives when nobody waits for it any more."""
         await rule.release.wait()
         await self._forward(request, body)
+        self.arrived += 1
 
     async def _answer(
         self,
@@ -175,6 +177,8 @@ class Proxy:
         if fault == "flipped":
             middle = len(data) // 2
             data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        if fault == "garbled":  # as from a proxy that has a word to say
+            data = b"<html>be back soon".ljust(len(data))[: len(data)]
         if fault == "truncated":
             await answer.write(data[: len(data) // 2])
             return _cut(request)
