@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check audit clean
+.PHONY: demo test chaos check audit clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +15,9 @@ demo: $(VENV)/.installed  ## photos in a bucket -> masks, IoU, overlays, in a mi
 
 test: $(VENV)/.installed  ## every test, on a CPU
 	$(BIN)/python -m pytest
+
+chaos: $(VENV)/.installed  ## faults injected into real runs, for minutes; ends with a table ($CHAOS_TABLE, $CHAOS_SEED)
+	$(BIN)/python -m pytest -m chaos tests/chaos
 
 check: $(VENV)/.installed  ## lint, types, and who may import whom
 	$(BIN)/ruff check .

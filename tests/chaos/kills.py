@@ -104,7 +104,7 @@ def _name(pid: int) -> str:
     return " ".join(words)[:60]
 
 
-def _wait_for_death(pid: int, within_s: float = 20.0) -> None:
+def _wait_for_death(pid: int, within_s: float = 60.0) -> None:
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         try:

@@ -2,6 +2,8 @@
 
 Runs are real ones, `python jobs/segment.py` as a process of its own. What they leave is compared
 with the rows of a plain loop that no fault met.
+
+Photos that a test adds lie beside the 600, so that `--images s3://photos` takes both.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from pipeline.data import storage
 from pipeline.results.layout import RunLayout
 
 ROOT = Path(__file__).parents[2]
-PHOTOS = "s3://photos/night"
+BUCKET = "s3://photos"
+PHOTOS = f"{BUCKET}/night"
 CHECKPOINT = "jobs/demo/tfzoo-voc-mobilenetv2.safetensors"
 GOOD, BROKEN = 582, 18
 SHARD_IMAGES = 16
@@ -51,11 +54,18 @@ class Run:
         try:
             return self.process.wait(within_s)
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            self.end()
             raise
 
     def alive(self) -> bool:
+        """Whether it still runs."""
         return self.process.poll() is None
+
+    def end(self) -> None:
+        """Ends it where it still runs, with all that it started."""
+        if self.alive():
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     @property
     def said(self) -> str:
@@ -72,16 +82,19 @@ class World:
 
     def __init__(self, folder: Path, put: Callable[[str], None]) -> None:
         self.folder = folder
+        self._runs: list[Run] = []
         self._ports = free_ports()
         self._server = ExitStack()
         self.start_server()
         self.proxy = Proxy(os.environ["AWS_ENDPOINT_URL"])
         self.proxy.start()
         put(PHOTOS)
-        self.rows = _undisturbed(PHOTOS)
+        self.rows = undisturbed(PHOTOS)
         assert len(self.rows) == GOOD + BROKEN
 
     def close(self) -> None:
+        for run in self._runs:
+            run.end()
         self.proxy.stop()
         self._server.close()
 
@@ -109,7 +122,7 @@ class World:
         return Killer(self.folder / "faults" / name, seed)
 
     def run(self, name: str, *flags: str, variables: dict[str, str] | None = None) -> Run:
-        """Starts the run `name` on all photos, through the proxy."""
+        """Starts the run `name` on all photos, through the proxy; `flags` are names and values."""
         output = self.folder / f"{name}-{time.monotonic_ns()}.log"
         given = {
             "--images": PHOTOS,
@@ -130,11 +143,18 @@ class World:
                 command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
-        return Run(process, output)
+        self._runs.append(Run(process, output))
+        return self._runs[-1]
 
-    def done(self, name: str, *flags: str, within_s: float = 600.0) -> Run:
+    def done(
+        self,
+        name: str,
+        *flags: str,
+        variables: dict[str, str] | None = None,
+        within_s: float = 600.0,
+    ) -> Run:
         """The run, once it has ended well."""
-        run = self.run(name, *flags)
+        run = self.run(name, *flags, variables=variables)
         assert run.wait(within_s) == 0, run.said
         return run
 
@@ -144,11 +164,22 @@ def results_of(name: str) -> str:
     return f"s3://results/{name}"
 
 
-def rows_of(name: str, run_id: str | None = None) -> list[dict[str, Any]]:
+def shards_of(results: str, run_id: str) -> list[storage.Object]:
+    """The files that the run has committed so far."""
+    return list(storage.list_objects(RunLayout(results=results, run_id=run_id).images))
+
+
+def wait_for_shards(run: Run, results: str, run_id: str, count: int = 3) -> None:
+    """Returns once so many shards are there, and the run goes on."""
+    while len(shards_of(results, run_id)) < count:
+        assert run.alive(), run.said
+        time.sleep(0.1)
+
+
+def rows_of(results: str, run_id: str) -> list[dict[str, Any]]:
     """All rows that a glob over the run's images finds."""
-    layout = RunLayout(results=results_of(name), run_id=run_id or name)
     found: list[dict[str, Any]] = []
-    for item in storage.list_objects(layout.images):
+    for item in shards_of(results, run_id):
         found += pq.read_table(io.BytesIO(storage.read(item.uri))).to_pylist()
     return found
 
@@ -158,8 +189,8 @@ def seen(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in _OF_RUN}
 
 
-def _undisturbed(images: str) -> dict[str, dict[str, Any]]:
-    """uri -> row, by a plain loop over the photos in this process, one thread."""
+def undisturbed(images: str) -> dict[str, dict[str, Any]]:
+    """uri -> row of what lies there now, by a plain loop in this process, one thread."""
     settings = Settings(
         images=images, results="/nowhere", checkpoint=CHECKPOINT, include=("*",), run_id="loop"
     )

@@ -4,7 +4,9 @@ The product knows nothing of it. It wraps the functions that are a run's stages,
 are imported, so that a test can have a process wait at a named place to be killed there, and so
 that crafted photos do to their process what they say. What is armed lies as files in the folder
 `$FAULTS`: `armed/STAGE.PLACE` is claimed by the first process that comes by, by renaming it to
-`claimed/STAGE.PLACE.PID`.
+`claimed/STAGE.PLACE.PID`; nothing is inferred while there is a `gate`, and what is raises while
+there is a `bug`. `loads` lists the processes that loaded a model, `poisoned` those that a photo
+did something to.
 """
 
 import functools
@@ -20,6 +22,7 @@ from pathlib import Path
 FOLDER = os.environ.get("FAULTS")
 
 STAGES = {
+    "load": ("pipeline.model.weights", "load"),
     "plan": ("pipeline.bulk.plan", "make"),
     "fetch": ("pipeline.bulk.load", "Loader._fetch"),
     "decode": ("pipeline.bulk.decode", "Decoders.image"),  # the actor, waiting for its child
@@ -35,6 +38,12 @@ PLACES = ("begin", "amid", "end")
 _WAIT_S = 60.0
 
 counts = Counter()
+
+
+def _note(what):
+    """Adds this process's id to the list `what`."""
+    with open(f"{FOLDER}/{what}", "a") as file:
+        file.write(f"{os.getpid()}\n")
 
 
 def _crash(_data):
@@ -63,12 +72,18 @@ def _poisoned(stage, arguments):
     if stage == "decoder":
         for marker, act in POISON.items():
             if marker in arguments[0]:
+                _note("poisoned")
                 act(arguments[0])
+    elif stage == "load":
+        _note("loads")
     elif stage == "infer":
+        while os.path.exists(f"{FOLDER}/gate"):
+            time.sleep(0.1)
         if os.path.exists(f"{FOLDER}/bug"):
             raise RuntimeError("a bug that was put here")
         images = arguments[1]
         if any(tuple(image.reshape(-1)[:6]) == DEADLY for image in images):
+            _note("poisoned")
             os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -1,0 +1,83 @@
+"""Photos that kill the process that touches them: each is an error row, and nobody else's."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hooks.sitecustomize import DEADLY
+from outcomes import check, watched
+from PIL import Image
+from small_photos import photo
+from world import BUCKET, Run, World, results_of
+
+from pipeline.data import storage
+
+pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
+
+LONGER_S = 60.0  # a photo, at most
+POISON = {"crash": "worker_died", "eat": "out_of_memory", "hang": "timeout"}
+
+
+@pytest.fixture(scope="module")
+def control_s(world: World) -> float:
+    """Seconds of a run that no fault meets."""
+    killer = world.killer("control", 0)
+    with watched("none: the control run", results_of("control")) as line:
+        run = world.done("control", variables=killer.variables)
+    check(world, "control", line)
+    assert _loads(run, killer.folder) == 1
+    return line.seconds
+
+
+def _loads(run: Run, folder: Path) -> int:
+    """How often the model was loaded, the driver's own look at it not counted."""
+    return sum(pid != run.process.pid for pid in _noted(folder / "loads"))
+
+
+def _noted(path: Path) -> list[int]:
+    return [int(pid) for pid in path.read_text().split()]
+
+
+def _deadly_png() -> bytes:
+    pixels = np.asarray(Image.open(io.BytesIO(photo(3)[1])).convert("RGB")).copy()
+    pixels.reshape(-1)[: len(DEADLY)] = DEADLY
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_photos_whose_decoder_crashes_or_eats_memory_or_never_returns(
+    world: World, control_s: float
+) -> None:
+    kinds = {}
+    for what, kind in POISON.items():
+        uri = f"{BUCKET}/poison/{what}.jpg"
+        storage.write(uri, photo(4)[1] + f"faults:{what}".encode())
+        kinds[uri] = [kind]
+    killer = world.killer("poison", 0)
+    photos = ("--images", BUCKET, "--include", "night/* poison/*")
+    with watched("decoder: segfault, all memory, no return", results_of("poison")) as line:
+        run = world.done("poison", *photos, variables=killer.variables)
+        line.injected = len(_noted(killer.folder / "poisoned"))
+    check(world, "poison", line, kinds=kinds)
+    assert _loads(run, killer.folder) == 1
+    assert line.injected == len(kinds) + 1  # a crash is tried twice
+    assert line.seconds < control_s + len(kinds) * LONGER_S
+
+
+def test_a_photo_whose_inference_kills_the_actor_with_shards_queued_on_it(
+    world: World, control_s: float
+) -> None:
+    uri = f"{BUCKET}/deadly/0.png"
+    storage.write(uri, _deadly_png())
+    killer = world.killer("deadly", 0)
+    photos = ("--images", BUCKET, "--include", "night/* deadly/*")
+    with watched("an actor that dies during inference", results_of("deadly")) as line:
+        world.done("deadly", *photos, variables=killer.variables)
+        line.injected = len(_noted(killer.folder / "poisoned"))
+    check(world, "deadly", line, kinds={uri: ["worker_died"]})
+    assert line.injected == 4  # among others, beside nothing queued, and twice alone
+    assert line.seconds < control_s + LONGER_S

@@ -1,0 +1,143 @@
+"""Who else is at work: drivers of the same run, other runs, zombies, and who changes the photos."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from outcomes import check, watched
+from proxy import Rule
+from small_photos import photo
+from world import BUCKET, World, results_of, rows_of, seen, undisturbed, wait_for_shards
+
+from pipeline.data import storage
+
+pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
+
+
+@contextmanager
+def _gate(folder: Path) -> Iterator[None]:
+    """While the block runs, nothing of the run that is hooked in `folder` is inferred."""
+    gate = folder / "gate"
+    gate.touch()
+    try:
+        yield
+    finally:
+        gate.unlink()
+
+
+def test_two_drivers_on_one_run(world: World) -> None:
+    killer = world.killer("two", 0)
+    results = results_of("two")
+    with watched("two drivers on one run", results) as line:
+        with _gate(killer.folder):
+            first = world.run("two", variables=killer.variables)
+            _wait_for(f"{results}/plans/run=two/plan.json", first)
+            second = world.run("two")
+            assert second.wait() == 1
+            assert "run two is being worked on by" in second.last_line
+        assert first.wait() == 0, first.said
+        line.injected = 1
+    check(world, "two", line)
+
+
+def test_a_driver_that_was_frozen_while_another_took_its_run_over(world: World) -> None:
+    results = results_of("frozen")
+    with watched("a driver frozen, and awake when another has its run", results) as line:
+        frozen = world.run("frozen")
+        wait_for_shards(frozen, results, "frozen", 1)
+        os.kill(frozen.process.pid, signal.SIGSTOP)
+        second = world.run("frozen")
+        wait_for_shards(second, results, "frozen", 12)
+        os.kill(frozen.process.pid, signal.SIGCONT)
+        assert second.wait() == 0, second.said
+        code = frozen.wait()  # it finds the run finished, or itself dismissed
+        assert code == 0 or "another driver" in frozen.last_line, frozen.said
+        line.injected = 1
+    check(world, "frozen", line)
+
+
+def test_four_runs_on_one_bucket_at_once(world: World) -> None:
+    results = results_of("four")
+    names = {f"four-{number}" for number in range(4)}
+    with watched("four runs on one bucket at once", results, names) as line:
+        runs = {name: world.run(name, "--results", results) for name in sorted(names)}
+        for run in runs.values():
+            assert run.wait() == 0, run.said
+        line.injected = len(runs)
+    for name in names:
+        check(world, name, line, results=results)
+
+
+def test_zombie_puts_that_arrive_after_their_run_has_ended(world: World) -> None:
+    results = results_of("zombie")
+    late = Rule(
+        fault="late", methods="PUT", path=r"/shard-00000[2-5]|/classes/|/done/|/runs/|/plan\.json"
+    )
+    with watched("puts that arrive after their run has ended", results) as line:
+        with world.proxy.ruled(late):
+            world.done("zombie")
+        before = sorted(storage.list_objects(f"{results}/images"))
+        arrived = world.proxy.arrived
+        world.proxy.let_go(late)
+        deadline = time.monotonic() + 30
+        while world.proxy.arrived < arrived + late.struck and time.monotonic() < deadline:
+            time.sleep(0.05)
+        line.injected = world.proxy.arrived - arrived
+        assert line.injected == late.struck == 8
+        assert sorted(storage.list_objects(f"{results}/images")) == before
+    check(world, "zombie", line)
+    again = world.done("zombie")
+    assert "there is nothing to do" in again.said
+
+
+def test_photos_deleted_replaced_and_added_while_the_run_goes_on(world: World) -> None:
+    results, moving = results_of("moving"), f"{BUCKET}/moving"
+    names = [f"{moving}/{number:02d}-{what}.jpg" for number in range(20) for what in ("a", "b")]
+    for number, uri in enumerate(names):
+        storage.write(uri, photo(3 * number + 1)[1])
+    old = undisturbed(moving)
+    gone, replaced, kept = names[0::4], names[1::4], [*names[2::4], *names[3::4]]
+    killer = world.killer("moving", 0)
+    photos = ("--images", BUCKET, "--include", "night/* moving/*")
+    with watched("photos deleted, replaced, added", results) as line:
+        with _gate(killer.folder):  # the first shard, of moving photos, is fetched or is not
+            run = world.run("moving", *photos, variables=killer.variables)
+            _wait_for(f"{results}/plans/run=moving/plan.json", run)
+            _change(gone[::2], replaced[::2], [f"{moving}/added-0.jpg"])
+        wait_for_shards(run, results, "moving", 1)
+        _change(gone[1::2], replaced[1::2], [f"{moving}/added-1.jpg"])
+        assert run.wait() == 0, run.said
+        line.injected = len(gone) + len(replaced) + 2
+    kinds = {uri: ["vanished", None] for uri in gone} | {u: ["changed", None] for u in replaced}
+    check(world, "moving", line, kinds=kinds, rows=world.rows | {uri: old[uri] for uri in kept})
+    _assert_old_bytes_with_the_old_etag(rows_of(results, "moving"), old)
+
+
+def _wait_for(uri: str, run: Any) -> None:
+    while not storage.exists(uri):
+        assert run.alive(), run.said
+        time.sleep(0.05)
+
+
+def _change(gone: list[str], replaced: list[str], added: list[str]) -> None:
+    storage.delete(gone)
+    for number, uri in enumerate(replaced + added):
+        storage.write(uri, photo(3 * number + 2)[1])
+
+
+def _assert_old_bytes_with_the_old_etag(
+    rows: list[dict[str, Any]], old: Mapping[str, dict[str, Any]]
+) -> None:
+    moved = [row for row in rows if row["uri"] in old]
+    assert len(moved) == len(old)
+    assert {row["error_kind"] for row in moved} >= {"changed", "vanished"}
+    for row in moved:
+        assert row["etag"] == old[row["uri"]]["etag"]
+        assert row["status"] == "error" or seen(row) == seen(old[row["uri"]])

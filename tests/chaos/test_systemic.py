@@ -1,0 +1,117 @@
+"""What is wrong with everything stops a run within a minute, and costs no photo its row."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from outcomes import check, watched
+from proxy import Rule
+from world import BUCKET, Run, World, results_of, wait_for_shards
+
+from pipeline.data import storage
+
+pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
+
+WITHIN_S = 60.0
+EVERYTHING = "GET PUT HEAD POST DELETE"
+
+
+def _stopped(run: Run, reason: str, since: float) -> None:
+    """Asserts that the run ends by itself, soon enough, and says why on its last line."""
+    assert run.wait() == 1, run.said
+    assert time.monotonic() - since < WITHIN_S
+    assert reason in run.last_line, run.said
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "rule", "reason"),
+    [
+        (
+            "results bucket read-only",
+            "readonly",
+            Rule(fault="denied", methods="PUT", path="^/results/", in_a_row=10**9),
+            "access denied (AccessDenied); check the AWS credentials",
+        ),
+        (
+            "credentials that expire",
+            "expired",
+            Rule(fault="expired", methods=EVERYTHING, in_a_row=10**9),
+            "access denied (ExpiredToken); check the AWS credentials",
+        ),
+    ],
+)
+def test_storage_that_refuses_from_some_moment_on(
+    fault: str, name: str, rule: Rule, reason: str, world: World
+) -> None:
+    with watched(fault, results_of(name)) as line:
+        run = world.run(name)
+        wait_for_shards(run, results_of(name), name)
+        with world.proxy.ruled(rule):
+            _stopped(run, reason, time.monotonic())
+            line.injected = 1
+            assert rule.struck
+        world.done(name)
+    check(world, name, line)
+
+
+def test_a_bug_in_the_segmenter(world: World) -> None:
+    killer = world.killer("bug", 0)
+    bug = killer.folder / "bug"
+    with watched("an exception in the segmenter", results_of("bug")) as line:
+        run = world.run("bug", variables=killer.variables)
+        wait_for_shards(run, results_of("bug"), "bug")
+        bug.touch()
+        _stopped(run, "a bug that was put here", time.monotonic())
+        line.injected = 1
+        bug.unlink()
+        world.done("bug", variables=killer.variables)
+    check(world, "bug", line)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """`small_disk(KiB)`: a folder on a disk of that size; called again, it has the new size."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(size: int) -> Path:
+        again = ",remount" if folder.is_mount() else ""
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}k{again}", "none", str(folder)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("only root may mount a small disk")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full(world: World, small_disk: Callable[[int], Path]) -> None:
+    results = str(small_disk(400) / "disk")
+    with watched("disk full", results) as line:
+        run = world.run("disk", "--results", results)
+        wait_for_shards(run, results, "disk")
+        _stopped(run, "No space left on device", time.monotonic())
+        line.injected = 1
+        small_disk(64 << 10)
+        world.done("disk", "--results", results)
+    check(world, "disk", line, results=results)
+
+
+def test_a_tenth_of_the_photos_broken(world: World) -> None:
+    kinds = {}
+    for number in range(50):
+        uri = f"{BUCKET}/tenth/{number:02d}.jpg"
+        storage.write(uri, b"a letter" * (number % 2))
+        kinds[uri] = ["not_an_image" if number % 2 else "empty"]
+    photos = ("--images", BUCKET, "--include", "night/* tenth/*")
+    with watched("10 % of the photos broken", results_of("tenth")) as line:
+        run = world.run("tenth", *photos)
+        _stopped(run, "over --max-error-fraction 0.06", time.monotonic())
+        line.injected = len(kinds)
+        world.done("tenth", *photos, "--max-error-fraction", "0.2")
+    check(world, "tenth", line, kinds=kinds)
