@@ -1,0 +1,77 @@
+"""Waves that Ray abandons are begun again while they get somewhere, and end the run when not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipeline.bulk import plan, waves
+from pipeline.bulk.progress import Summary
+from pipeline.bulk.reconcile import Reconciler
+from pipeline.bulk.segmenter import Work
+from pipeline.bulk.settings import Settings
+from pipeline.bulk.waves import Pool, WaveLostError
+from pipeline.data import storage
+from pipeline.runs.cluster import RunStoppedError
+
+SHARDS = 7
+
+
+class _NoRay(Pool):
+    def connect(self) -> None:
+        pass
+
+
+@pytest.fixture
+def reconciled(
+    tmp_path: Any,
+    settings_for: Callable[..., Settings],
+    work_for: Callable[..., Work],
+    fill: Callable[[str, int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[list[int]], list[tuple[int, bool]]]:
+    """`reconciled(done)`: waves (shards given, one at a time) where wave n does done[n] of them.
+
+    All but the last wave are then abandoned.
+    """
+    fill(str(tmp_path), SHARDS)
+    settings = settings_for(str(tmp_path), shard_images=1)
+    work = work_for(settings)
+    made = plan.make(settings, work.layout, settings.identity(model=work.model))
+    given: list[tuple[int, bool]] = []
+
+    def reconcile(done: list[int]) -> list[tuple[int, bool]]:
+        def wave(_: Work, shards: pa.Table, *__: Any, one_at_a_time: bool) -> Iterator[Summary]:
+            number = len(given)
+            given.append((len(shards), one_at_a_time))
+            for shard in shards["shard"].to_pylist()[: done[number]]:
+                storage.create(work.layout.shard(shard), b"")
+                yield Summary(shard=shard)
+            if number + 1 < len(done):
+                raise WaveLostError("the actor died")
+
+        monkeypatch.setattr(waves, "run", wave)
+        pool = _NoRay(min_actors=1, max_actors=1, cpus=1, gpus=0)
+        reconciler = Reconciler(work, pool, None, lambda _: None)  # type: ignore[arg-type]
+        monkeypatch.setattr(reconciler, "_board", object())
+        for part in made.parts:
+            reconciler.complete(part)
+        return given
+
+    return reconcile
+
+
+def test_an_abandoned_wave_is_begun_again_with_what_is_missing(
+    reconciled: Callable[[list[int]], list[tuple[int, bool]]],
+) -> None:
+    assert reconciled([2, 1, 4]) == [(7, False), (5, False), (4, False)]
+
+
+def test_abandoned_waves_that_get_nothing_done_end_the_run(
+    reconciled: Callable[[list[int]], list[tuple[int, bool]]],
+) -> None:
+    with pytest.raises(RunStoppedError, match="get no shard done: the actor died"):
+        reconciled([2, 0, 5])
