@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PLACES = ("begin", "amid", "end")
+WAITING = ("begin", "end")
 HOOKS = Path(__file__).with_name("hooks")
 
 _POLL_S = 0.002
@@ -52,18 +53,19 @@ class Killer:
         stage: str,
         *,
         place: str | None = None,
-        victim: Callable[[int], int] = lambda pid: pid,
+        victim: Callable[[int], int] | None = None,
         within_s: float = 240.0,
         alive: Callable[[], bool] = lambda: True,
     ) -> Hit:
         """Kills the next process in `stage`, or what `victim` makes of its id.
 
-        `place` is drawn where it is not given. Raises TimeoutError where nobody comes by within
-        `within_s`, or `alive()` says that nobody will.
+        `place` is drawn where it is not given; who is not killed itself waits at the begin or the
+        end, so that its stage is not over when the victim dies. Raises TimeoutError where nobody
+        comes by within `within_s`, or `alive()` says that nobody will.
         """
         deadline = time.monotonic() + within_s
         for _ in range(_TRIES):
-            where = place or self._random.choice(PLACES)
+            where = place or self._random.choice(WAITING if victim else PLACES)
             time.sleep(self._random.uniform(0, 0.3))
             pid = self._claim(stage, where, deadline, alive)
             if where == "amid":
@@ -86,9 +88,11 @@ class Killer:
         armed.unlink(missing_ok=True)
         raise TimeoutError(f"nobody came by {stage}.{place}")
 
-    def _hit(self, stage: str, place: str, pid: int, victim: Callable[[int], int]) -> Hit | None:
+    def _hit(
+        self, stage: str, place: str, pid: int, victim: Callable[[int], int] | None
+    ) -> Hit | None:
         """Kills; None where the process had left the stage by then."""
-        target = victim(pid)
+        target = victim(pid) if victim else pid
         name = _name(target)
         os.kill(target, signal.SIGKILL)
         _wait_for_death(pid)
