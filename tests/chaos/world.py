@@ -82,6 +82,8 @@ class World:
 
     def __init__(self, folder: Path, put: Callable[[str], None]) -> None:
         self.folder = folder
+        # seconds that others cost a run, for each second it takes on free cores
+        self.crowd = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
         self._runs: list[Run] = []
         self._ports = free_ports()
         self._server = ExitStack()
