@@ -105,7 +105,7 @@ class Killer:
 
 def _name(pid: int) -> str:
     words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    return " ".join(words)[:60]
+    return " ".join(words)[:200]
 
 
 def _wait_for_death(pid: int, within_s: float = 60.0) -> None:
