@@ -283,4 +283,5 @@ def _translate(uri: str, error: Exception) -> StorageError:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or f"no answer ({type(error).__name__})"
+    text = str(error).replace(" (reached max retries: 0)", "")  # of the client, which has none
+    return " ".join(text.split())[:300] or f"no answer ({type(error).__name__})"
