@@ -45,7 +45,7 @@ def killer(world: World, seed: int) -> Killer:
 
 @pytest.fixture
 def nodes(world: World, killer: Killer) -> Iterator[Nodes]:
-    nodes = Nodes({**killer.variables, "AWS_ENDPOINT_URL": world.proxy.url})
+    nodes = Nodes({**killer.variables, **world.variables})
     try:
         nodes.add()
         nodes.add()

@@ -38,6 +38,9 @@ CHECKPOINT = "jobs/demo/tfzoo-voc-mobilenetv2.safetensors"
 GOOD, BROKEN = 582, 18
 SHARD_IMAGES = 16
 
+# Ray gives its own processes half a minute to come up, which a crowded machine exceeds
+_PATIENCE = {"RAY_agent_register_timeout_ms": "180000", "RAY_raylet_start_wait_time_s": "180"}
+
 _OF_RUN = ("run_id", "shard", "etag")  # columns that say in which run, not what was seen
 
 
@@ -94,6 +97,11 @@ class World:
         self.rows = undisturbed(PHOTOS)
         assert len(self.rows) == GOOD + BROKEN
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """What leads a run, or the nodes of its Ray, to the proxy; Ray may start slowly."""
+        return {"AWS_ENDPOINT_URL": self.proxy.url, **_PATIENCE}
+
     def close(self) -> None:
         for run in self._runs:
             run.end()
@@ -139,7 +147,7 @@ class World:
         command = [sys.executable, "jobs/segment.py"]
         for flag, value in given.items():
             command += [flag, *value.split()]
-        environment = {**os.environ, "AWS_ENDPOINT_URL": self.proxy.url, **(variables or {})}
+        environment = {**os.environ, **self.variables, **(variables or {})}
         with output.open("wb") as log:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
