@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -22,6 +23,12 @@ _AMID_S = 0.02  # at most so long after a stage began is its process killed
 _TRIES = 20
 
 
+def hooked(folder: Path) -> dict[str, str]:
+    """What the environment of processes needs for them to look for faults in `folder`."""
+    path = os.pathsep.join(filter(None, [str(HOOKS), os.environ.get("PYTHONPATH")]))
+    return {"FAULTS": str(folder), "PYTHONPATH": path}
+
+
 @dataclass(frozen=True)
 class Hit:
     """A kill that hit a live process in the stage."""
@@ -33,20 +40,15 @@ class Hit:
 
 
 class Killer:
-    """Kills who comes by the armed stages of one run; `folder` is what the run's $FAULTS says."""
+    """Kills who comes by the armed stages; `folder` is what $FAULTS says, and is emptied."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder = folder
         self.hits: list[Hit] = []
         self._random = random.Random(seed)
+        shutil.rmtree(folder, ignore_errors=True)
         for name in ("armed", "claimed"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-
-    @property
-    def variables(self) -> dict[str, str]:
-        """What the run's environment needs for its processes to be hooked."""
-        path = os.pathsep.join(filter(None, [str(HOOKS), os.environ.get("PYTHONPATH")]))
-        return {"FAULTS": str(self.folder), "PYTHONPATH": path}
+            (folder / name).mkdir(parents=True)
 
     def kill(
         self,

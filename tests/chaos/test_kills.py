@@ -5,21 +5,16 @@ from __future__ import annotations
 import signal
 
 import pytest
-from kills import Killer
 from outcomes import check, watched
-from world import Run, World, results_of
+from world import World, results_of
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
 
 
-def _started(world: World, name: str, killer: Killer, *flags: str) -> Run:
-    return world.run(name, *flags, variables=killer.variables)
-
-
 def test_actors_that_are_killed_at_each_of_their_stages(world: World, seed: int) -> None:
-    killer = world.killer("actors", seed)
+    killer = world.killer(seed)
     with watched("kill -9 of an actor: fetch, decode, infer, create", results_of("actors")) as line:
-        run = _started(world, "actors", killer, "--actors", "2 2")
+        run = world.run("actors", "--actors", "2 2")
         for stage in ("infer", "fetch", "create", "decode", "infer", "create", "create", "fetch"):
             killer.kill(stage, alive=run.alive)
         assert run.wait() == 0, run.said
@@ -29,9 +24,9 @@ def test_actors_that_are_killed_at_each_of_their_stages(world: World, seed: int)
 
 
 def test_decoders_that_are_killed_while_they_decode(world: World, seed: int) -> None:
-    killer = world.killer("decoders", seed)
+    killer = world.killer(seed)
     with watched("kill -9 of a decoder process", results_of("decoders")) as line:
-        run = _started(world, "decoders", killer)
+        run = world.run("decoders")
         for _ in range(6):
             killer.kill("decoder", place="begin", alive=run.alive)
         assert run.wait() == 0, run.said
@@ -41,11 +36,11 @@ def test_decoders_that_are_killed_while_they_decode(world: World, seed: int) -> 
 
 
 def test_drivers_that_are_killed_at_each_of_their_stages(world: World, seed: int) -> None:
-    killer = world.killer("drivers", seed)
+    killer = world.killer(seed)
     own = ["plan", "reconcile", "classes", "done", "record"]
     with watched(f"kill -9 of the driver: create, {', '.join(own)}", results_of("drivers")) as line:
         for stage in ["plan", "reconcile", "create", "create", "classes", "done", "record"]:
-            run = _started(world, "drivers", killer)
+            run = world.run("drivers")
             # an actor's stage says when; the driver is who dies
             driver = None if stage in own else lambda _, run=run: run.process.pid
             killer.kill(stage, victim=driver, alive=run.alive)

@@ -24,9 +24,9 @@ POISON = {"crash": "worker_died", "eat": "out_of_memory", "hang": "timeout"}
 @pytest.fixture(scope="module")
 def control_s(world: World) -> float:
     """Seconds of a run that no fault meets."""
-    killer = world.killer("control", 0)
+    killer = world.killer()
     with watched("none: the control run", results_of("control")) as line:
-        run = world.done("control", variables=killer.variables)
+        run = world.done("control")
     check(world, "control", line)
     assert _loads(run, killer.folder) == 1
     return line.seconds
@@ -57,10 +57,10 @@ def test_photos_whose_decoder_crashes_or_eats_memory_or_never_returns(
         uri = f"{BUCKET}/poison/{what}.jpg"
         storage.write(uri, photo(4)[1] + f"faults:{what}".encode())
         kinds[uri] = [kind]
-    killer = world.killer("poison", 0)
+    killer = world.killer()
     photos = ("--images", BUCKET, "--include", "night/* poison/*")
     with watched("decoder: segfault, all memory, no return", results_of("poison")) as line:
-        run = world.done("poison", *photos, variables=killer.variables)
+        run = world.done("poison", *photos)
         line.injected = len(_noted(killer.folder / "poisoned"))
     check(world, "poison", line, kinds=kinds)
     assert _loads(run, killer.folder) == 1
@@ -73,10 +73,10 @@ def test_a_photo_whose_inference_kills_the_actor_with_shards_queued_on_it(
 ) -> None:
     uri = f"{BUCKET}/deadly/0.png"
     storage.write(uri, _deadly_png())
-    killer = world.killer("deadly", 0)
+    killer = world.killer()
     photos = ("--images", BUCKET, "--include", "night/* deadly/*")
     with watched("an actor that dies during inference", results_of("deadly")) as line:
-        world.done("deadly", *photos, variables=killer.variables)
+        world.done("deadly", *photos)
         line.injected = len(_noted(killer.folder / "poisoned"))
     check(world, "deadly", line, kinds={uri: ["worker_died"]})
     assert line.injected == 4  # among others, beside nothing queued, and twice alone

@@ -33,11 +33,11 @@ def _gate(folder: Path) -> Iterator[None]:
 
 
 def test_two_drivers_on_one_run(world: World) -> None:
-    killer = world.killer("two", 0)
+    killer = world.killer()
     results = results_of("two")
     with watched("two drivers on one run", results) as line:
         with _gate(killer.folder):
-            first = world.run("two", variables=killer.variables)
+            first = world.run("two")
             _wait_for(f"{results}/plans/run=two/plan.json", first)
             second = world.run("two")
             assert second.wait() == 1
@@ -104,11 +104,11 @@ def test_photos_deleted_replaced_and_added_while_the_run_goes_on(world: World) -
         storage.write(uri, photo(3 * number + 1)[1])
     old = undisturbed(moving)
     gone, replaced, kept = names[0::4], names[1::4], [*names[2::4], *names[3::4]]
-    killer = world.killer("moving", 0)
+    killer = world.killer()
     photos = ("--images", BUCKET, "--include", "night/* moving/*")
     with watched("photos deleted, replaced, added", results) as line:
         with _gate(killer.folder):  # the first shard, of moving photos, is fetched or is not
-            run = world.run("moving", *photos, variables=killer.variables)
+            run = world.run("moving", *photos)
             _wait_for(f"{results}/plans/run=moving/plan.json", run)
             _change(gone[::2], replaced[::2], [f"{moving}/added-0.jpg"])
         wait_for_shards(run, results, "moving", 1)

@@ -60,16 +60,16 @@ def test_storage_that_refuses_from_some_moment_on(
 
 
 def test_a_bug_in_the_segmenter(world: World) -> None:
-    killer = world.killer("bug", 0)
+    killer = world.killer()
     bug = killer.folder / "bug"
     with watched("an exception in the segmenter", results_of("bug")) as line:
-        run = world.run("bug", variables=killer.variables)
+        run = world.run("bug")
         wait_for_shards(run, results_of("bug"), "bug")
         bug.touch()
         _stops(world, run, "a bug that was put here")
         line.injected = 1
         bug.unlink()
-        world.done("bug", variables=killer.variables)
+        world.done("bug")
     check(world, "bug", line)
 
 

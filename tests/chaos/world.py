@@ -1,6 +1,7 @@
 """What every fault is injected into: 600 photos on a real S3 server behind the proxy, and runs.
 
-Runs are real ones, `python jobs/segment.py` as a process of its own. What they leave is compared
+Runs are real ones, `python jobs/segment.py` as a process of its own, on a Ray that is started once
+for all of them: that is what takes most of a small run's time. What they leave is compared
 with the rows of a plain loop that no fault met.
 
 Photos that a test adds lie beside the 600, so that `--images s3://photos` takes both.
@@ -21,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from kills import Killer
+from kills import Killer, hooked
+from nodes import Nodes
 from proxy import Proxy
 
 from jobs.demo.server import free_ports, s3_server
@@ -37,9 +39,6 @@ PHOTOS = f"{BUCKET}/night"
 CHECKPOINT = "jobs/demo/tfzoo-voc-mobilenetv2.safetensors"
 GOOD, BROKEN = 582, 18
 SHARD_IMAGES = 16
-
-# Ray gives its own processes half a minute to come up, which a crowded machine exceeds
-_PATIENCE = {"RAY_agent_register_timeout_ms": "180000", "RAY_raylet_start_wait_time_s": "180"}
 
 _OF_RUN = ("run_id", "shard", "etag")  # columns that say in which run, not what was seen
 
@@ -93,18 +92,17 @@ class World:
         self.start_server()
         self.proxy = Proxy(os.environ["AWS_ENDPOINT_URL"])
         self.proxy.start()
+        self.variables = {"AWS_ENDPOINT_URL": self.proxy.url, **hooked(folder / "faults")}
+        self.nodes = Nodes(self.variables)
+        self.nodes.add(cpus=8)
         put(PHOTOS)
         self.rows = undisturbed(PHOTOS)
         assert len(self.rows) == GOOD + BROKEN
 
-    @property
-    def variables(self) -> dict[str, str]:
-        """What leads a run, or the nodes of its Ray, to the proxy; Ray may start slowly."""
-        return {"AWS_ENDPOINT_URL": self.proxy.url, **_PATIENCE}
-
     def close(self) -> None:
         for run in self._runs:
             run.end()
+        self.nodes.close()
         self.proxy.stop()
         self._server.close()
 
@@ -127,12 +125,15 @@ class World:
                 os.kill(int(process.name), signal.SIGKILL)
         self._server.close()
 
-    def killer(self, name: str, seed: int) -> Killer:
-        """Who kills processes of the run `name`."""
-        return Killer(self.folder / "faults" / name, seed)
+    def killer(self, seed: int = 0) -> Killer:
+        """Who kills processes of runs, and what else is told to those; nothing is at first."""
+        return Killer(self.folder / "faults", seed)
 
-    def run(self, name: str, *flags: str, variables: dict[str, str] | None = None) -> Run:
-        """Starts the run `name` on all photos, through the proxy; `flags` are names and values."""
+    def run(self, name: str, *flags: str, nodes: Nodes | None = None) -> Run:
+        """Starts the run `name` on all photos, through the proxy, on the world's Ray or `nodes`.
+
+        `flags` are names and values.
+        """
         output = self.folder / f"{name}-{time.monotonic_ns()}.log"
         given = {
             "--images": PHOTOS,
@@ -147,7 +148,8 @@ class World:
         command = [sys.executable, "jobs/segment.py"]
         for flag, value in given.items():
             command += [flag, *value.split()]
-        environment = {**os.environ, **self.variables, **(variables or {})}
+        ray_address = (nodes or self.nodes).address
+        environment = {**os.environ, **self.variables, "RAY_ADDRESS": ray_address}
         with output.open("wb") as log:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
@@ -156,15 +158,9 @@ class World:
         self._runs.append(Run(process, output))
         return self._runs[-1]
 
-    def done(
-        self,
-        name: str,
-        *flags: str,
-        variables: dict[str, str] | None = None,
-        within_s: float = 600.0,
-    ) -> Run:
+    def done(self, name: str, *flags: str, within_s: float = 600.0) -> Run:
         """The run, once it has ended well."""
-        run = self.run(name, *flags, variables=variables)
+        run = self.run(name, *flags)
         assert run.wait(within_s) == 0, run.said
         return run
 

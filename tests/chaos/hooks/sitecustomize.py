@@ -17,7 +17,6 @@ import signal
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 FOLDER = os.environ.get("FAULTS")
 
@@ -42,6 +41,8 @@ counts = Counter()
 
 def _note(what):
     """Adds this process's id to the list `what`."""
+    if not os.path.isdir(FOLDER):  # nobody asks
+        return
     with open(f"{FOLDER}/{what}", "a") as file:
         file.write(f"{os.getpid()}\n")
 
@@ -148,5 +149,5 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-if FOLDER and Path(FOLDER).is_dir():
+if FOLDER:
     sys.meta_path.insert(0, _Finder())

@@ -1,0 +1,52 @@
+"""A Ray of several nodes on this machine, whose processes are hooked as those of a run are."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from ray.cluster_utils import Cluster
+
+_TRIES = 4  # Ray gives its processes half a minute to come up: too little on a crowded machine
+
+
+class Nodes:
+    """A head without CPUs, and what is added; `variables` are the environment of all."""
+
+    def __init__(self, variables: dict[str, str]) -> None:
+        self._variables = dict(variables)
+        head = {"num_cpus": 0, "include_dashboard": False}
+        self._cluster: Any = self._tried(lambda: Cluster(True, head_node_args=head))
+
+    @property
+    def address(self) -> str:
+        """For $RAY_ADDRESS."""
+        address: str = self._cluster.address
+        return address
+
+    def add(self, *, cpus: int) -> None:
+        """Adds a node."""
+        self._tried(lambda: self._cluster.add_node(num_cpus=cpus))
+
+    def close(self) -> None:
+        """Ends all nodes."""
+        self._cluster.shutdown()
+
+    def _tried(self, start: Any) -> Any:
+        for left in reversed(range(_TRIES)):
+            with self._environment():
+                try:
+                    return start()
+                except Exception:  # plain ones, of Ray
+                    if not left:
+                        raise
+        raise AssertionError("unreachable")
+
+    @contextlib.contextmanager
+    def _environment(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self._variables.items():
+                patch.setenv(name, value)
+            yield
