@@ -16,7 +16,8 @@ class Nodes:
     """A head without CPUs, and what is added; `variables` are the environment of all."""
 
     def __init__(self, variables: dict[str, str]) -> None:
-        self._variables = dict(variables)
+        # Ray is nice to others by default, which on a crowded machine means that nothing moves
+        self._variables = {**variables, "RAY_worker_niceness": "0"}
         head = {"num_cpus": 0, "include_dashboard": False}
         self._cluster: Any = self._tried(lambda: Cluster(True, head_node_args=head))
 
