@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,14 +38,18 @@ class Nodes:
         """Ends all nodes."""
         self._cluster.shutdown()
 
-    def _tried(self, start: Any) -> Any:
+    def _tried(self, start: Callable[[], Any]) -> Any:
+        """What `start()` returns; what a failed try has left running is ended."""
+        before = _children()
         for left in reversed(range(_TRIES)):
-            with self._environment():
-                try:
+            try:
+                with self._environment():
                     return start()
-                except Exception:  # plain ones, of Ray
-                    if not left:
-                        raise
+            except Exception:  # plain ones, of Ray
+                for pid in _children() - before:
+                    os.kill(pid, signal.SIGKILL)
+                if not left:
+                    raise
         raise AssertionError("unreachable")
 
     @contextlib.contextmanager
@@ -51,3 +58,9 @@ class Nodes:
             for name, value in self._variables.items():
                 patch.setenv(name, value)
             yield
+
+
+def _children() -> set[int]:
+    """Ids of the processes that this one has started and not waited for."""
+    listed = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    return {int(pid) for each in listed for pid in each.read_text().split()}
