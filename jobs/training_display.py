@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
-from jobs.answers import visible
 from jobs.display import duration
+from jobs.escape import visible
 from pipeline.data import labels
 from pipeline.train.board import Watched
 from pipeline.train.history import Score, Step
