@@ -66,11 +66,25 @@ def _plan_lines(plan: Plan, progress: Progress) -> list[str]:
         lines.append(f"  labels: {counts.labels} of the images have one")
     if plan.identity["only_new"]:
         lines.append(f"  done by earlier runs: {counts.done_before} images")
+        lines += _otherwise_lines(plan)
     if progress.images_before:
         lines.append(f"  done already: about {progress.images_before} images")
     if counts.left_out:
         lines.append(f"  left out: {counts.left_out} objects that --include does not take")
     return lines
+
+
+def _otherwise_lines(plan: Plan) -> list[str]:
+    """What becomes of photos that only another model or other settings have done."""
+    if not (done := plan.counts.done_otherwise):
+        return []
+    answer = {
+        "reprocess": "they are done again",
+        "new-only": "they are left out",
+        None: "a run needs --model-changed reprocess or new-only",
+    }[plan.identity.get("model_changed")]
+    everything = "" if plan.counts.done_before else "everything is new: "
+    return [f"  {everything}another model or other settings have done {done} images; {answer}"]
 
 
 def _last_line(settings: Settings, ended: Ended) -> str:
@@ -81,8 +95,12 @@ def _last_line(settings: Settings, ended: Ended) -> str:
     facts |= {"shards": ended.plan.counts.shards, "seconds": f"{ended.seconds:.1f}"}
     if ended.images_per_second is not None:
         facts["images_per_second"] = f"{ended.images_per_second:.2f}"
+    if ended.plan.identity["only_new"]:
+        facts["done_before"] = ended.plan.counts.done_before
     if ended.nothing_to_do:
         print(f"run {ended.plan.run_id} was finished before: there is nothing to do")
+    elif ended.plan.identity["only_new"] and not ended.plan.counts.images:
+        print("nothing is new: earlier runs have done every photo")
     state = "planned" if settings.dry_run else "finished"
     facts["results"] = settings.results
     return last_line(f"segment {state}", facts)

@@ -30,13 +30,22 @@ _SPOOLED = pa.schema(
 _SPOOL_ROWS = 50_000
 _LABEL_ENDINGS = (".png", ".bmp", ".gif", ".tif", ".tiff")
 
+_HAS_RESULT = f"""(status = 'ok' or error_kind in ({
+    ", ".join(f"'{kind}'" for kind in sorted(tables.PERMANENT_ERRORS))
+}))"""
 _IS_DONE = f"""
     select uri, etag, label_etag from seen
     where model = $model and settings = $settings
     group by all
-    having bool_or(status = 'ok' or error_kind in ({
-    ", ".join(f"'{kind}'" for kind in sorted(tables.PERMANENT_ERRORS))
-})) or count(distinct run_id) >= {MAX_RUNS_TRIED}
+    having bool_or{_HAS_RESULT} or count(distinct run_id) >= {MAX_RUNS_TRIED}
+"""
+_IS_DONE_OTHERWISE = f"""
+    select distinct uri, etag, label_etag from seen
+    where (model != $model or settings != $settings) and {_HAS_RESULT}
+"""
+_SAME_PHOTO = """
+    {0}.uri = {1}.uri and {0}.etag = {1}.etag
+    and {0}.label_etag is not distinct from {1}.label_etag
 """
 
 
@@ -54,8 +63,10 @@ class Listed(NamedTuple):
 class Listing:
     """The photos that `settings` ask for; as a context manager, since it spools to disk.
 
-    `left_out` counts the objects that --include does not take, `done_before` the photos that
-    --only-new leaves out. Raises ValueError where there are no photos, or labels are ambiguous.
+    `left_out` counts the objects that --include does not take. With --only-new, `done_before`
+    counts the photos that earlier runs have done, and `done_otherwise` those that only another
+    model or other settings have: the former are left out, the latter with --model-changed new-only.
+    Raises ValueError where there are no photos, or labels are ambiguous.
     """
 
     def __init__(self, settings: Settings, *, model: str, settings_print: str) -> None:
@@ -63,6 +74,7 @@ class Listing:
         self._key = {"model": model, "settings": settings_print}
         self.left_out = 0
         self.done_before = 0
+        self.done_otherwise = 0
 
     def __enter__(self) -> Listing:
         self._folder = tempfile.TemporaryDirectory(prefix="deeplab-plan-")
@@ -152,14 +164,21 @@ class Listing:
         if not self._settings.only_new:
             return "from listed"
         self._con.execute("create table seen as " + self._seen())
-        self._con.execute(f"create table done as {_IS_DONE}", self._key)
-        is_done = (
-            "listed.uri = done.uri and listed.etag = done.etag "
-            "and listed.label_etag is not distinct from done.label_etag"
-        )
-        counted = self._con.execute(f"select count(*) from listed semi join done on {is_done}")
-        [(self.done_before,)] = counted.fetchall()
-        return f"from listed anti join done on {is_done}"
+        for name, query in (("done", _IS_DONE), ("done_otherwise", _IS_DONE_OTHERWISE)):
+            self._con.execute(f"create table {name} as {query}", self._key)
+        is_done = _SAME_PHOTO.format("listed", "done")
+        self.done_before = self._count(f"listed semi join done on {is_done}")
+        new = f"from listed anti join done on {is_done}"
+        self._con.execute(f"create view new as {new}")
+        is_done_otherwise = _SAME_PHOTO.format("new", "done_otherwise")
+        self.done_otherwise = self._count(f"new semi join done_otherwise on {is_done_otherwise}")
+        if self._settings.model_changed == "new-only":
+            return f"from new anti join done_otherwise on {is_done_otherwise}"
+        return new
+
+    def _count(self, rows: str) -> int:
+        [(count,)] = self._con.execute(f"select count(*) from {rows}").fetchall()
+        return int(count)
 
     def _seen(self) -> str:
         """A query of the keys that earlier runs have left."""

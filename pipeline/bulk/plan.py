@@ -69,6 +69,7 @@ class Counts:
     labels: int = 0  # images that have one
     left_out: int = 0  # objects that --include does not take
     done_before: int = 0  # images that earlier runs have done
+    done_otherwise: int = 0  # images that only another model or other settings have done
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +157,8 @@ def make(
 ) -> Plan:
     """Lists, cuts and (unless `write` is off) writes the plan; if another was first, that one.
 
-    Raises ValueError where nothing is to be segmented or labels are ambiguous, StorageError.
+    Raises ValueError where nothing is to be segmented, labels are ambiguous, or the model changed
+    and nobody said what to do then, StorageError.
     """
     values: dict[str, Any] = {
         "run_id": layout.run_id,
@@ -167,8 +169,15 @@ def make(
         "settings": fingerprint(asdict(settings.inference)),
     }
     with Listing(settings, model=values["model"], settings_print=values["settings"]) as listing:
+        if write and settings.model_changed is None and listing.done_otherwise:
+            raise ValueError(_model_changed(listing))
         counted, parts = _write_parts(settings, layout, listing.images(), write=write)
-        counts = Counts(**counted, left_out=listing.left_out, done_before=listing.done_before)
+        counts = Counts(
+            **counted,
+            left_out=listing.left_out,
+            done_before=listing.done_before,
+            done_otherwise=listing.done_otherwise,
+        )
     plan = Plan(**values, counts=counts, parts=parts)
     if write and not storage.create(f"{layout.plan}/plan.json", plan.to_json()):
         first = load(layout)
@@ -176,6 +185,16 @@ def make(
         check_same(first, identity)
         return first
     return plan
+
+
+def _model_changed(listing: Listing) -> str:
+    """What is said where the photos were done, but otherwise."""
+    everything = "" if listing.done_before else ", so everything is new to this run"
+    return (
+        f"another model or other settings have done {listing.done_otherwise} of these photos, "
+        f"and these have not{everything}: --model-changed reprocess does them again, "
+        "--model-changed new-only leaves them out"
+    )
 
 
 def _write_parts(

@@ -5,6 +5,7 @@ Whatever stops a run leaves whole files behind and nothing else; the same comman
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import math
@@ -29,7 +30,7 @@ from pipeline.bulk.waves import Pool
 from pipeline.data import storage
 from pipeline.data.labels import Classes
 from pipeline.model import weights
-from pipeline.results.layout import RunLayout
+from pipeline.results.layout import RunLayout, only_new_lease
 from pipeline.runs import cluster, lease
 from pipeline.runs.cluster import RunStoppedError
 
@@ -80,12 +81,27 @@ def run(settings: Settings, watch: Watch) -> Ended:
         return _finished_before(layout, known)
     if cluster.has_cluster():
         _pool(settings).connect()  # before anything is written
-    with lease.held(layout.lease, layout.run_id, within=layout.results) as held:
+    with contextlib.ExitStack() as leases:
+        held = [
+            leases.enter_context(lease.held(uri, layout.run_id, within=layout.results))
+            for uri in _leases(settings, layout, checkpoint)
+        ]
         known = plan.load(layout) or plan.make(settings, layout, identity)
         plan.check_same(known, identity)
         if storage.exists(layout.record):  # by the driver that had the lease before
             return _finished_before(layout, known)
         return _Run(settings, layout, known, checkpoint, watch, held).to_its_end()
+
+
+def _leases(settings: Settings, layout: RunLayout, checkpoint: _Checkpoint) -> list[str]:
+    """What a driver must hold: the run, and with --only-new all that is new to this model.
+
+    A night that is still at work when the next begins has photos that no file tells of yet.
+    """
+    if not settings.only_new:
+        return [layout.lease]
+    work = settings.work(model=checkpoint.fingerprint)
+    return [only_new_lease(layout.results, work), layout.lease]
 
 
 def _finished_before(layout: RunLayout, known: Plan) -> Ended:
@@ -157,7 +173,7 @@ class _Run:
         known: Plan,
         checkpoint: _Checkpoint,
         watch: Watch,
-        held: lease.Lease,
+        held: list[lease.Lease],
     ) -> None:
         self._settings = settings
         self._layout = layout
@@ -216,7 +232,7 @@ class _Run:
         """Counts a shard, tells who watches, and stops the run by the rules."""
         self._progress.add(summary)
         self._watch(self._plan, self._progress)
-        if self._held.lost.is_set():
+        if any(each.lost.is_set() for each in self._held):
             raise RunStoppedError("another driver took the run over")
         self._check_errors(self._progress.errors.total(), self._progress.errors.most_common(1))
 

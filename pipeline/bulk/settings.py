@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, field, fields
+from typing import Literal
 
 from pipeline.data import storage
 from pipeline.results.layout import check_run_id
@@ -72,6 +73,9 @@ class Settings:
     """Name of the run. By default it follows from the arguments and the date."""
     only_new: bool = False
     """Leave out what earlier runs have done with the same model and settings."""
+    model_changed: Literal["reprocess", "new-only"] | None = None
+    """With --only-new, photos that only another model or other settings have done: reprocess them,
+    or leave them out (new-only). By default a run that meets any is refused."""
     limit: int | None = None
     """Segment only the first so many photos."""
     shard_images: int = 64
@@ -102,6 +106,10 @@ class Settings:
             check_run_id(self.run_id)
         if not self.include:
             raise ValueError("--include needs at least one pattern; '*' takes everything")
+        if self.model_changed is not None and not self.only_new:
+            raise ValueError(
+                f"--model-changed {self.model_changed} means nothing without --only-new"
+            )
         if not 1 <= self.actors[0] <= self.actors[1]:
             raise ValueError(f"--actors {self.actors[0]} {self.actors[1]}: take 1 <= MIN <= MAX")
         if not 0 <= self.max_error_fraction <= 1:
@@ -118,6 +126,12 @@ class Settings:
         """Matches the relative paths that `include` takes."""
         return re.compile("|".join(map(fnmatch.translate, self.include)), re.IGNORECASE)
 
+    def work(self, *, model: str) -> str:
+        """A fingerprint that runs share which could segment the same photos into the same masks."""
+        names = ("images", "labels")
+        same = {name: getattr(self, name) for name in names}
+        return fingerprint({**same, "model": model, **_values(self.inference)})
+
     def identity(self, *, model: str) -> dict[str, object]:
         """What makes a run this run: other values under the same run id are refused."""
         return {
@@ -125,12 +139,12 @@ class Settings:
             "labels": self.labels,
             "include": sorted(self.include),
             "only_new": self.only_new,
+            **({"model_changed": self.model_changed} if self.model_changed else {}),
             "limit": self.limit,
             "shard_images": self.shard_images,
             "shard_bytes": self.shard_bytes,
             "model": model,
-            **asdict(self.inference),
-            "scales": list(self.inference.scales),
+            **_values(self.inference),
         }
 
 
@@ -138,6 +152,10 @@ def fingerprint(values: dict[str, object]) -> str:
     """16 hexadecimal digits that differ where the values do."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _values(inference: Inference) -> dict[str, object]:
+    return {**asdict(inference), "scales": list(inference.scales)}
 
 
 def _check_positive(settings: Inference | Settings, *names: str) -> None:

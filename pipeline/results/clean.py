@@ -40,7 +40,7 @@ def of_run(results: str, run_id: str) -> list[storage.Object]:
     run = RunLayout(results=storage.normalise(results), run_id=run_id)
     record, lease = storage.stat_object(run.record), storage.stat_object(run.lease)
     if lease and not record:
-        _refuse_if_held(run)
+        _refuse_if_held(run.lease, run_id)
     found = [item for item in (record, storage.stat_object(run.done)) if item]
     # a plan that lost parts must not be taken up again: plan.json goes before them
     plan = storage.join(run.plan, "plan.json")
@@ -90,9 +90,9 @@ def folder_of(results: str, item: storage.Object) -> str:
     return folder if slash else "."
 
 
-def _refuse_if_held(run: RunLayout) -> None:
+def _refuse_if_held(uri: str, run_id: str) -> None:
     try:
-        lease = json.loads(storage.read(run.lease))
+        lease = json.loads(storage.read(uri))
         holder = f"{lease.get('host')}:{lease.get('pid')}"
         beat = datetime.fromisoformat(lease["heartbeat"])
     except (storage.StorageError, ValueError, KeyError, TypeError, AttributeError):
@@ -101,7 +101,7 @@ def _refuse_if_held(run: RunLayout) -> None:
     age_s = (now - beat).total_seconds()
     if age_s < FRESH_S:
         raise RunInUseError(
-            f"run {run.run_id} is being worked on by {holder}, last seen {max(0.0, age_s):.0f} s "
+            f"run {run_id} is being worked on by {holder}, last seen {max(0.0, age_s):.0f} s "
             f"ago; stop it, or if it was killed try again {FRESH_S:.0f} s after that"
         )
 
@@ -113,17 +113,21 @@ def _finished(results: str) -> list[RunLayout]:
 
 
 def _unplanned(results: str) -> list[storage.Object]:
-    """The lease and the files of runs that nobody works on and that never had a plan."""
+    """Leases that nobody holds, of --only-new and of runs without a plan; the files of those."""
     found = []
     for lease in storage.list_objects(storage.join(results, "leases")):
         run_id = layout.run_of(results, lease.uri)
+        if layout.is_only_new_lease(results, lease.uri):
+            with suppress(RunInUseError):
+                _refuse_if_held(lease.uri, "")
+                found.append(lease)
         if run_id is None:
             continue
         run = RunLayout(results=results, run_id=run_id)
         if storage.exists(storage.join(run.plan, "plan.json")) or storage.exists(run.record):
             continue
         with suppress(RunInUseError):
-            _refuse_if_held(run)
+            _refuse_if_held(run.lease, run_id)
             found += [*storage.list_objects(run.plan), lease]
     return found
 

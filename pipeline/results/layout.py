@@ -8,6 +8,7 @@ runs/run=<id>.parquet                  the run's record, written last
 plans/run=<id>/plan.json               what the run will do; its parts lie beside it
 singles/run=<id>/000017/00003.parquet  rows of a shard that is done image by image
 leases/run=<id>.json                   who works on the run
+leases/only-new-<fingerprint>.json     who does what is new of some photos, with some model
 """
 
 from __future__ import annotations
@@ -89,6 +90,16 @@ class RunLayout:
 
     def single(self, shard: int, position: int) -> str:
         return f"{self.singles}/{shard:06d}/{position:05d}.parquet"
+
+
+def only_new_lease(results: str, work: str) -> str:
+    """The lease of all runs that do what is new of the same `work`, a fingerprint."""
+    return storage.join(results, f"leases/only-new-{work}.json")
+
+
+def is_only_new_lease(results: str, uri: str) -> bool:
+    """Whether the object `uri` below `results` is such a lease."""
+    return uri.startswith(storage.join(results, "leases/only-new-")) and uri.endswith(".json")
 
 
 def shard_number(uri: str) -> int | None:

@@ -39,6 +39,7 @@ class Lease:
         self._run_id = run_id
         self._within = within  # local folders that become empty with the lease go, up to this one
         self._token = secrets.token_hex(8)
+        self._since = datetime.now(UTC).isoformat(timespec="seconds")
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self.lost = threading.Event()
@@ -60,26 +61,29 @@ class Lease:
 
     def _take_over(self) -> None:
         holder = _read(self._uri)
-        name = f"{holder.get('host')}:{holder.get('pid')}"
         if not _is_dead(holder):
-            logger.warning(
-                "run %s is being worked on by %s; watching for %g s whether it still lives",
-                self._run_id,
-                name,
-                STALE_S,
-            )
+            held = self._said_of(holder)
+            logger.warning("%s; watching for %g s whether it still lives", held, STALE_S)
             deadline = time.monotonic() + STALE_S
             while time.monotonic() < deadline:
                 time.sleep(HEARTBEAT_S / 10)
                 now = _read(self._uri)
                 if now and now != holder:
-                    raise HeldError(f"run {self._run_id} is being worked on by {name}")
+                    raise HeldError(self._said_of(now))
                 if not now:
                     break  # it was given back
         storage.write(self._uri, self._content())
         time.sleep(0.5)  # of several that take over at once, the last writer has it
         if _read(self._uri).get("token") != self._token:
             raise HeldError(f"run {self._run_id} was taken over by another driver")
+
+    def _said_of(self, holder: dict[str, Any]) -> str:
+        """Who holds the lease, since when, and for which run where that is another one."""
+        run = holder.get("run_id", self._run_id)
+        since = f" since {holder['since']}" if "since" in holder else ""
+        held = f"run {run} is being worked on by {holder.get('host')}:{holder.get('pid')}{since}"
+        other = f", and run {self._run_id} would do the same work" if run != self._run_id else ""
+        return held + other
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_S):
@@ -99,6 +103,7 @@ class Lease:
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
                 "boot": _boot(),
+                "since": self._since,
                 "heartbeat": datetime.now(UTC).isoformat(),
             }
         ).encode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,33 @@ def test_a_results_prefix_with_quote_and_brackets_is_read_like_any_other(
     assert _names(_new(settings)[0]) == ["02", "03"]
 
 
+def test_what_only_another_model_has_done_is_counted_and_left_out_where_that_is_asked_for(
+    prefix: str, settings_for: SettingsFor
+) -> None:
+    _put(prefix, 8)
+    photos, _ = _new(settings_for(prefix, only_new=True))
+    changes: list[Row] = [
+        {},
+        {"model": "old"},
+        {"settings": "old"},
+        {"model": "old", "etag": "old"},  # another photo under its name
+        {"model": "old", "label_etag": "old"},
+        {"model": "old", "error_kind": "timeout"},  # no result
+        {"model": "old", "error_kind": "truncated"},
+    ]
+    rows = [_row(photo, "a", **change) for photo, change in zip(photos, changes, strict=False)]
+    _finished(f"{prefix}/results", "a", rows)
+    for answer, names in (
+        (None, ["01", "02", "03", "04", "05", "06", "07"]),
+        ("reprocess", ["01", "02", "03", "04", "05", "06", "07"]),
+        ("new-only", ["03", "04", "05", "07"]),
+    ):
+        settings = settings_for(prefix, only_new=True, model_changed=answer)
+        with Listing(settings, model="m", settings_print="s") as listing:
+            assert _names(list(listing.images())) == names
+            assert (listing.done_before, listing.done_otherwise) == (1, 3)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_only_new_agrees_with_plain_sets(
     tmp_path: Path, settings_for: SettingsFor, seed: int
@@ -224,6 +252,18 @@ def test_only_new_agrees_with_plain_sets(
         final = any(r["error_kind"] in {None, *tables.PERMANENT_ERRORS} for r in same)
         return final or len({row["run_id"] for row in same}) >= 3
 
+    def is_done_otherwise(photo: Listed) -> bool:
+        key = (photo.uri, photo.etag, photo.label_etag)
+        same = [r for rows in runs.values() for r in rows]
+        return any(
+            (r["uri"], r["etag"], r["label_etag"]) == key
+            and (r["model"], r["settings"]) != ("m", "s")
+            and r["error_kind"] in {None, *tables.PERMANENT_ERRORS}
+            for r in same
+        )
+
     new, before = _new(settings)
     assert new == [photo for photo in photos if not is_done(photo)]
     assert before == len(photos) - len(new)
+    fresh, _ = _new(replace(settings, model_changed="new-only"))
+    assert fresh == [photo for photo in new if not is_done_otherwise(photo)]

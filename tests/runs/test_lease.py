@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,19 @@ def test_a_second_driver_is_refused_while_the_first_lives(uri: str) -> None:
     with lease.held(uri, "r"):  # it was given back
         pass
     assert not storage.exists(uri)
+
+
+def test_who_is_refused_hears_who_works_since_when_and_on_which_run(uri: str) -> None:
+    with lease.held(uri, "first"):
+        since = json.loads(storage.read(uri))["since"]
+        assert abs((datetime.now(UTC) - datetime.fromisoformat(since)).total_seconds()) < 60
+        with pytest.raises(HeldError) as refused:
+            Lease(uri, "second").acquire()
+    holder = f"{socket.gethostname()}:{os.getpid()}"
+    assert str(refused.value) == (
+        f"run first is being worked on by {holder} since {since}, "
+        "and run second would do the same work"
+    )
 
 
 def test_other_runs_have_other_leases(prefix: str) -> None:
