@@ -69,6 +69,13 @@ def _plan_lines(plan: Plan, progress: Progress) -> list[str]:
         lines += _otherwise_lines(plan)
     if progress.images_before:
         lines.append(f"  done already: about {progress.images_before} images")
+    if inventory := plan.identity.get("inventory"):
+        lines.append(f"  from the inventory {inventory}, not a listing")
+    if counts.outside:
+        lines.append(
+            f"  left out: {counts.outside} objects of the inventory that are not (or not any "
+            f"more) below {plan.identity['images']}"
+        )
     if counts.left_out:
         lines.append(f"  left out: {counts.left_out} objects that --include does not take")
     return lines

@@ -59,6 +59,7 @@ class Alone:
 
     def __init__(self, work: Work, pool: Pool, rows: RowMaker) -> None:
         self._work = work
+        self._pool = pool
         self._rows = rows
         self._schema = tables.with_footer(tables.IMAGES, rows.classes)
         self._actor: Any = None
@@ -100,7 +101,7 @@ class Alone:
             try:
                 if self._actor is None:
                     self._actor = self._stage.remote(self._work)
-                    self._node = ray.get(self._actor.start.remote())
+                    self._node = self._started(self._actor.start.remote())
                 data: bytes = ray.get(self._actor.file_of.remote(shard, photo), timeout=DEADLINE_S)
             except ray.exceptions.GetTimeoutError:
                 self.close()
@@ -118,6 +119,14 @@ class Alone:
             else:
                 return data
         raise RunStoppedError(f"no process lives long enough to segment {photo.uri}")
+
+    def _started(self, starting: Any) -> str:
+        """The node on which the actor started; there may be none for it yet."""
+        patience = self._pool.patience()
+        while not ray.wait([starting], timeout=1.0)[0]:
+            patience.look(running=0)
+        node: str = ray.get(starting)
+        return node
 
     def _condemned(self, shard: int, photo: Listed, kind: str, message: str) -> bytes:
         return tables.to_parquet([self._rows.error(shard, photo, kind, message)], self._schema)

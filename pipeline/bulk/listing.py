@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.bulk.inventory import Inventory
 from pipeline.bulk.settings import Settings
 from pipeline.data import storage
 from pipeline.data.pairs import stem
@@ -63,16 +64,20 @@ class Listed(NamedTuple):
 class Listing:
     """The photos that `settings` ask for; as a context manager, since it spools to disk.
 
-    `left_out` counts the objects that --include does not take. With --only-new, `done_before`
+    `left_out` counts the objects that --include does not take, `outside` those of an inventory
+    that do not lie below --images, or not any more. With --only-new, `done_before`
     counts the photos that earlier runs have done, and `done_otherwise` those that only another
     model or other settings have: the former are left out, the latter with --model-changed new-only.
-    Raises ValueError where there are no photos, or labels are ambiguous.
+    Raises ValueError where there are no photos, labels are ambiguous, or the inventory is none.
     """
 
     def __init__(self, settings: Settings, *, model: str, settings_print: str) -> None:
         self._settings = settings
         self._key = {"model": model, "settings": settings_print}
         self.left_out = 0
+        self._inventory = (
+            None if settings.inventory is None else Inventory(settings.inventory, settings.images)
+        )
         self.done_before = 0
         self.done_otherwise = 0
 
@@ -83,6 +88,7 @@ class Listing:
             self._settings.results, [*self._done, *self._shards], memory_limit=MEMORY_LIMIT
         )
         self._spool("photo", self._photos())
+        self._check_inventory()
         self._spool("label", self._labels())
         self._check_labels()
         self._con.execute(
@@ -107,7 +113,7 @@ class Listing:
     def _photos(self) -> Iterator[tuple[str, str, int, str]]:
         prefix, included = self._settings.images, self._settings.included
         found = False
-        for item in storage.list_objects(prefix):
+        for item in self._objects():
             name = storage.relative(prefix, item.uri)
             if self._is_ours(item.uri):
                 continue
@@ -120,8 +126,27 @@ class Listing:
             raise ValueError(
                 f"no photos below {prefix}: --include takes none of {self.left_out} objects there"
                 if self.left_out
-                else f"no photos below {prefix}: nothing is there"
+                else f"no photos below {prefix}: {self._nothing()}"
             )
+
+    def _objects(self) -> Iterator[storage.Object]:
+        if self._inventory is not None:
+            return self._inventory.objects()
+        return storage.list_objects(self._settings.images)
+
+    @property
+    def inventory_etag(self) -> str | None:
+        """The inventory's own, None where there is none."""
+        return self._inventory and self._inventory.etag
+
+    @property
+    def outside(self) -> int:
+        return self._inventory.outside if self._inventory else 0
+
+    def _nothing(self) -> str:
+        if self._inventory is None:
+            return "nothing is there"
+        return f"all {self.outside} objects of {self._settings.inventory} lie elsewhere"
 
     def _is_ours(self, uri: str) -> bool:
         """Whether it is a run's file, or in a folder of labels or results below the photos."""
@@ -143,6 +168,21 @@ class Listing:
                 columns = [list(column) for column in zip(*batch, strict=True)]
                 writer.write_table(pa.table(columns, schema=_SPOOLED))
         self._con.execute(f"create view {name} as from read_parquet({files.quoted(str(path))})")
+
+    def _check_inventory(self) -> None:
+        """Raises ValueError where it says two things of one photo; said twice is said once."""
+        if self._inventory is None:
+            return
+        self._con.execute("alter view photo rename to photo_rows")
+        self._con.execute("create view photo as select distinct * from photo_rows")
+        twice = self._con.execute(
+            "select uri from photo group by uri having count(*) > 1 order by uri limit 1"
+        ).fetchone()
+        if twice is not None:
+            raise ValueError(
+                f"--inventory {self._settings.inventory} has rows of {twice[0]} that differ; "
+                "of a bucket with versions it needs the column IsLatest"
+            )
 
     def _check_labels(self) -> None:
         for what, rows in (

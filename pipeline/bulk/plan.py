@@ -68,6 +68,7 @@ class Counts:
     shards: int = 0
     labels: int = 0  # images that have one
     left_out: int = 0  # objects that --include does not take
+    outside: int = 0  # objects of the inventory that are not below the images, or not current
     done_before: int = 0  # images that earlier runs have done
     done_otherwise: int = 0  # images that only another model or other settings have done
 
@@ -83,6 +84,7 @@ class Plan:
     model: str  # fingerprint of the checkpoint
     settings: str  # fingerprint of the inference settings
     counts: Counts
+    inventory_etag: str | None = None  # of the inventory that was read instead of a listing
     parts: list[Part] = field(default_factory=list)
 
     def to_json(self) -> bytes:
@@ -175,9 +177,11 @@ def make(
         counts = Counts(
             **counted,
             left_out=listing.left_out,
+            outside=listing.outside,
             done_before=listing.done_before,
             done_otherwise=listing.done_otherwise,
         )
+    values["inventory_etag"] = listing.inventory_etag
     plan = Plan(**values, counts=counts, parts=parts)
     if write and not storage.create(f"{layout.plan}/plan.json", plan.to_json()):
         first = load(layout)

@@ -265,4 +265,11 @@ def _pool(settings: Settings) -> Pool:
     low, high = settings.actors
     shared = 2 if cluster.has_cluster() else max(1, len(os.sched_getaffinity(0)) // high)
     cpus = settings.cpus_per_actor or shared
-    return Pool(min_actors=low, max_actors=high, cpus=cpus, gpus=settings.gpus_per_actor)
+    return Pool(
+        min_actors=low,
+        max_actors=high,
+        cpus=cpus,
+        gpus=settings.gpus_per_actor,
+        max_wait_s=settings.max_wait,
+        max_stall_s=settings.max_stall,
+    )

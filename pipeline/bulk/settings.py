@@ -67,6 +67,9 @@ class Settings:
     .npz, or a public file by name, such as zoo:deeplabv3_resnet50_coco."""
     labels: str | None = None
     """Ground truth below this URI, matched by relative path without extension; gives IoU."""
+    inventory: str | None = None
+    """A Parquet or CSV file of the photos' uri, etag and size, or the manifest.json of an S3
+    Inventory, instead of a listing; what does not lie below --images is left out."""
     include: tuple[str, ...] = IMAGE_PATTERNS
     """Patterns of the photos' relative paths, upper and lower case alike; '*' takes everything."""
     run_id: str | None = None
@@ -91,6 +94,10 @@ class Settings:
     have 2 each on a cluster."""
     batch_images: int | None = None
     """Photos of one size that go through the network together; 8 on a GPU, 1 on a CPU."""
+    max_wait: int = 3600
+    """Seconds to wait, at most, for a cluster that has no process of this run: one that grows."""
+    max_stall: int = 1800
+    """The run stops when processes run and no photo got through for so many seconds."""
     max_error_fraction: float = 0.05
     """The run stops when more than this part of its photos are errors."""
     dry_run: bool = False
@@ -98,7 +105,7 @@ class Settings:
     inference: Inference = field(default_factory=Inference)
 
     def __post_init__(self) -> None:
-        for name in ("images", "results", "checkpoint", "labels"):
+        for name in ("images", "results", "checkpoint", "labels", "inventory"):
             given = getattr(self, name)
             if given is not None and not given.startswith("zoo:"):
                 object.__setattr__(self, name, storage.normalise(given))
@@ -118,7 +125,9 @@ class Settings:
         if not 0 <= gpus < float("inf") or (gpus > 1 and gpus != int(gpus)):
             raise ValueError(f"--gpus-per-actor {gpus}: must be 0 to 1, or a whole number")
         _check_positive(
-            self, "limit", "shard_images", "shard_bytes", "cpus_per_actor", "batch_images"
+            self,
+            *("limit", "shard_images", "shard_bytes", "cpus_per_actor", "batch_images"),
+            *("max_wait", "max_stall"),
         )
 
     @property
@@ -137,6 +146,7 @@ class Settings:
         return {
             "images": self.images,
             "labels": self.labels,
+            **({"inventory": self.inventory} if self.inventory else {}),
             "include": sorted(self.include),
             "only_new": self.only_new,
             **({"model_changed": self.model_changed} if self.model_changed else {}),

@@ -8,19 +8,21 @@ everything else is a bug that ends the run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.util.annotations import RayDeprecationWarning
 
 from pipeline.bulk.listing import Listed
@@ -29,10 +31,13 @@ from pipeline.bulk.segmenter import Segmenter, SystemicError, Work
 from pipeline.data.storage import StorageError
 from pipeline.runs import cluster
 from pipeline.runs.cluster import RunStoppedError
+from pipeline.runs.patience import Patience
 
 _CONCURRENT_SHARDS = 2  # one is fetched and decoded while the other is in the network
 _SHARDS_IN_FLIGHT = 3  # and one more waits at the actor
 _TELL_EVERY_S = 2.0
+_LOOK_EVERY_S = 1.0
+_BOARD_TIMEOUT_S = 5.0
 
 _LOST = (
     ray.exceptions.RayActorError,
@@ -57,10 +62,22 @@ class Pool:
     max_actors: int
     cpus: int
     gpus: float
+    max_wait_s: float = 3600.0
+    max_stall_s: float = 1800.0
 
     def connect(self) -> None:
         """Joins or starts a Ray that is large enough. Raises RunStoppedError."""
         cluster.connect(workers=self.max_actors, cpus=self.cpus, gpus=self.gpus)
+
+    def patience(self, stuck: Callable[[], str] = str) -> Patience:
+        """How long one waits for such actors."""
+        return Patience(
+            cpus=self.cpus,
+            gpus=self.gpus,
+            max_wait_s=self.max_wait_s,
+            max_stall_s=self.max_stall_s,
+            stuck=stuck,
+        )
 
 
 def photos_of(images: list[dict[str, Any]]) -> list[Listed]:
@@ -73,16 +90,31 @@ class Board:
 
     def __init__(self) -> None:
         self._through: dict[int, int] = {}
+        self._told = 0
 
     def tell(self, shard: int, photos: int) -> None:
         self._through[shard] = photos
+        self._told += 1
 
     def forget(self, shard: int) -> None:
         self._through.pop(shard, None)
 
+    def told(self) -> int:
+        """A number that changes whenever a shard begins or gets on."""
+        return self._told
+
+    def shards(self) -> list[int]:
+        """Those that began and are not forgotten."""
+        return sorted(self._through)
+
     def photos(self) -> int:
         """Photos of shards that are not forgotten."""
         return sum(self._through.values())
+
+
+def start_board() -> Any:
+    """The handle of a board; it is started again where its node goes, and knows nothing then."""
+    return ray.remote(Board).options(num_cpus=0, max_restarts=-1).remote()
 
 
 class _Teller:
@@ -118,6 +150,7 @@ class Stage:
     def _segment(self, shard: int, photos: list[Listed]) -> dict[str, Any]:
         summary, fatal = Summary(shard=shard), self._fatal
         if fatal is None:
+            self._board.tell.remote(shard, 0)
             try:
                 summary = self._segmenter.segment(shard, photos, _Teller(self._board, shard))
             except (SystemicError, StorageError) as error:
@@ -147,6 +180,7 @@ def run(
     in_flight = 1 if one_at_a_time else _SHARDS_IN_FLIGHT
     # max_restarts and max_task_retries have no other place yet
     warnings.simplefilter("ignore", RayDeprecationWarning)
+    watchdog = _Watchdog(pool, board)
     summaries = ray.data.from_arrow(rows).map_batches(
         Stage,
         fn_constructor_args=(work, board),
@@ -165,7 +199,7 @@ def run(
         max_task_retries=0,
     )
     try:
-        for row in summaries.iter_rows():
+        for row in watchdog.watched(summaries):
             fatal = row.pop("fatal")
             if fatal:
                 raise RunStoppedError(fatal)
@@ -177,10 +211,73 @@ def run(
         raise RunStoppedError(f"Ray gave up: {str(error).splitlines()[0]}") from error
 
 
+class _Watchdog:
+    """Looks whether a wave gets on, between the steps of its execution."""
+
+    _ours: _Watchdog | None = None  # whose wave begins
+
+    def __init__(self, pool: Pool, board: Any) -> None:
+        self._board = board
+        self._patience = pool.patience(self._shards_in_work)
+        self._next = 0.0
+        self._asked: Any = None
+        self._told = self._done = 0
+
+    def watched(self, summaries: Any) -> Iterator[dict[str, Any]]:
+        """The data set's rows; raises RunStoppedError where none comes for too long."""
+        _Watchdog._ours = self
+        for row in summaries.iter_rows():
+            self._done += 1
+            yield row
+
+    def look(self, executor: Any) -> None:
+        """Is called by Ray Data's own loop, many times a second; what it raises ends the wave."""
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + _LOOK_EVERY_S
+            self._ask_board()
+            self._patience.look(_running_actors(executor), self._told + self._done)
+
+    def _ask_board(self) -> None:
+        """Takes the board's answer to the last question, and asks again; waits for nothing."""
+        if self._asked is not None and not ray.wait([self._asked], timeout=0)[0]:
+            return
+        with contextlib.suppress(ray.exceptions.RayError):  # it died, and is started again
+            if self._asked is not None:
+                self._told = ray.get(self._asked)
+        self._asked = self._board.told.remote()
+
+    def _shards_in_work(self) -> str:
+        with contextlib.suppress(ray.exceptions.RayError):
+            shards = ray.get(self._board.shards.remote(), timeout=_BOARD_TIMEOUT_S)
+            return f"; in work: shard {', '.join(map(str, shards[:10]))}" if shards else ""
+        return ""
+
+
+class WatchCallback(ExecutionCallback):
+    """What Ray Data makes and calls for each wave; it travels to the actors by name alone."""
+
+    def __init__(self) -> None:
+        self._watchdog, _Watchdog._ours = _Watchdog._ours, None
+
+    def on_execution_step(self, executor: Any) -> None:
+        if self._watchdog is not None:
+            self._watchdog.look(executor)
+
+
+def _running_actors(executor: Any) -> int:
+    """Actors of the wave that are ready; those that wait for a node or load are not."""
+    operators = (each for each in executor._topology if hasattr(each, "get_actor_info"))
+    return sum(each.get_actor_info().running for each in operators)
+
+
 def _set_context(shards: int) -> None:
     context = DataContext.get_current()
+    context.execution_no_progress_timeout_s = -1  # it would end a run that waits for a node
+    context.custom_execution_callback_classes = [WatchCallback]
     context.max_errored_blocks = max(20, shards // 100)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.data._internal.execution.streaming_executor"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # what ends a wave is said once, by who runs it, and is no fault of Ray's that one should report
+    logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)

@@ -50,7 +50,7 @@ def select(
     con: duckdb.DuckDBPyConnection, schema: pa.Schema, files: Iterable[storage.Object]
 ) -> str:
     """A SELECT of the schema's columns of all rows of the files, be there any or none."""
-    if uris := [_escaped(item.uri) for item in files]:
+    if uris := [escaped(item.uri) for item in files]:
         listed = ", ".join(map(quoted, uris))
         columns = ", ".join(schema.names)
         return f"SELECT {columns} FROM read_parquet([{listed}], hive_partitioning = false)"
@@ -64,7 +64,7 @@ def quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _escaped(uri: str) -> str:
+def escaped(uri: str) -> str:
     """The local path as a DuckDB pattern that it alone matches; remote names are no patterns."""
     if uri.startswith("/"):
         return re.sub(r"[\[*?]", r"[\g<0>]", uri)

@@ -54,6 +54,8 @@ def test_a_bad_inference_setting_is_one_line_with_its_flag_and_value(
         ("--shard-bytes", "-5", {"shard_bytes": -5}),
         ("--cpus-per-actor", "0", {"cpus_per_actor": 0}),
         ("--batch-images", "0", {"batch_images": 0}),
+        ("--max-wait", "0", {"max_wait": 0}),
+        ("--max-stall", "-1", {"max_stall": -1}),
         ("run id", "'../x'", {"run_id": "../x"}),
         ("neither s3://", "gs://bucket", {"images": "gs://bucket/x"}),
         ("neither s3://", "''", {"results": ""}),
@@ -122,7 +124,7 @@ def test_how_fast_and_how_patiently_a_run_works_is_no_part_of_its_identity(
     settings_for: SettingsFor,
 ) -> None:
     plain = settings_for("/x").identity(model="m")
-    fast = settings_for("/x", actors=(1, 9), cpus_per_actor=3, max_error_fraction=0.5)
+    fast = settings_for("/x", actors=(1, 9), cpus_per_actor=3, max_error_fraction=0.5, max_wait=9)
     assert fast.identity(model="m") == plain
     turned = settings_for("/x", include=tuple(reversed(Settings.include)))
     assert turned.identity(model="m") == plain

@@ -1,0 +1,172 @@
+"""The objects that an inventory names, instead of a listing: a row each, in bounded memory.
+
+An inventory is Parquet or CSV (.csv, .csv.gz, with a header) of uri, etag and size, or of S3
+Inventory's bucket, key, e_tag and size; or the manifest.json that S3 Inventory writes, whose data
+files are Parquet, or CSV without a header and with URL-encoded keys. What it says is not checked
+against the bucket: an object that is gone or replaced since becomes an error row.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote_plus
+
+import duckdb
+
+from pipeline.data import storage
+from pipeline.results import files
+
+MEMORY_LIMIT = "1GB"
+
+_NAMES = {"e_tag": "etag", "is_latest": "latest", "is_delete_marker": "deleted"}
+"""S3 Inventory's names in Parquet -> ours; in a manifest's CSV they are IsLatest, ETag, ..."""
+
+_BUCKET_OF_ARN = re.compile(r"arn:[\w-]+:s3:::(.+)")
+_CSV = "delim = ',', quote = '\"', escape = '\"', parallel = false"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    """An inventory's files, and how they are read."""
+
+    objects: list[storage.Object]
+    reader: str  # of DuckDB, with a place for the files' names
+    decode: Callable[[str], str] = str  # of keys
+
+
+class Inventory:
+    """The inventory at `uri`, of objects below `prefix`.
+
+    `outside` counts its objects that lie elsewhere or are no current version. `etag` is the
+    inventory's own. Raises ValueError where it is none, StorageError.
+    """
+
+    def __init__(self, uri: str, prefix: str) -> None:
+        self._uri = uri
+        self._below = storage.join(prefix, "")
+        self.outside = 0
+        found = storage.stat_object(uri)
+        if found is None:
+            raise ValueError(f"--inventory {uri} does not exist")
+        self.etag = found.etag
+        self._data = _data_of(found)
+
+    def objects(self) -> Iterator[storage.Object]:
+        """Its objects below the prefix, in its own order."""
+        data = self._data
+        with files.connect(self._uri, data.objects, memory_limit=MEMORY_LIMIT) as con:
+            for name, etag, size, current in self._rows(con):
+                uri = self._normalised(name, data.decode)
+                if uri is None or not current:
+                    self.outside += 1
+                elif size or not uri.endswith("/"):  # the "folders" that some tools make
+                    yield self._checked(uri, etag, size)
+
+    def _rows(self, con: duckdb.DuckDBPyConnection) -> Iterator[tuple[Any, ...]]:
+        """(uri, or bucket and key as one; etag; size; whether it is a current version)."""
+        data = self._data
+        names = ", ".join(files.quoted(files.escaped(each.uri)) for each in data.objects)
+        source = data.reader.format(f"[{names}]")
+        try:
+            described = con.execute(f"describe select * from {source}").fetchall()
+            query = self._query([row[0] for row in described], source)
+            found = con.execute(query)
+            while rows := found.fetchmany(10_000):
+                yield from rows
+        except duckdb.Error as error:
+            line = str(error).strip().splitlines()[0]
+            raise ValueError(f"--inventory {self._uri} cannot be read: {line}") from error
+
+    def _query(self, columns: list[str], source: str) -> str:
+        ours = {_ours(name): f'"{name}"' for name in columns}
+        if "uri" in ours:
+            uri = ours["uri"]
+        elif {"bucket", "key"} <= ours.keys():
+            uri = f"'s3://' || {ours['bucket']} || '/' || {ours['key']}"
+        else:
+            raise ValueError(
+                f"--inventory {self._uri} has the columns {', '.join(columns)[:200]}, and needs "
+                "uri (or bucket and key), etag, size; of S3's CSV without a header give the "
+                "manifest.json"
+            )
+        for name in ("etag", "size"):
+            if name not in ours:
+                raise ValueError(f"--inventory {self._uri} has no column {name}")
+        current = " and ".join(
+            f"coalesce(lower({ours[name]}::varchar), '{value}') = '{value}'"
+            for name, value in (("latest", "true"), ("deleted", "false"))
+            if name in ours
+        )
+        return (
+            f"select {uri}, {ours['etag']}::varchar, try_cast({ours['size']} as bigint), "
+            f"{current or 'true'} from {source}"
+        )
+
+    def _normalised(self, name: str | None, decode: Callable[[str], str]) -> str | None:
+        """The object's URI, None where it is not below the prefix."""
+        try:
+            # of s3:// every character of the key counts: it stays as it is
+            uri = decode(name or "")
+            uri = uri if uri.startswith("s3://") else storage.normalise(uri)
+        except ValueError:
+            return None
+        return uri if uri.startswith(self._below) else None
+
+    def _checked(self, uri: str, etag: str | None, size: int | None) -> storage.Object:
+        if not etag or size is None or size < 0:
+            raise ValueError(
+                f"--inventory {self._uri}: the row of {uri} has etag {etag!r} and size {size}; "
+                "both must be what a listing shows"
+            )
+        return storage.Object(uri, etag.strip('"'), size)
+
+
+def _ours(name: str) -> str:
+    """Our name of a column: of Parquet's is_latest and of a manifest's IsLatest alike."""
+    lower = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip()).lower()
+    return _NAMES.get(lower, lower)
+
+
+def _data_of(found: storage.Object) -> _Data:
+    uri = found.uri.lower()
+    if uri.endswith(".parquet"):
+        return _Data(objects=[found], reader="read_parquet({}, hive_partitioning = false)")
+    if uri.endswith((".csv", ".csv.gz")):
+        return _Data(objects=[found], reader=_csv(f"{_CSV}, header = true, all_varchar = true"))
+    if uri.endswith(".json"):
+        try:
+            return _data_of_manifest(json.loads(storage.read(found.uri)))
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"--inventory {found.uri} is no manifest of S3 Inventory: {error!r:.200}"
+            ) from None
+    raise ValueError(f"--inventory {found.uri}: take .parquet, .csv, .csv.gz, or a manifest.json")
+
+
+def _data_of_manifest(manifest: dict[str, Any]) -> _Data:
+    bucket = manifest["destinationBucket"]
+    if arn := _BUCKET_OF_ARN.fullmatch(bucket):
+        bucket = arn[1]
+    objects = [
+        storage.Object(f"s3://{bucket}/{each['key']}", "", int(each["size"]))
+        for each in manifest["files"]
+    ]
+    if not objects:
+        raise ValueError("the inventory's manifest names no files")
+    kind = manifest["fileFormat"].lower()
+    if kind == "parquet":
+        return _Data(objects=objects, reader="read_parquet({}, hive_partitioning = false)")
+    if kind != "csv":
+        raise ValueError(f"the inventory is {manifest['fileFormat']}; take Parquet or CSV")
+    names = [name.strip() for name in manifest["fileSchema"].split(",")]
+    columns = ", ".join(f"{files.quoted(name)}: 'VARCHAR'" for name in names)
+    options = f"{_CSV}, header = false, auto_detect = false, columns = {{{{{columns}}}}}"
+    return _Data(objects=objects, reader=_csv(options), decode=unquote_plus)
+
+
+def _csv(options: str) -> str:
+    return f"read_csv({{}}, {options})"

@@ -1,0 +1,83 @@
+"""A run on a cluster that has no worker: it waits, the cluster grows, and shrinks after it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from growing_cluster import GrowingCluster, growing_cluster
+
+from pipeline.data import storage
+from pipeline.results import query
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GrowingCluster]:
+    with growing_cluster(tmp_path_factory.mktemp("cluster"), max_workers=2) as found:
+        yield found
+
+
+def _command(prefix: Path, checkpoint: str, *more: str) -> list[str]:
+    return [
+        *(sys.executable, "jobs/segment.py", "--images", f"{prefix}/photos"),
+        *("--results", f"{prefix}/results", "--checkpoint", checkpoint, "--run-id", "r"),
+        *("--shard-images", "4", *more),
+    ]
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float) -> float:
+    """Seconds until the condition was true."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds
+        time.sleep(0.2)
+    return time.monotonic() - started
+
+
+def test_a_run_starts_without_workers_the_cluster_grows_for_it_and_shrinks_afterwards(
+    tmp_path: Path, cluster: GrowingCluster, fill: Any, checkpoint: str
+) -> None:
+    fill(str(tmp_path), 120)
+    assert cluster.nodes() == 1
+    command = _command(
+        tmp_path, checkpoint, "--cpus-per-actor", "1", "--actors", "1", "2", "--max-wait", "400"
+    )
+    driver = subprocess.Popen(
+        command, cwd=ROOT, env=cluster.environment, stdout=subprocess.PIPE, text=True
+    )
+    most = 1
+    while driver.poll() is None:
+        most = max(most, cluster.nodes())
+        time.sleep(0.2)
+    said, _ = driver.communicate()
+    assert driver.returncode == 0, said
+    assert " images=120 ok=120 errors=0 " in said
+    assert most == 3
+    with query.connect(f"{tmp_path}/results") as con:
+        rows = con.execute("select count(*), count(distinct uri) from images").fetchall()
+    assert rows == [(120, 120)]
+    _wait_for(lambda: cluster.nodes() == 1, 200)
+
+
+def test_a_node_that_never_comes_ends_the_run_when_it_was_told_to_and_says_which(
+    tmp_path: Path, cluster: GrowingCluster, fill: Any, checkpoint: str
+) -> None:
+    fill(str(tmp_path), 4)
+    command = _command(tmp_path, checkpoint, "--cpus-per-actor", "8", "--max-wait", "40")
+    done = subprocess.run(
+        command, cwd=ROOT, env=cluster.environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stdout
+    assert "waiting for a node with 8 CPUs: 4" in done.stdout.splitlines()[-1]
+    assert "s were in vain (--max-wait)" in done.stdout.splitlines()[-1]
+    assert "waiting for a node with 8 CPUs, 3" in done.stderr
+    assert not list(storage.list_objects(f"{tmp_path}/results/leases"))
