@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from jobs import ending
 from jobs.arguments import parse
-from jobs.display import Display, size
+from jobs.display import Display, duration, size
 from jobs.ending import last_line
 from pipeline.bulk.plan import Plan
 from pipeline.bulk.progress import Progress
@@ -94,6 +94,27 @@ def _otherwise_lines(plan: Plan) -> list[str]:
     return [f"  {everything}another model or other settings have done {done} images; {answer}"]
 
 
+def _estimate_lines(settings: Settings, ended: Ended) -> list[str]:
+    """What the run would take, on what that was measured, and where it does not hold."""
+    if (found := ended.estimate) is None:
+        return [f"  no estimate: {ended.no_estimate}"] if ended.no_estimate else []
+    pool = found.pool
+    each = f"{pool.cpus} CPUs" + (f" and {pool.gpus:g} GPUs" if pool.gpus else "")
+    hours = f"{found.cpu_hours:.2f} CPU hours"
+    if pool.gpus:
+        hours = f"{found.gpu_hours:.2f} GPU hours"
+        if settings.price_per_gpu_hour:
+            hours += f" (cost {found.gpu_hours * settings.price_per_gpu_hour:.2f})"
+    return [
+        f"  estimate: {duration(found.seconds)} on {pool.max_actors} actors of {each}, {hours}, "
+        f"{size(found.bytes_written)} written",
+        f"    by {found.sampled} photos ({found.errors} errors) that took "
+        f"{found.seconds_an_image:.2f} s each on {found.device}, load {found.load:.1f}",
+        "    without starting (about half a minute, a cluster's growing apart); other CPUs and "
+        "GPUs, a storage that is slow for many, and a busy machine differ",
+    ]
+
+
 def _last_line(settings: Settings, ended: Ended) -> str:
     facts: dict[str, object] = {"run": ended.plan.run_id, "images": ended.plan.counts.images}
     if ended.outcome is not None:
@@ -108,6 +129,15 @@ def _last_line(settings: Settings, ended: Ended) -> str:
         print(f"run {ended.plan.run_id} was finished before: there is nothing to do")
     elif ended.plan.identity["only_new"] and not ended.plan.counts.images:
         print("nothing is new: earlier runs have done every photo")
+    if settings.dry_run:
+        print("".join(f"{line}\n" for line in _estimate_lines(settings, ended)), end="")
+    if ended.estimate is not None:
+        facts |= {
+            "estimated_seconds": f"{ended.estimate.seconds:.0f}",
+            "estimated_cpu_hours": f"{ended.estimate.cpu_hours:.3f}",
+            "estimated_gpu_hours": f"{ended.estimate.gpu_hours:.3f}",
+            "estimated_bytes_written": ended.estimate.bytes_written,
+        }
     state = "planned" if settings.dry_run else "finished"
     facts["results"] = settings.results
     return last_line(f"segment {state}", facts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,12 +77,14 @@ class Alone:
 
     def segment(self, shard: int, photos: Sequence[Listed]) -> Summary:
         """Creates the shard's file of its photos' rows, each segmented alone."""
+        started = time.monotonic()
         files = [self._single(shard, i, photo) for i, photo in enumerate(photos)]
         table = pa.concat_tables(pq.read_table(io.BytesIO(file)) for file in files)
         data = tables.table_to_parquet(table.cast(self._schema))
-        summary = Summary(shard=shard, images=len(photos))
+        summary = Summary(shard=shard, images=len(photos), actor=f"alone with {shard}")
         summary.errors.update(kind for kind in table["error_kind"].to_pylist() if kind)
         summary.committed = storage.create(self._work.layout.shard(shard), data)
+        summary.actor_s = time.monotonic() - started
         singles = range(len(photos))
         layout = self._work.layout
         storage.delete([layout.single(shard, i) for i in singles], within=layout.results)

@@ -149,10 +149,20 @@ class Finish:
             ],
             "mean_iou": sum(ious) / len(ious) if ious else None,
             "class_iou": [dict(zip(_SCORE_NAMES, score, strict=True)) for score in scores],
+            "inventory": self._plan.identity.get("inventory"),
+            "inventory_etag": self._plan.inventory_etag,
+            "bytes_written": self._bytes_written(),
             **facts,
         }
         schema = tables.with_footer(tables.RUNS, self._classes)
         storage.write(self._layout.record, tables.to_parquet([row], schema))
+
+    def _bytes_written(self) -> int:
+        layout = self._layout
+        folders = (layout.images, layout.classes, layout.done_parts)
+        sizes = sum(item.size for folder in folders for item in storage.list_objects(folder))
+        last = storage.stat_object(layout.done)
+        return sizes + (last.size if last else 0)
 
 
 def _files(reader: pa.RecordBatchReader, schema: pa.Schema) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -155,9 +155,16 @@ def check_same(plan: Plan, identity: dict[str, Any]) -> None:
 
 
 def make(
-    settings: Settings, layout: RunLayout, identity: dict[str, Any], *, write: bool = True
+    settings: Settings,
+    layout: RunLayout,
+    identity: dict[str, Any],
+    *,
+    write: bool = True,
+    look: Callable[[Iterator[Listed]], Iterator[Listed]] = iter,
 ) -> Plan:
     """Lists, cuts and (unless `write` is off) writes the plan; if another was first, that one.
+
+    `look` is given the photos on their way into the plan.
 
     Raises ValueError where nothing is to be segmented, labels are ambiguous, or the model changed
     and nobody said what to do then, StorageError.
@@ -173,7 +180,7 @@ def make(
     with Listing(settings, model=values["model"], settings_print=values["settings"]) as listing:
         if write and settings.model_changed is None and listing.done_otherwise:
             raise ValueError(_model_changed(listing))
-        counted, parts = _write_parts(settings, layout, listing.images(), write=write)
+        counted, parts = _write_parts(settings, layout, look(listing.images()), write=write)
         counts = Counts(
             **counted,
             left_out=listing.left_out,

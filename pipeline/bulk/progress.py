@@ -23,6 +23,8 @@ class Summary:
     wait_s: float = 0.0  # the network waited for pixels
     infer_s: float = 0.0
     committed: bool = False  # False: another writer was first
+    actor: str = ""  # who did it, and how long that one had lived then
+    actor_s: float = 0.0
 
 
 class Progress:
@@ -36,6 +38,7 @@ class Progress:
         self.images_now = 0
         self.errors: Counter[str] = Counter()  # images of this driver, by kind
         self.bytes_read = 0
+        self._actors: dict[str, float] = {}
         self.in_work: Callable[[], int] = lambda: 0  # images of shards that are not done yet
         self._images_in_work = 0
         self._lock = threading.Lock()
@@ -48,6 +51,8 @@ class Progress:
         self.images_now += summary.images
         self.errors.update(summary.errors)
         self.bytes_read += summary.bytes_read
+        lived = self._actors.get(summary.actor, 0.0)
+        self._actors[summary.actor] = max(lived, summary.actor_s)
         self.look()
 
     def look(self) -> None:
@@ -65,6 +70,11 @@ class Progress:
         # the oldest point stays until the next one is a window old: slow shards give a rate too
         while len(self._recent) > 2 and now - self._recent[1][0] >= _WINDOW_S:
             self._recent.popleft()
+
+    @property
+    def actor_seconds(self) -> float:
+        """Over all actors, each from its start to the end of its last shard."""
+        return sum(self._actors.values())
 
     @property
     def images_done(self) -> int:

@@ -11,21 +11,23 @@ import importlib.metadata
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import pipeline
-from pipeline.bulk import plan
+from pipeline.bulk import estimate, plan
+from pipeline.bulk.estimate import Estimate, Spread
 from pipeline.bulk.finish import Finish, Outcome, recorded
 from pipeline.bulk.plan import Plan
 from pipeline.bulk.progress import Progress, Summary
 from pipeline.bulk.reconcile import Reconciler
 from pipeline.bulk.rows import RowMaker
-from pipeline.bulk.segmenter import Work, checkpoint_fingerprint
+from pipeline.bulk.segmenter import SystemicError, Work, checkpoint_fingerprint
 from pipeline.bulk.settings import Settings
+from pipeline.bulk.usage import Usage
 from pipeline.bulk.waves import Pool
 from pipeline.data import storage
 from pipeline.data.labels import Classes
@@ -49,6 +51,8 @@ class Ended:
     seconds: float
     images_per_second: float | None
     nothing_to_do: bool = False
+    estimate: Estimate | None = None  # of a dry run
+    no_estimate: str = ""  # why there is none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +78,7 @@ def run(settings: Settings, watch: Watch) -> Ended:
     if known is not None:
         plan.check_same(known, identity)
     if settings.dry_run:
-        known = known or plan.make(settings, layout, identity, write=False)
-        watch(known, _progress(known, layout))
-        return Ended(plan=known, outcome=None, seconds=0.0, images_per_second=None)
+        return _dry(settings, layout, identity, known, watch)
     if known is not None and storage.exists(layout.record):
         return _finished_before(layout, known)
     if cluster.has_cluster():
@@ -91,6 +93,59 @@ def run(settings: Settings, watch: Watch) -> Ended:
         if storage.exists(layout.record):  # by the driver that had the lease before
             return _finished_before(layout, known)
         return _Run(settings, layout, known, checkpoint, watch, held).to_its_end()
+
+
+def _dry(
+    settings: Settings,
+    layout: RunLayout,
+    identity: dict[str, Any],
+    known: Plan | None,
+    watch: Watch,
+) -> Ended:
+    """The plan as it would be, and what it would take."""
+    spread = Spread(settings.calibration_images)
+    written = known is not None
+    look = spread.through if settings.calibration_images else iter
+    known = known or plan.make(settings, layout, identity, write=False, look=look)
+    progress = _progress(known, layout)
+    watch(known, progress)
+    ended = Ended(plan=known, outcome=None, seconds=0.0, images_per_second=None)
+    left = progress.images - progress.images_before
+    if not (settings.calibration_images and left):
+        return ended
+    pool = _pool(settings)
+    if pool.gpus and not torch.cuda.is_available():
+        return replace(
+            ended,
+            no_estimate="its actors have GPUs, and this machine has none to measure on; "
+            "a dry run on a node with one gives it",
+        )
+    work = _work(settings, layout, known, pool)
+    try:
+        photos = (
+            estimate.spread_of(work, known, settings.calibration_images)
+            if written
+            else spread.photos()
+        )
+        shards = max(1, round(known.counts.shards * left / progress.images))
+        found = estimate.measure(work, pool, photos, images=left, shards=shards)
+    except (SystemicError, storage.StorageError) as error:
+        return replace(ended, no_estimate=str(error))
+    return replace(ended, estimate=found)
+
+
+def _work(settings: Settings, layout: RunLayout, known: Plan, pool: Pool) -> Work:
+    return Work(
+        layout=layout,
+        images=settings.images,
+        checkpoint=settings.checkpoint,
+        model=known.model,
+        settings=known.settings,
+        inference=settings.inference,
+        batch_images=settings.batch_images or (_GPU_BATCH if pool.gpus else _CPU_BATCH),
+        cpus=pool.cpus,
+        gpu=pool.gpus > 0,
+    )
 
 
 def _leases(settings: Settings, layout: RunLayout, checkpoint: _Checkpoint) -> list[str]:
@@ -183,19 +238,18 @@ class _Run:
         self._held = held
         self._progress = _progress(known, layout)
         self._pool = _pool(settings)
-        self._work = Work(
-            layout=layout,
-            images=settings.images,
-            checkpoint=settings.checkpoint,
-            model=known.model,
-            settings=known.settings,
-            inference=settings.inference,
-            batch_images=settings.batch_images or (_GPU_BATCH if self._pool.gpus else _CPU_BATCH),
-            cpus=self._pool.cpus,
-            gpu=self._pool.gpus > 0,
-        )
+        self._work = _work(settings, layout, known, self._pool)
+        self._usage = Usage(layout, self._progress, self._pool.gpus)
 
     def to_its_end(self) -> Ended:
+        try:
+            return self._to_its_end()
+        except BaseException:
+            with contextlib.suppress(storage.StorageError):  # what ended it is said, not this
+                self._usage.save()
+            raise
+
+    def _to_its_end(self) -> Ended:
         self._watch(self._plan, self._progress)
         rows = RowMaker(
             run_id=self._layout.run_id,
@@ -215,22 +269,27 @@ class _Run:
             finish.write_done()
         seconds = self._progress.seconds
         rate = self._progress.images_now / seconds if self._progress.images_now else None
+        used = self._usage.total()
         finish.write_record(
             outcome,
             {
+                **asdict(used),
+                "price_per_gpu_hour": self._settings.price_per_gpu_hour,
+                "cost": used.cost(self._settings.price_per_gpu_hour),
                 "checkpoint": self._settings.checkpoint,
                 "checkpoint_sha256": self._checkpoint.sha256,
                 "code_version": self._checkpoint.code_version,
-                "bytes_read": self._progress.bytes_read,
                 "seconds": seconds,
                 "images_per_second": rate,
             },
         )
+        self._usage.forget()
         return Ended(plan=self._plan, outcome=outcome, seconds=seconds, images_per_second=rate)
 
     def _count(self, summary: Summary) -> None:
         """Counts a shard, tells who watches, and stops the run by the rules."""
         self._progress.add(summary)
+        self._usage.save_sometimes()
         self._watch(self._plan, self._progress)
         if any(each.lost.is_set() for each in self._held):
             raise RunStoppedError("another driver took the run over")

@@ -98,10 +98,14 @@ class Settings:
     """Seconds to wait, at most, for a cluster that has no process of this run: one that grows."""
     max_stall: int = 1800
     """The run stops when processes run and no photo got through for so many seconds."""
+    price_per_gpu_hour: float | None = None
+    """What a GPU costs an hour, for the estimate of a dry run and the run's record."""
     max_error_fraction: float = 0.05
     """The run stops when more than this part of its photos are errors."""
     dry_run: bool = False
-    """Say what would be done, and do nothing."""
+    """Say what would be done and about what it takes, and do nothing."""
+    calibration_images: int = 24
+    """Photos that a dry run segments on this machine to estimate time and size; 0 for none."""
     inference: Inference = field(default_factory=Inference)
 
     def __post_init__(self) -> None:
@@ -124,6 +128,13 @@ class Settings:
         gpus = self.gpus_per_actor
         if not 0 <= gpus < float("inf") or (gpus > 1 and gpus != int(gpus)):
             raise ValueError(f"--gpus-per-actor {gpus}: must be 0 to 1, or a whole number")
+        price = self.price_per_gpu_hour
+        if price is not None and not (gpus and 0 < price < float("inf")):
+            raise ValueError(
+                f"--price-per-gpu-hour {price:g}: must be over 0, with --gpus-per-actor over 0"
+            )
+        if self.calibration_images < 0:
+            raise ValueError(f"--calibration-images {self.calibration_images}: must be at least 0")
         _check_positive(
             self,
             *("limit", "shard_images", "shard_bytes", "cpus_per_actor", "batch_images"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import secrets
 import time
 import traceback
 import warnings
@@ -136,6 +137,7 @@ class Stage:
 
     def __init__(self, work: Work, board: Any) -> None:
         self._board = board
+        self._name, self._began = secrets.token_hex(8), time.monotonic()
         self._fatal: str | None = None
         try:
             self._segmenter = Segmenter(work)
@@ -157,6 +159,7 @@ class Stage:
                 fatal = str(error)
             except Exception as error:  # a bug: said to the driver, which ends the run
                 fatal = f"a bug, {type(error).__name__}: {error}\n{traceback.format_exc()}"
+        summary.actor, summary.actor_s = self._name, time.monotonic() - self._began
         packed = asdict(replace(summary, errors=Counter()))
         return {**packed, "errors": json.dumps(summary.errors), "fatal": fatal or ""}
 

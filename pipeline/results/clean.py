@@ -44,7 +44,7 @@ def of_run(results: str, run_id: str) -> list[storage.Object]:
     found = [item for item in (record, storage.stat_object(run.done)) if item]
     # a plan that lost parts must not be taken up again: plan.json goes before them
     plan = storage.join(run.plan, "plan.json")
-    for folder in (run.done_parts, run.classes, run.images, run.plan, run.singles):
+    for folder in (run.done_parts, run.classes, run.images, run.plan, run.singles, run.usage):
         found += sorted(storage.list_objects(folder), key=lambda item: (item.uri != plan, item))
         found += _temporary(folder)
     found += [lease] if lease else []
@@ -56,16 +56,17 @@ def of_run(results: str, run_id: str) -> list[storage.Object]:
 def leftovers(results: str) -> list[storage.Object]:
     """What killed runs left that nobody needs.
 
-    Temporary files; leases and single rows of finished runs; files beside a plan that it does
-    not name; leases and files of runs that died before they had a plan. A temporary file younger
-    than `FRESH_S` may be a living writer's and stays. Raises LookupError where nothing lies.
+    Temporary files; leases, single rows and accounts of finished runs; files beside a plan that it
+    does not name; leases and files of runs that died before they had a plan. A temporary file
+    younger than `FRESH_S` may be a living writer's and stays.
+    Raises LookupError where nothing lies.
     """
     results = storage.normalise(results)
     if not (any(storage.list_pages(results)) or storage.leftovers(results)):
         raise LookupError(f"no results lie at {results}")
     found = _unplanned(results)
     for run in _finished(results):
-        found += storage.list_objects(run.singles)
+        found += [*storage.list_objects(run.singles), *storage.list_objects(run.usage)]
         if lease := storage.stat_object(run.lease):
             found.append(lease)
     return [*found, *_unnamed_parts(results), *filter(_is_old, _temporary(results))]

@@ -47,16 +47,28 @@ def connect(
 
 
 def select(
-    con: duckdb.DuckDBPyConnection, schema: pa.Schema, files: Iterable[storage.Object]
+    con: duckdb.DuckDBPyConnection,
+    schema: pa.Schema,
+    files: Iterable[storage.Object],
+    *,
+    grown: bool = False,
 ) -> str:
-    """A SELECT of the schema's columns of all rows of the files, be there any or none."""
-    if uris := [escaped(item.uri) for item in files]:
-        listed = ", ".join(map(quoted, uris))
-        columns = ", ".join(schema.names)
+    """A SELECT of the schema's columns of all rows of the files, be there any or none.
+
+    With `grown`, files of earlier versions may lack columns, which are null then; all footers are
+    read for that.
+    """
+    listed = ", ".join(quoted(escaped(item.uri)) for item in files)
+    columns = ", ".join(schema.names)
+    if listed and not grown:
         return f"SELECT {columns} FROM read_parquet([{listed}], hive_partitioning = false)"
     types = con.from_arrow(schema.empty_table()).types
     nulls = zip(types, schema.names, strict=True)
-    return f"SELECT {', '.join(f'NULL::{kind} AS {name}' for kind, name in nulls)} WHERE false"
+    none = f"SELECT {', '.join(f'NULL::{kind} AS {name}' for kind, name in nulls)} WHERE false"
+    if not listed:
+        return none
+    rows = f"read_parquet([{listed}], hive_partitioning = false, union_by_name = true)"
+    return f"SELECT {columns} FROM ({none} UNION ALL BY NAME FROM {rows})"
 
 
 def quoted(text: str) -> str:

@@ -7,6 +7,7 @@ done/run=<id>/part-00000.parquet       those before, of large runs; with the las
 runs/run=<id>.parquet                  the run's record, written last
 plans/run=<id>/plan.json               what the run will do; its parts lie beside it
 singles/run=<id>/000017/00003.parquet  rows of a shard that is done image by image
+usage/run=<id>/<driver>.json           what each driver of an unfinished run has used
 leases/run=<id>.json                   who works on the run
 leases/only-new-<fingerprint>.json     who does what is new of some photos, with some model
 """
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 
 from pipeline.data import storage
 
-FOLDERS = ("images", "classes", "done", "runs", "plans", "singles", "leases")
+FOLDERS = ("images", "classes", "done", "runs", "plans", "singles", "usage", "leases")
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 _SHARD = re.compile(r"shard-(\d{6,})\.parquet\Z")
@@ -62,6 +63,10 @@ class RunLayout:
     @property
     def singles(self) -> str:
         return self._at("singles")
+
+    @property
+    def usage(self) -> str:
+        return self._at("usage")
 
     @property
     def done(self) -> str:

@@ -108,7 +108,7 @@ def _views(con: duckdb.DuckDBPyConnection, snapshot: _Snapshot) -> dict[str, str
     return {
         "images": images,
         "classes": f"{finished} UNION ALL {unfinished}" if snapshot.unfinished else finished,
-        "runs": files.select(con, tables.RUNS, snapshot.records),
+        "runs": files.select(con, tables.RUNS, snapshot.records, grown=True),
         "latest": _latest(snapshot.started),
         "iou": _IOU,
     }

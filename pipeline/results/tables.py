@@ -95,7 +95,7 @@ RUNS = pa.schema(
         pa.field("errors", _int64, nullable=False),
         pa.field("label_errors", _int64, nullable=False),
         pa.field("shards", _int64, nullable=False),
-        pa.field("bytes_read", _int64, nullable=False),
+        pa.field("bytes_read", _int64, nullable=False),  # by all of its drivers
         pa.field("seconds", pa.float64(), nullable=False),  # of the driver that ended the run
         pa.field("images_per_second", pa.float64()),  # of that driver; null if it did none
         pa.field(
@@ -118,6 +118,14 @@ RUNS = pa.schema(
                 )
             ),
         ),
+        # younger than the others: null in what earlier versions wrote
+        pa.field("bytes_written", _int64),  # images, classes and done
+        pa.field("actor_seconds", pa.float64()),  # each from its start to its last shard's end
+        pa.field("gpu_seconds", pa.float64()),  # those, times an actor's GPUs
+        pa.field("price_per_gpu_hour", pa.float64()),  # as given
+        pa.field("cost", pa.float64()),  # null without a price
+        pa.field("inventory", _string),  # what was read instead of a listing
+        pa.field("inventory_etag", _string),
     ]
 )
 

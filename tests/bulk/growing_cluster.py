@@ -37,6 +37,7 @@ class GrowingCluster:
             "RAY_AUTH_MODE": "disabled",
             "RAY_ADDRESS": self.address,
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_raylet_start_wait_time_s": "120",  # on a busy machine
         }
 
     def start(self, temporary: str) -> None:

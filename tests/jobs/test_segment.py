@@ -66,6 +66,16 @@ def test_iou_of_a_run_equals_counting_the_pixels_of_masks_and_labels(
         "select c.iou from (select unnest(class_iou) as c "
         f"from '{tmp_path}/results/runs/*.parquet') where c.class_name = 'cat'"
     ).fetchall()
+    record = f"'{tmp_path}/results/runs/*.parquet'"
+    [used] = duckdb.execute(f"select bytes_read, bytes_written, cost from {record}").fetchall()
+    read = [*tmp_path.rglob("photos/*"), *tmp_path.rglob("labels/*")]
+    folders = [tmp_path / "results" / name for name in ("images", "classes", "done")]
+    written = [path for folder in folders for path in folder.rglob("*")]
+    sizes = [sum(p.stat().st_size for p in paths if p.is_file()) for paths in (read, written)]
+    assert used == (*sizes, None)
+    [(alive,)] = duckdb.execute(f"select actor_seconds from {record}").fetchall()
+    assert 0 < alive < 600
+    assert not (tmp_path / "results" / "usage").exists()
     assert either > 10_000
     assert iou == pytest.approx(both / either, abs=1e-12)
 
@@ -81,6 +91,9 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert "in 2 shards" in out
     assert "labels: 3 of the images have one" in out
     assert "left out: 1 objects" in out
+    assert "  estimate: " in out
+    assert "    by 3 photos (0 errors) that took " in out
+    assert " estimated_seconds=" in out.splitlines()[-1]
     assert not list(storage.list_objects(f"{prefix}/results"))
 
 
@@ -97,6 +110,9 @@ BAD_USE = {
     "a GPU that is not there": (["--gpus-per-actor", "512"], 2, "--gpus-per-actor 512"),
     "a part of a second GPU": (["--gpus-per-actor", "1.5"], 2, "--gpus-per-actor 1.5"),
     "one photo for a folder": (["--images", "{prefix}/photos/000.jpg"], 2, "is one object"),
+    "a price of no GPU": (["--price-per-gpu-hour", "2"], 2, "with --gpus-per-actor over 0"),
+    "an inventory that is not there": (["--inventory", "{prefix}/i.csv"], 2, "i.csv does not"),
+    "an answer to nothing": (["--model-changed", "new-only"], 2, "without --only-new"),
     "an unknown flag": (["--scale", "1"], 2, "--scale"),
 }
 

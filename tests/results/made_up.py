@@ -91,7 +91,7 @@ def _finish(run: RunLayout, rows: list[Row], started: datetime) -> None:
     record |= dict.fromkeys(("arguments", "checkpoint", "checkpoint_sha256"), "{}")
     record |= {"run_id": run.run_id, "started_at": started, "finished_at": started}
     record |= {"model": "m", "settings": "s", "code_version": "0", "images": len(rows)}
-    record |= {"errors_by_kind": [], "class_iou": []}
+    record |= {"errors_by_kind": [], "class_iou": [], "inventory": None, "inventory_etag": None}
     storage.write(run.record, tables.to_parquet([record], tables.RUNS))
 
 

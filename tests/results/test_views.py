@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from results.made_up import class_rows, image_row, rows_of, write_run
 
@@ -208,3 +210,21 @@ def test_the_times_of_runs_come_to_python_as_they_are(prefix: str) -> None:
     [(started, finished)] = ask(prefix, "SELECT started_at, finished_at FROM runs")
     assert started.utcoffset() is not None
     assert started <= finished
+
+
+def test_records_of_versions_that_knew_fewer_columns_are_read_beside_those_of_today(
+    prefix: str,
+) -> None:
+    write_run(prefix, "old", hour=0)
+    uri = RunLayout(results=prefix, run_id="old").record
+    table = pq.read_table(io.BytesIO(storage.read(uri)))
+    young = {"bytes_written", "actor_seconds", "gpu_seconds", "price_per_gpu_hour", "cost"}
+    young |= {"inventory", "inventory_etag"}
+    old = table.drop_columns(sorted(young))
+    assert old.column_names == table.column_names[: -len(young)]
+    storage.write(uri, tables.table_to_parquet(old))
+    question = "SELECT run_id, shards, bytes_written, inventory FROM runs ORDER BY run_id DESC"
+    assert ask(prefix, question) == [("old", 0, None, None)]
+    write_run(prefix, "new", hour=1)
+    assert ask(prefix, question) == [("old", 0, None, None), ("new", 0, 0, None)]
+    assert ask(prefix, "SELECT * FROM runs LIMIT 0") == []

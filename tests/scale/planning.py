@@ -99,8 +99,8 @@ def fill_shards(images: str, first: int, stop: int) -> None:
     urlopen(Request(url, method="PUT", headers={FILL: f"{first} {stop}"})).close()
 
 
-def put_done(photos: int, *, model: str, settings: str) -> None:
-    """The `done/` file of an earlier run over all photos but every hundredth."""
+def put_done(photos: int, *, model: str, settings: str, new_every: int = NEW_EVERY) -> None:
+    """The `done/` file of an earlier run over all photos but every so many; 0 is over all."""
     from pipeline.results import tables
 
     constants = {"model": model, "settings": settings, "status": "ok", "run_id": "earlier"}
@@ -109,7 +109,7 @@ def put_done(photos: int, *, model: str, settings: str) -> None:
             for first in range(0, photos, 100_000):
                 rows = []
                 for i in range(first, min(photos, first + 100_000)):
-                    if i % NEW_EVERY:
+                    if not new_every or i % new_every:
                         key, etag, _ = made_up(PHOTOS, photos, i)
                         rows.append({"uri": f"s3://{PHOTOS}/{key}", "etag": etag, **constants})
                 writer.write_table(pa.Table.from_pylist(rows, schema=tables.DONE))

@@ -1,0 +1,94 @@
+"""What a dry run promises is what the photos then take, by a loop that writes them all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.bulk import estimate, plan
+from pipeline.bulk.estimate import Estimate, Spread
+from pipeline.bulk.listing import Listed
+from pipeline.bulk.segmenter import Segmenter
+from pipeline.bulk.waves import Pool
+from pipeline.results.layout import RunLayout
+
+POOL = Pool(min_actors=1, max_actors=4, cpus=2, gpus=0.5)
+
+
+def _photos(count: int) -> list[Listed]:
+    return [Listed(f"{i:06d}", "e", i, None, None) for i in range(count)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 23, 24, 25, 48, 100, 1000, 12_345])
+def test_a_sample_is_spread_over_any_number_of_photos_that_pass_unchanged(count: int) -> None:
+    spread, photos = Spread(24), _photos(count)
+    assert list(spread.through(iter(photos))) == photos
+    numbers = [photo.bytes for photo in spread.photos()]
+    assert len(numbers) == len(set(numbers)) == min(24, count)
+    assert numbers == sorted(numbers)
+    # no stretch of more than an eighth of the photos is without one
+    gaps = [b - a for a, b in zip([0, *numbers], [*numbers, count], strict=True)]
+    assert max(gaps) <= max(1, count / 8)
+
+
+def test_hours_and_seconds_are_those_worked_by_hand() -> None:
+    found = Estimate(
+        images=7200,
+        pool=POOL,
+        sampled=24,
+        sampled_s=12.0,
+        errors=0,
+        bytes_written=0,
+        device="",
+        load=0.0,
+    )
+    assert found.seconds_an_image == 0.5
+    assert found.actor_hours == 1.0  # 7200 times half a second
+    assert found.seconds == 900.0  # by four actors
+    assert (found.cpu_hours, found.gpu_hours) == (2.0, 0.5)
+
+
+@pytest.mark.slow
+def test_time_and_bytes_are_about_those_of_a_loop_over_all_photos(
+    tmp_path: Path,
+    fill: Any,
+    settings_for: Any,
+    work_for: Any,
+    listed: Callable[..., list[Listed]],
+) -> None:
+    fill(str(tmp_path), 48)
+    settings = settings_for(str(tmp_path), labels=None)
+    work = work_for(settings)
+    photos = listed(settings)
+    found = estimate.measure(work, POOL, photos[::4], images=48, shards=3)
+    assert (found.sampled, found.errors) == (12, 0)
+    assert not (tmp_path / "results").exists()
+    segmenter = Segmenter(work)
+    segmenter.rows_of(0, photos[:1])
+    started = time.monotonic()
+    sizes = [len(segmenter.rows_of(i, photos[16 * i : 16 * i + 16])[0]) for i in range(3)]
+    seconds = time.monotonic() - started
+    segmenter.close()
+    assert found.bytes_written == pytest.approx(sum(sizes), rel=0.3)
+    assert 0.2 < found.actor_hours * 3600 / seconds < 5  # other work on this machine comes and goes
+
+
+def test_a_sample_of_a_written_plan_holds_its_photos_spread_over_its_shards(
+    tmp_path: Path, fill: Any, settings_for: Any, work_for: Any
+) -> None:
+    fill(str(tmp_path), 40)
+    settings = settings_for(str(tmp_path), shard_images=3)
+    layout = RunLayout(results=settings.results, run_id="test")
+    made = plan.make(settings, layout, settings.identity(model="m"))
+    rows = plan.read_part(layout, made.parts[0]).to_pylist()
+    order = [image["uri"] for row in rows for image in row["images"]]
+    sample = estimate.spread_of(work_for(settings), made, 8)
+    places = [order.index(photo.uri) for photo in sample]
+    assert len(places) == 8
+    assert places == sorted(set(places))
+    assert places[0] < 5
+    assert places[-1] >= 35

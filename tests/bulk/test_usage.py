@@ -1,0 +1,50 @@
+"""What a run has used is the sum over its drivers, those that were killed included."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.bulk import usage
+from pipeline.bulk.progress import Progress, Summary
+from pipeline.bulk.usage import Usage, Used
+from pipeline.data import storage
+from pipeline.results.layout import RunLayout
+
+
+def _progress(*shards: tuple[str, float, int]) -> Progress:
+    """Of one image for each (actor, its age in seconds, bytes read)."""
+    progress = Progress(images=100, images_before=0)
+    for actor, seconds, read in shards:
+        progress.add(Summary(shard=0, images=1, actor=actor, actor_s=seconds, bytes_read=read))
+    return progress
+
+
+def test_an_actor_counts_from_its_start_to_its_last_shard_whatever_order_they_come_in() -> None:
+    progress = _progress(("a", 10.0, 1), ("b", 7.0, 1), ("a", 30.0, 1), ("a", 20.0, 1))
+    assert progress.actor_seconds == 37.0
+
+
+def test_a_run_has_used_what_all_its_drivers_have(
+    prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = RunLayout(results=prefix, run_id="r")
+    first = Usage(layout, _progress(("a", 100.0, 5), ("b", 60.0, 7)), gpus=1.0)
+    first.save_sometimes()
+    assert not list(storage.list_objects(prefix))  # it has just begun
+    monkeypatch.setattr(usage, "SAVE_EVERY_S", 0.0)
+    second = Usage(layout, _progress(("c", 20.0, 3)), gpus=0.5)
+    second.save_sometimes()  # and is killed
+    first.save()
+    first.save()
+    Usage(layout, _progress(), gpus=1.0).save()  # it had no shard
+    assert len(list(storage.list_objects(layout.usage))) == 2
+    last = Usage(layout, _progress(("d", 2.0, 1)), gpus=2.0)
+    last.save()
+    assert last.total() == Used(actor_seconds=182.0, gpu_seconds=174.0, bytes_read=16)
+    last.forget()
+    assert not list(storage.list_objects(prefix))
+
+
+def test_cost_is_gpu_hours_times_the_price_and_unknown_without_one() -> None:
+    assert Used(gpu_seconds=5400.0).cost(2.0) == 3.0
+    assert Used(gpu_seconds=5400.0).cost(None) is None

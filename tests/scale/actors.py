@@ -1,0 +1,196 @@
+"""Images a second with more actors, and what a shard costs the driver that feeds them.
+
+    python tests/scale/actors.py [ACTORS ...]
+
+The actors are stubs: they sleep a while for each image and write a small file, so that CPUs do
+not limit them. Planned shards, Ray Data's stream, the listing that reconciles and progress are
+the pipeline's own. Rates are between the moment when the last actor was ready and the last shard;
+the driver's CPU time is all of its process's from the first wave to the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import Mock
+
+import pyarrow as pa
+import ray
+from measure import Row, print_table
+
+from pipeline.bulk import plan, reconcile, waves
+from pipeline.bulk.listing import Listed
+from pipeline.bulk.plan import Part
+from pipeline.bulk.progress import Progress, Summary
+from pipeline.bulk.settings import Settings
+from pipeline.bulk.waves import Pool
+from pipeline.results.layout import RunLayout
+
+SECONDS_AN_IMAGE = 0.05
+SHARD_IMAGES = 8
+
+
+class StubStage:
+    """What an actor of the pipeline says to its driver, without a network and its libraries."""
+
+    def __init__(self, folder: str, _: Any) -> None:
+        self._folder = folder
+        self._network = threading.Lock()  # one shard at a time is in it
+        self._ready = time.time()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        [row] = batch.to_pylist()
+        with self._network:
+            began = time.time()
+            time.sleep(SECONDS_AN_IMAGE * len(row["images"]))
+            ended = time.time()
+        os.makedirs(self._folder, exist_ok=True)
+        with open(f"{self._folder}/shard-{row['shard']:06d}.parquet", "xb") as file:
+            file.write(b"rows")
+        facts = {"ready": self._ready, "began": began, "ended": ended, "pid": os.getpid()}
+        summary = {"shard": row["shard"], "images": len(row["images"]), "committed": True}
+        return pa.Table.from_pylist([{**summary, "errors": "{}", "fatal": "", "facts": facts}])
+
+
+class Measured(Summary):
+    """A summary that keeps what the stub says of itself."""
+
+    def __init__(self, *, facts: dict[str, float], **values: Any) -> None:
+        super().__init__(**values)
+        self.facts = facts
+
+
+def _plan(settings: Settings, layout: RunLayout, shards: int) -> Part:
+    photos = (
+        Listed(f"/photos/{i:09d}.jpg", "e" * 32, 1, None, None)
+        for i in range(shards * SHARD_IMAGES)
+    )
+    _, [part] = plan._write_parts(settings, layout, photos, write=True)
+    return part
+
+
+def measured(actors: int, shards: int) -> Row:
+    """One plan of so many shards through so many actors."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings(
+            images=folder, results=folder, checkpoint="/none", shard_images=SHARD_IMAGES
+        )
+        layout = RunLayout(results=folder, run_id="r")
+        part = _plan(settings, layout, shards)
+        progress = Progress(images=shards * SHARD_IMAGES, images_before=0)
+        found: list[Measured] = []
+
+        def count(summary: Any) -> None:
+            progress.add(summary)
+            found.append(summary)
+
+        pool = Pool(min_actors=actors, max_actors=actors, cpus=1, gpus=0)
+        reconciler = reconcile.Reconciler(_work(layout), pool, Mock(), count)
+        cpu = time.process_time()
+        reconciler.complete(part)
+        cpu = time.process_time() - cpu
+        assert len({summary.shard for summary in found}) == shards
+    return {
+        "actors": actors,
+        "shards": shards,
+        **_rates(found, actors),
+        "driver_ms_a_shard": 1000 * cpu / shards,
+    }
+
+
+def _work(layout: RunLayout) -> Any:
+    """All that the wave asks of it; the stub is given its folder alone."""
+    return _Folder(layout)
+
+
+class _Folder(str):
+    """The folder of the run's images, which knows the run."""
+
+    layout: RunLayout
+
+    def __new__(cls, layout: RunLayout) -> _Folder:
+        made = super().__new__(cls, layout.images)
+        made.layout = layout
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, (str(self),)
+
+
+def _rates(found: list[Measured], actors: int) -> Row:
+    """Images a second once all are ready: of the shards that began then, to the last one's end.
+
+    The end is that of the actor that ended first: after it the plan had no shards for it.
+    """
+    facts = [summary.facts for summary in found]
+    wave = [each for each in facts if each["pid"] in _of_the_wave(facts, actors)]
+    ready = max(each["ready"] for each in wave)
+    last: dict[float, float] = {}
+    for each in wave:
+        last[each["pid"]] = max(last.get(each["pid"], 0.0), each["ended"])
+    end = min(last.values())
+    inside = sum(
+        max(0.0, min(end, each["ended"]) - max(ready, each["began"]))
+        / (each["ended"] - each["began"])
+        for each in wave
+    )
+    return {"images_per_second": inside * SHARD_IMAGES / (end - ready), "window_s": end - ready}
+
+
+def _of_the_wave(facts: list[dict[str, float]], actors: int) -> set[float]:
+    """The processes of the last wave: before it, one actor alone does the first shard."""
+    ready = {each["pid"]: each["ready"] for each in facts}
+    return set(sorted(ready, key=ready.__getitem__)[-actors:])
+
+
+def rows(counts: list[int], shards_each: int) -> Iterator[Row]:
+    """A row for each number of actors, in one Ray."""
+    waves.Stage = StubStage  # type: ignore[misc, assignment]
+    waves.Summary = Measured  # type: ignore[misc]
+    waves.ray.cloudpickle.register_pickle_by_value(__import__(__name__))
+    ray.init(
+        address="local", num_cpus=max(counts) + 1, include_dashboard=False, log_to_driver=False
+    )
+    one = None
+    for count in counts:
+        row = measured(count, shards_each * count)
+        one = one or row["images_per_second"] / count
+        yield {**row, "of_linear": row["images_per_second"] / (one * count)}
+    ray.shutdown()
+
+
+def actors_a_driver_feeds(driver_ms_a_shard: float, shard_s: float) -> float:
+    """Actors whose shards of so many seconds take all of one core of the driver."""
+    return shard_s / (driver_ms_a_shard / 1000)
+
+
+def main() -> None:
+    """Measures and prints a table, and the last row as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("actors", type=int, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--shards", type=int, default=40, help="for each actor")
+    given = parser.parse_args()
+    found: list[Row] = []
+
+    def kept() -> Iterator[Row]:
+        for row in rows(given.actors, given.shards):
+            found.append(row)
+            yield row
+
+    names = ("actors", "shards", "images_per_second", "of_linear", "window_s", "driver_ms_a_shard")
+    print_table(names, kept())
+    cost = found[-1]["driver_ms_a_shard"]
+    for what, seconds in (("64 images at 0.05 s", 3.2), ("64 images at 1 s", 64.0)):
+        feeds = actors_a_driver_feeds(cost, seconds)
+        print(f"{cost:.1f} ms a shard: one core of a driver feeds {feeds:.0f} actors of {what}")
+    print(json.dumps(found[-1]))
+
+
+if __name__ == "__main__":
+    main()
