@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
-import pyarrow.parquet as pq
 import torch
 
 from pipeline.bulk import plan
@@ -17,7 +15,6 @@ from pipeline.bulk.listing import Listed
 from pipeline.bulk.plan import Plan
 from pipeline.bulk.segmenter import Segmenter, Work
 from pipeline.bulk.waves import Pool, photos_of
-from pipeline.results import tables
 
 ENOUGH_S = 60.0
 """Seconds of measuring after which no further photos are begun."""
@@ -103,16 +100,16 @@ def measure(work: Work, pool: Pool, photos: list[Listed], *, images: int, shards
     if not photos:
         raise ValueError("there are no photos to measure")
     with closing(Segmenter(work)) as segmenter:
-        segmenter.rows_of(0, photos[:1])  # what only the first one costs
-        empty = _empty_file_bytes(segmenter)
-        sampled = errors = written = 0
+        one, _ = segmenter.rows_of(0, photos[:1])  # it costs what only the first one does
+        sampled = errors = files = written = 0
         started = time.monotonic()
         while sampled < len(photos) and (not sampled or time.monotonic() - started < ENOUGH_S):
             chunk = photos[sampled : sampled + _CHUNK]
             data, summary = segmenter.rows_of(0, chunk)
             sampled += len(chunk)
             errors += summary.errors.total()
-            written += max(0, len(data) - empty)
+            files += 1
+            written += len(data)
         seconds = time.monotonic() - started
     return Estimate(
         images=images,
@@ -120,18 +117,19 @@ def measure(work: Work, pool: Pool, photos: list[Listed], *, images: int, shards
         sampled=sampled,
         sampled_s=seconds,
         errors=errors,
-        bytes_written=round(written / sampled * images) + empty * shards,
+        bytes_written=_bytes(len(one), written, files, sampled, images=images, shards=shards),
         device=_device(work),
         load=os.getloadavg()[0],
     )
 
 
-def _empty_file_bytes(segmenter: Segmenter) -> int:
-    """What a file of results takes before it has a row."""
-    buffer = io.BytesIO()
-    schema = tables.with_footer(tables.IMAGES, segmenter.classes)
-    pq.write_table(schema.empty_table(), buffer)
-    return buffer.tell()
+def _bytes(one: int, written: int, files: int, sampled: int, *, images: int, shards: int) -> int:
+    """Bytes of `shards` files, by a file of one photo and the `files` of those sampled.
+
+    A file has a few KB of its own, and more for each photo.
+    """
+    each = max(0.0, (written - files * one) / (sampled - files)) if sampled > files else 0.0
+    return round(shards * max(0.0, one - each) + images * each)
 
 
 def _device(work: Work) -> str:

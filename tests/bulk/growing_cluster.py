@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+_TRIES = 3
+_FIXED_PORTS = ("ray-client-server", "dashboard-agent-listen", "dashboard")
 _HEAD_ID = "f" * 51 + "00000"  # what the fake provider calls the head
 
 
@@ -27,7 +29,7 @@ class GrowingCluster:
 
     def __init__(self, folder: Path, *, max_workers: int, cpus: int, idle_s: float) -> None:
         self._mark = f"mark-{secrets.token_hex(8)}"
-        self._port, self._client_port = _free_port(), _free_port()
+        self._port = _free_port()
         self.address = f"127.0.0.1:{self._port}"
         self._config = folder / "cluster.json"
         self._config.write_text(json.dumps(_config(self.address, max_workers, cpus, idle_s)))
@@ -46,7 +48,9 @@ class GrowingCluster:
             *(f"{Path(sys.executable).parent}/ray", "start", "--head", f"--port={self._port}"),
             *("--node-ip-address=127.0.0.1", "--num-cpus=0", "--include-dashboard=false"),
             *(f"--autoscaling-config={self._config}", f"--temp-dir={temporary}"),
-            *(f"--ray-client-server-port={self._client_port}", "--disable-usage-stats"),
+            # ports that every other head on this machine would take too
+            *(f"--{name}-port={_free_port()}" for name in _FIXED_PORTS),
+            "--disable-usage-stats",
         ]
         environment = {
             **self.environment,
@@ -58,8 +62,12 @@ class GrowingCluster:
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD_ID,
         }
         environment.pop("RAY_ADDRESS")
-        with self.log.open("w") as log:
-            subprocess.run(command, env=environment, stdout=log, stderr=log, check=True)
+        for _ in range(_TRIES):  # a raylet gives its agents 15 s, too little on a busy machine
+            with self.log.open("w") as log:
+                if not subprocess.run(command, env=environment, stdout=log, stderr=log).returncode:
+                    return
+            self.stop()
+        raise RuntimeError(self.log.read_text())
 
     def nodes(self) -> int:
         """The raylets that run, the head's included."""
