@@ -137,7 +137,7 @@ class Listing:
     @property
     def inventory_etag(self) -> str | None:
         """The inventory's own, None where there is none."""
-        return self._inventory and self._inventory.etag
+        return self._inventory.etag if self._inventory else None
 
     @property
     def outside(self) -> int:

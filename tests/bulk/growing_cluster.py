@@ -39,6 +39,7 @@ class GrowingCluster:
             "RAY_AUTH_MODE": "disabled",
             "RAY_ADDRESS": self.address,
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # 15 by default: they would starve beside other tests
             "RAY_raylet_start_wait_time_s": "120",  # on a busy machine
         }
 
