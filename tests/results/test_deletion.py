@@ -13,7 +13,7 @@ from results.made_up import write_run
 
 from pipeline.data import storage
 from pipeline.results import clean
-from pipeline.results.layout import FOLDERS, RunLayout
+from pipeline.results.layout import FOLDERS, RunLayout, only_new_lease
 from pipeline.results.query import connect
 
 
@@ -23,6 +23,7 @@ def write_all(results: str, run_id: str, *, finished: bool = True) -> RunLayout:
     write_run(results, run_id, finished=finished)
     storage.write(run.single(17, 3), b"row")
     storage.write(run.done_part(0), b"keys")
+    storage.write(f"{run.usage}/0123456789abcdef.json", b"{}")
     write_lease(run, age_s=3600)
     return run
 
@@ -56,7 +57,7 @@ def test_the_record_goes_first_and_the_plan_before_its_parts(prefix: str) -> Non
     write_all(prefix, "a")
     order = found(prefix, clean.of_run(prefix, "a"))
     folders = list(dict.fromkeys(name.partition("/")[0] for name in order))
-    assert folders == ["runs", "done", "classes", "images", "plans", "singles", "leases"]
+    assert folders == ["runs", "done", "classes", "images", "plans", "singles", "usage", "leases"]
     assert set(folders) == set(FOLDERS)
     assert order.index("plans/run=a/plan.json") < order.index("plans/run=a/part-00000-aa.parquet")
 
@@ -120,7 +121,21 @@ def test_leftovers_are_what_finished_runs_no_longer_need(prefix: str) -> None:
     assert set(found(prefix, clean.leftovers(prefix))) == {
         "leases/run=done.json",
         "singles/run=done/000017/00003.parquet",
+        "usage/run=done/0123456789abcdef.json",
     }
+
+
+def test_the_lease_of_what_is_new_is_a_leftover_once_nobody_holds_it(prefix: str) -> None:
+    write_run(prefix, "open", finished=False)
+    run = RunLayout(results=prefix, run_id="open")
+    write_lease(run, age_s=5)
+    held = only_new_lease(prefix, "held")
+    storage.write(held, storage.read(run.lease))
+    assert found(prefix, clean.leftovers(prefix)) == []
+    write_lease(run, age_s=3600)
+    storage.write(only_new_lease(prefix, "old"), storage.read(run.lease))
+    storage.write(f"{prefix}/leases/notes.txt", b"of a person")
+    assert found(prefix, clean.leftovers(prefix)) == ["leases/only-new-old.json"]
 
 
 def test_parts_that_the_plan_does_not_name_are_leftovers_once_there_is_a_plan(prefix: str) -> None:
