@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test chaos check audit clean
+.PHONY: demo test chaos cluster-test check audit clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,9 @@ test: $(VENV)/.installed  ## every test, on a CPU
 
 chaos: $(VENV)/.installed  ## faults injected into real runs, for minutes; ends with a table ($CHAOS_TABLE, $CHAOS_SEED)
 	$(BIN)/python -m pytest -m chaos tests/chaos
+
+cluster-test: $(VENV)/.installed  ## several nodes on this machine (as root: a network), minutes
+	$(BIN)/python -m pytest -m cluster
 
 check: $(VENV)/.installed  ## lint, types, and who may import whom
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""A real S3 server on this machine, for the demo and the tests: SeaweedFS, loopback only."""
+"""A real S3 server on this machine, for the demo and the tests: SeaweedFS."""
 
 from __future__ import annotations
 
@@ -26,24 +26,29 @@ ACCESS_KEY, SECRET_KEY = "demo", "demosecret"
 
 @contextlib.contextmanager
 def s3_server(
-    folder: Path, *, buckets: tuple[str, ...], ports: dict[str, int] | None = None
+    folder: Path,
+    *,
+    buckets: tuple[str, ...],
+    ports: dict[str, int] | None = None,
+    address: str = "127.0.0.1",
 ) -> Iterator[dict[str, str]]:
     """The environment variables with which AWS clients find the server, while it runs.
 
     `folder` keeps the objects; a server started on it again still has them, and with the same
-    `ports` (of `free_ports`) its clients do not notice.
+    `ports` (of `free_ports`) its clients do not notice. It listens on `address` alone.
     Raises FileNotFoundError without the `weed` program, RuntimeError if it does not come up.
     """
     ports = ports or free_ports()
     log = folder / "server.log"
     folder.mkdir(parents=True, exist_ok=True)
-    command = [_program(), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *_OFF]
+    command = [_program(), "mini", f"-dir={folder}", *_OFF]
+    command += [f"-ip={address}", f"-ip.bind={address}"]
     command += [f"{flag}={ports[name]}" for name, flag in _PORTS.items()]
     command += [f"-bucket={','.join(buckets)}"]
     variables = {
         "AWS_ACCESS_KEY_ID": ACCESS_KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",
+        "AWS_ENDPOINT_URL": f"http://{address}:{ports['s3']}",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     # its sockets' paths must be short, whatever TMPDIR is

@@ -163,11 +163,13 @@ def _wait(jobs: RayJobs, name: str) -> None:
 
 
 def _has_ended(job: Mapping[str, Any]) -> bool:
-    return job.get("status", {}).get("jobDeploymentStatus") in _ENDED
+    state: str = job.get("status", {}).get("jobDeploymentStatus", "")
+    return state in _ENDED
 
 
 def _has_succeeded(job: Mapping[str, Any]) -> bool:
-    return job.get("status", {}).get("jobStatus") == "SUCCEEDED"
+    state: str = job.get("status", {}).get("jobStatus", "")
+    return state == "SUCCEEDED"
 
 
 def _say(line: str) -> None:

@@ -1,0 +1,170 @@
+"""Where the nodes of a local cluster live: a namespace each and a bridge, or loopback for all.
+
+Enters: how a node's programs are started. Leaves: the same, at an address of the node's own. Only
+what was made here is ever changed or removed: names begin with the cluster's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+_HOSTS = Path("/etc/netns")  # `ip netns exec` shows a namespace's folder there as its /etc
+
+
+def has_namespaces() -> bool:
+    """Whether this process may make network namespaces."""
+    programs = all(shutil.which(name) for name in ("ip", "unshare"))
+    return os.geteuid() == 0 and programs and _can("netns", f"probe-{os.getpid()}")
+
+
+class Namespaces:
+    """A network of its own: node N is at SUBNET.(10 + N), this machine at SUBNET.1.
+
+    Source: ip-netns(8), ip-link(8). Needs root.
+    """
+
+    head_ports = ("6379", "8265")  # of the head alone at its address
+
+    def __init__(self, name: str, subnet: str | None = None) -> None:
+        self.name = name
+        self.subnet = subnet or _free_subnet()
+
+    @property
+    def gateway(self) -> str:
+        """This machine's own address, which all nodes reach."""
+        return f"{self.subnet}.1"
+
+    def open(self) -> None:
+        _ip("link", "add", self.name, "type", "bridge")
+        _ip("addr", "add", f"{self.gateway}/24", "dev", self.name)
+        _ip("link", "set", self.name, "up")
+
+    def close(self) -> None:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            _ip("link", "del", self.name)
+
+    def add(self, number: int) -> str:
+        """Makes node `number` a place, and gives its address."""
+        node, cable, address = self._node(number), self._cable(number), self.address(number)
+        _ip("netns", "add", node)
+        _ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", node)
+        _ip("link", "set", cable, "master", self.name, "up")
+        _ip("-n", node, "addr", "add", f"{address}/24", "dev", "eth0")
+        for link in ("eth0", "lo"):
+            _ip("-n", node, "link", "set", link, "up")
+        # a node's name leads to its address, as on a machine: gloo and others look it up
+        (_HOSTS / node).mkdir(parents=True, exist_ok=True)
+        (_HOSTS / node / "hosts").write_text(f"127.0.0.1 localhost\n{address} {node}\n")
+        return address
+
+    def remove(self, number: int) -> None:
+        node = self._node(number)
+        for arguments in (("link", "del", self._cable(number)), ("netns", "del", node)):
+            with contextlib.suppress(subprocess.CalledProcessError):
+                _ip(*arguments)
+        shutil.rmtree(_HOSTS / node, ignore_errors=True)
+
+    def address(self, number: int) -> str:
+        return f"{self.subnet}.{10 + number}"
+
+    def within(self, number: int, command: list[str]) -> list[str]:
+        """The command as the node's own, with the node's name for a host name."""
+        node = self._node(number)
+        named = 'hostname "$0" && exec "$@"'
+        return ["ip", "netns", "exec", node, "unshare", "--uts", "sh", "-c", named, node, *command]
+
+    def pids(self, number: int) -> list[int]:
+        """Every process of the node, whoever started it."""
+        said = subprocess.run(
+            ["ip", "netns", "pids", self._node(number)], capture_output=True, text=True, check=False
+        )
+        return [int(pid) for pid in said.stdout.split()]
+
+    def cut(self, number: int) -> None:
+        """Pulls the node's cable: what it sends is lost, and nobody is told."""
+        _ip("link", "set", self._cable(number), "down")
+
+    def restore(self, number: int) -> None:
+        _ip("link", "set", self._cable(number), "up")
+
+    def _node(self, number: int) -> str:
+        return f"{self.name}-{number}"
+
+    def _cable(self, number: int) -> str:
+        return f"{self.name}v{number}"
+
+
+class Loopback:
+    """No network at all: every node is at 127.0.0.1, and there are no cables to pull."""
+
+    gateway = "127.0.0.1"
+    subnet = "127.0.0"
+
+    def __init__(self, name: str, subnet: str | None = None) -> None:
+        self.name = name
+        self.head_ports = (str(_free_port()), str(_free_port()))
+
+    def open(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def add(self, number: int) -> str:
+        return self.address(number)
+
+    def remove(self, number: int) -> None:
+        pass
+
+    def address(self, number: int) -> str:
+        return self.gateway
+
+    def within(self, number: int, command: list[str]) -> list[str]:
+        return command
+
+    def pids(self, number: int) -> list[int]:
+        """None that the node's process and its descendants are not."""
+        return []
+
+    def cut(self, number: int) -> None:
+        raise RuntimeError("nodes on loopback have no link to cut: run as root, with iproute2")
+
+    restore = cut
+
+
+Network = Namespaces | Loopback
+
+
+def _free_subnet() -> str:
+    """Three numbers of a private network that no route of this machine leads to."""
+    taken = subprocess.run(["ip", "route"], capture_output=True, text=True, check=True).stdout
+    while True:
+        subnet = f"10.{random.randint(128, 254)}.{random.randint(0, 254)}"
+        if f"{subnet}." not in taken:
+            return subnet
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _can(*probe: str) -> bool:
+    try:
+        _ip(probe[0], "add", *probe[1:])
+        _ip(probe[0], "del", *probe[1:])
+    except subprocess.CalledProcessError:
+        return False
+    return True
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)

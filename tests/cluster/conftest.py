@@ -1,0 +1,58 @@
+"""The cluster that the scenarios share, and their table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import plain_loop
+import pytest
+from several_nodes import CHECKPOINT, PHOTOS, SCALES, SCENARIOS, World, as_table
+from small_photos import photo
+
+from cluster.local import Cluster
+from jobs.demo.server import s3_server
+from pipeline.bulk.settings import Inference
+from pipeline.data import storage
+
+PHOTO_COUNT = 40
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A head without CPUs, three nodes of one CPU each, and 40 photos on an S3 server beside."""
+    folder = tmp_path_factory.mktemp("cluster")
+    made = Cluster(folder / "cluster", cpus=1)
+    made.network.open()
+    try:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            s3_server(
+                folder / "s3",
+                buckets=("photos", "results", "sets"),
+                address=made.network.gateway,
+            ) as variables,
+        ):
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            for name in ("AWS_PROFILE", "RAY_ADDRESS"):
+                patch.delenv(name, raising=False)
+            for number in range(PHOTO_COUNT):
+                name, data, _ = photo(number)
+                storage.write(f"{PHOTOS}/{name}", data)
+            rows = plain_loop.rows(PHOTOS, CHECKPOINT, Inference(scales=SCALES))
+            assert len(rows) == PHOTO_COUNT
+            made.start(3, {**variables, "DEEPLAB_CACHE": str(folder / "cache")})
+            yield World(made, folder, rows)
+    finally:
+        made.stop()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints the table, and writes it where $CLUSTER_TABLE says."""
+    if SCENARIOS:
+        terminalreporter.section("a cluster of several nodes")
+        terminalreporter.write_line(as_table())
+        if path := os.environ.get("CLUSTER_TABLE"):
+            Path(path).write_text(as_table() + "\n")

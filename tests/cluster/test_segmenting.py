@@ -1,0 +1,96 @@
+"""Segmentation on three nodes, whatever happens to one of them."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+
+import pytest
+from several_nodes import World, files_of, timed, until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
+
+STAGE = "MapWorker"  # what Ray Data's actors are called
+CUT_S = 12.0
+
+
+def test_three_nodes_see_what_one_machine_sees(world: World) -> None:
+    world.need(3)
+    with timed("segment", "3") as scenario:
+        job = world.segment("three", "--actors", "3", "3")
+        until(lambda: len(world.at_work(STAGE)) == 3, job)
+        assert job.wait() == 0, job.said
+    world.check("three", scenario)
+    assert re.search(r"segment finished run=three images=40 ok=40 errors=0 ", job.said)
+    assert re.search(r"\d+ of 40 images|40/40|\d+/40", job.said)  # progress, as lines
+    [size] = re.findall(r"[Pp]ushing file package.*?\(([\d.]+)MiB\)", job.said)
+    assert float(size) < 16
+    print(f"package: {size} MiB")
+    again = world.segment("three", "--actors", "3", "3", job_id="three")
+    assert again.wait() != 0
+    assert "three already exists" in again.said
+
+
+def test_a_stopped_job_is_gone_on_with(world: World) -> None:
+    world.need(3)
+    with timed("ray job stop in mid-run, then again", "3") as scenario:
+        job = world.segment("stopped", "--actors", "3", "3")
+        until(lambda: files_of("stopped"), job)
+        assert world.ray_job("stop", "stopped").wait() == 0
+        job.wait()
+        assert "interrupted; the same command continues the run" in job.said
+        before = files_of("stopped")
+        assert 0 < len(before) < 20
+        job = world.segment("stopped", "--actors", "3", "3", job_id="stopped-2")
+        assert job.wait() == 0, job.said
+    assert before.items() <= files_of("stopped").items()
+    world.check("stopped", scenario)
+
+
+def test_a_link_that_is_cut_and_restored_loses_nothing(world: World) -> None:
+    world.need(3)
+    with timed(f"link cut for {CUT_S:g} s in mid-run", "3") as scenario:
+        job = world.segment("cut", "--actors", "3", "3")
+        until(lambda: files_of("cut") and len(world.at_work(STAGE)) == 3, job)
+        number = max(world.cluster.nodes)
+        world.cluster.cut(number)
+        time.sleep(CUT_S)
+        world.cluster.restore(number)
+        assert job.wait() == 0, job.said
+    world.check("cut", scenario)
+
+
+def test_a_node_that_is_dropped_loses_nothing(world: World) -> None:
+    world.need(3)
+    going = max(world.cluster.nodes)
+    with timed("node dropped for good in mid-run", "3, then 2") as scenario:
+        job = world.segment("dropped", "--actors", "2", "3")
+        until(lambda: files_of("dropped") and going in world.at_work(STAGE), job)
+        world.cluster.drop(going)
+        assert job.wait() == 0, job.said
+    world.check("dropped", scenario)
+
+
+def test_a_node_that_is_added_is_used(world: World) -> None:
+    world.need(2)
+    with timed("node added in mid-run", "2, then 3") as scenario:
+        job = world.segment("added", "--actors", "1", "3")
+        until(lambda: files_of("added"), job)
+        added = world.cluster.add()
+        until(lambda: added in world.at_work(STAGE), job)
+        assert job.wait() == 0, job.said
+    world.check("added", scenario)
+
+
+def test_a_node_that_is_told_to_go_loses_nothing(world: World) -> None:
+    world.need(3)
+    going = max(world.cluster.nodes)
+    with timed("node preempted (SIGTERM, gone after 30 s)", "3, then 2") as scenario:
+        job = world.segment("preempted", "--actors", "2", "3")
+        until(lambda: files_of("preempted") and going in world.at_work(STAGE), job)
+        preemption = threading.Thread(target=world.cluster.preempt, args=(going,))
+        preemption.start()
+        assert job.wait() == 0, job.said
+        preemption.join()
+    world.check("preempted", scenario)

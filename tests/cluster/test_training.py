@@ -1,0 +1,68 @@
+"""Training on two nodes, which exchange gradients through a network, and a node that goes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from several_nodes import ROOT, World, timed, until
+from tiny_training import arguments, put_set
+
+from pipeline.data import storage
+from pipeline.train import checkpoints
+
+pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
+
+PREFIX = "s3://sets/tiny"
+WORKER = "TrainWorker"  # what Ray Train's actors are called
+STEPS = 150
+
+
+def _arguments(run: str) -> list[str]:
+    how = ["--max-steps", str(STEPS), "--checkpoint-every", "5", "--eval-every", "0"]
+    return arguments(PREFIX, *how, "--workers", "2", out=f"{PREFIX}/{run}")
+
+
+@pytest.fixture(scope="module")
+def single_machine(world: World) -> bytes:
+    """The network that two workers of one machine train."""
+    put_set(PREFIX)
+    command = [sys.executable, "jobs/train.py", *_arguments("alone")]
+    environment = {**os.environ, "DEEPLAB_CACHE": str(world.folder / "cache")}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return storage.read(f"{PREFIX}/alone/model.safetensors")
+
+
+def test_two_nodes_train_what_one_machine_trains(world: World, single_machine: bytes) -> None:
+    world.need(2)
+    with timed("train (gloo)", "2", "steps") as scenario:
+        job = world.submit("train", "jobs/train.py", *_arguments("two"))
+        until(lambda: len(world.at_work(WORKER)) == 2, job)
+        assert job.wait() == 0, job.said
+    scenario.expected, scenario.found = STEPS, _steps("two")
+    assert f"train finished steps={STEPS} " in job.said
+    assert storage.read(f"{PREFIX}/two/model.safetensors") == single_machine
+
+
+def test_a_node_that_is_told_to_go_costs_a_few_steps_and_changes_nothing(
+    world: World, single_machine: bytes
+) -> None:
+    world.need(3)
+    with timed(
+        "train, node preempted (SIGTERM, gone after 30 s)", "3, then 2", "steps"
+    ) as scenario:
+        job = world.submit("train-preempted", "jobs/train.py", *_arguments("preempted"))
+        until(lambda: _steps("preempted") >= 5 and len(world.at_work(WORKER)) == 2, job)
+        world.cluster.preempt(max(world.at_work(WORKER)))
+        assert job.wait() == 0, job.said
+    scenario.expected, scenario.found = STEPS, _steps("preempted")
+    assert storage.read(f"{PREFIX}/preempted/model.safetensors") == single_machine
+
+
+def _steps(run: str) -> int:
+    return checkpoints.newest_step(f"{PREFIX}/{run}")

@@ -1,0 +1,45 @@
+"""What a bulk run's rows must be: those of a plain loop in this process, on one thread."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipeline.bulk.listing import Listing
+from pipeline.bulk.segmenter import Segmenter, Work, checkpoint_fingerprint
+from pipeline.bulk.settings import Inference, Settings, fingerprint
+from pipeline.data import storage
+from pipeline.results.layout import RunLayout
+
+_OF_RUN = ("run_id", "shard", "etag")  # columns that say in which run, not what was seen
+
+
+def rows(images: str, checkpoint: str, inference: Inference) -> dict[str, dict[str, Any]]:
+    """uri -> what is seen in the photo, of all photos below `images`."""
+    settings = Settings(images=images, results="/nowhere", checkpoint=checkpoint, run_id="loop")
+    identity = settings.identity(model=checkpoint_fingerprint(storage.read(settings.checkpoint)))
+    work = Work(
+        layout=RunLayout(results=settings.results, run_id="loop"),
+        images=settings.images,
+        checkpoint=settings.checkpoint,
+        model=str(identity["model"]),
+        settings=fingerprint(asdict(inference)),
+        inference=inference,
+        batch_images=1,
+        cpus=1,
+        gpu=False,
+    )
+    with Listing(settings, model=work.model, settings_print="") as listing:
+        photos = list(listing.images())
+    segmenter = Segmenter(work)
+    data, _ = segmenter.rows_of(0, photos)
+    segmenter.close()
+    return {row["uri"]: seen(row) for row in pq.read_table(io.BytesIO(data)).to_pylist()}
+
+
+def seen(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row says of its photo, whatever the run."""
+    return {name: value for name, value in row.items() if name not in _OF_RUN}
