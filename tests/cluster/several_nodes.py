@@ -163,7 +163,7 @@ class World:
         """Asserts that the run's rows are those of a plain loop, each photo once."""
         found = rows_of(run)
         scenario.expected, scenario.found = len(self.rows), len(found)
-        assert Counter(row["uri"] for row in found) == Counter(self.rows)
+        assert Counter(row["uri"] for row in found) == Counter(list(self.rows))
         for row in found:
             assert plain_loop.seen(row) == self.rows[row["uri"]], row["uri"]
 

@@ -6,9 +6,11 @@ import re
 import shutil
 import subprocess
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
+from ray._private.runtime_env import packaging
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "cluster" / "Dockerfile"
@@ -38,3 +40,15 @@ def test_hadolint_finds_nothing() -> None:
     said = subprocess.run([hadolint, str(DOCKERFILE)], capture_output=True, text=True, check=False)
     assert said.stdout == ""
     assert said.returncode == 0
+
+
+def test_what_is_submitted_is_small(tmp_path: Path) -> None:
+    package = tmp_path / "package.zip"
+    packaging.create_package(str(ROOT), package, include_gitignore=True)
+    size = package.stat().st_size / 2**20
+    print(f"the package of `ray job submit --working-dir .` is {size:.1f} MiB")
+    assert size < 16
+    with zipfile.ZipFile(package) as archive:
+        folders = {name.split("/")[0] for name in archive.namelist() if "/" in name}
+    assert {"jobs", "pipeline"} <= folders
+    assert not folders & {"tests", "cluster", ".venv", ".git"}

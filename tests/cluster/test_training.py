@@ -28,7 +28,7 @@ def _arguments(run: str) -> list[str]:
 @pytest.fixture(scope="module")
 def single_machine(world: World) -> bytes:
     """The network that two workers of one machine train."""
-    put_set(PREFIX)
+    put_set(f"{PREFIX}/set")
     command = [sys.executable, "jobs/train.py", *_arguments("alone")]
     environment = {**os.environ, "DEEPLAB_CACHE": str(world.folder / "cache")}
     done = subprocess.run(
