@@ -8,10 +8,11 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from pipeline.bulk import plan, waves
+from pipeline.bulk.begin import pool_of, work_of
 from pipeline.bulk.plan import Plan
 from pipeline.bulk.progress import Progress
 from pipeline.bulk.run import run
-from pipeline.bulk.segmenter import Segmenter, Work
+from pipeline.bulk.segmenter import Segmenter
 from pipeline.bulk.settings import Settings
 from pipeline.results.layout import RunLayout
 
@@ -76,7 +77,7 @@ def through_ray_and_plainly(images: str, checkpoint: str, *, limit: int, gpu: bo
             ray.note(progress.images_now)
 
         ended = run(settings, watch)
-        loop = _loop(settings, ended.plan, gpu=gpu)
+        loop = _loop(settings, ended.plan)
     (ray_rate, ray_start), (loop_rate, loop_start) = ray.result(), loop.result()
     return Throughput(
         images=ended.plan.counts.images,
@@ -87,19 +88,9 @@ def through_ray_and_plainly(images: str, checkpoint: str, *, limit: int, gpu: bo
     )
 
 
-def _loop(settings: Settings, planned: Plan, *, gpu: bool) -> _Clock:
+def _loop(settings: Settings, planned: Plan) -> _Clock:
     layout = RunLayout(results=settings.results, run_id=planned.run_id)
-    work = Work(
-        layout=layout,
-        images=settings.images,
-        checkpoint=settings.checkpoint,
-        model=planned.model,
-        settings=planned.settings,
-        inference=settings.inference,
-        batch_images=8 if gpu else 1,
-        cpus=1,
-        gpu=gpu,
-    )
+    work = work_of(settings, layout, planned, pool_of(settings))
     clock, done = _Clock(), 0
     with closing(Segmenter(work)) as segmenter:
         for part in planned.parts:

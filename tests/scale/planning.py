@@ -74,7 +74,7 @@ def _resume(layout: Any) -> None:
     """What a driver does with the plan of an interrupted run, Ray and the network left out."""
     from unittest.mock import Mock
 
-    from pipeline.bulk import plan, reconcile, run, waves
+    from pipeline.bulk import begin, plan, reconcile, waves
     from pipeline.bulk.progress import Summary
 
     def appear(_: Any, shards: pa.Table, *__: Any, **___: Any) -> Iterator[Summary]:
@@ -85,7 +85,7 @@ def _resume(layout: Any) -> None:
     waves.run = appear  # type: ignore[assignment]
     known = plan.load(layout)
     assert known is not None
-    progress = run._progress(known, layout)
+    progress = begin.progress_of(known, layout)
     work = Mock(layout=layout)
     reconciler = reconcile.Reconciler(work, Mock(max_actors=1), Mock(), progress.add)
     reconciler._board = Mock()
