@@ -16,12 +16,12 @@ from jobs.demo.server import s3_server
 from pipeline.bulk.settings import Inference
 from pipeline.data import storage
 
-PHOTO_COUNT = 24
+PHOTO_COUNT = 40
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """A head without CPUs, three nodes of one CPU each, and 24 photos on an S3 server beside."""
+    """A head without CPUs, three nodes of one CPU each, and 40 photos on an S3 server beside."""
     folder = tmp_path_factory.mktemp("cluster")
     made = Cluster(folder / "cluster", cpus=1)
     made.network.open()
