@@ -1,9 +1,9 @@
 """A part of the plan is done until nothing is missing, whatever dies.
 
 Waves first; what came back from no process goes again with nothing queued beside it; and what
-then still kills its process goes photo by photo. A wave that Ray abandons because too many
-processes died is begun again as long as each gets shards done. The results' listing, not anyone's
-word, says what is missing.
+then still kills its process goes photo by photo. A wave that is abandoned because too many
+processes died, or one is cut off from storage, is begun again as long as each gets shards done.
+The results' listing, not anyone's word, says what is missing.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Reconciler:
             while missing and (lost := self._lost(shards.take(missing), one_at_a_time)):
                 before, missing = missing, self._missing(part)
                 if len(missing) == len(before):
-                    raise RunStoppedError(f"processes die and get no shard done: {lost}")
-                logger.warning("too many processes died, %d shards are missing", len(missing))
+                    raise RunStoppedError(f"processes get no shard done: {lost}")
+                logger.warning("%s; %d shards are missing, again", lost, len(missing))
         if missing := self._missing(part):
             logger.warning("%d shards kill their process; photo by photo now", len(missing))
             self._photo_by_photo(shards.take(missing))

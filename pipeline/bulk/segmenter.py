@@ -42,6 +42,10 @@ class SystemicError(RuntimeError):
     """Nothing is to be gained by going on: the run stops, and can be continued."""
 
 
+class CutOffError(SystemicError):
+    """Storage refuses this process everything; whether others too, the driver looks."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """What every shard of a run shares; small, so that it travels to actors as it is."""
@@ -147,10 +151,10 @@ class Segmenter:
         return refused
 
     def _check_storage(self, refused: Sequence[Listed]) -> None:
-        """Raises SystemicError where storage refuses everything, and not these photos alone."""
+        """Raises CutOffError where storage refuses everything, and not these photos alone."""
         refusal = self._witness.refusal({photo.uri for photo in refused})
         if refusal is not None:
-            raise SystemicError(f"storage gives no photo any more: {refusal}")
+            raise CutOffError(f"storage gives no photo any more: {refusal}")
 
     def _counted(self, stream: Iterator[Loaded]) -> Iterator[Loaded]:
         """The stream; raises SystemicError after too many failures in a row."""

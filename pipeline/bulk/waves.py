@@ -26,9 +26,10 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.util.annotations import RayDeprecationWarning
 
+from pipeline.bulk import witness
 from pipeline.bulk.listing import Listed
 from pipeline.bulk.progress import Summary
-from pipeline.bulk.segmenter import Segmenter, SystemicError, Work
+from pipeline.bulk.segmenter import CutOffError, Segmenter, SystemicError, Work
 from pipeline.data.storage import StorageError
 from pipeline.runs import cluster
 from pipeline.runs.cluster import RunStoppedError
@@ -52,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 
 class WaveLostError(RuntimeError):
-    """So many shards died with their processes that the rest of the wave was not tried."""
+    """The rest of the wave was not tried: too many processes died, or one is cut off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +140,12 @@ class Stage:
         self._board = board
         self._name, self._began = secrets.token_hex(8), time.monotonic()
         self._fatal: str | None = None
+        self._cut_off = False
         try:
             self._segmenter = Segmenter(work)
         except (SystemicError, StorageError, ValueError) as error:
             self._fatal = f"the segmenter does not start: {error}"
+            self._cut_off = isinstance(error, StorageError)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """A batch of one shard -> its summary."""
@@ -150,18 +153,19 @@ class Stage:
         return pa.Table.from_pylist([self._segment(row["shard"], photos_of(row["images"]))])
 
     def _segment(self, shard: int, photos: list[Listed]) -> dict[str, Any]:
-        summary, fatal = Summary(shard=shard), self._fatal
+        summary, fatal, cut_off = Summary(shard=shard), self._fatal, self._cut_off
         if fatal is None:
             self._board.tell.remote(shard, 0)
             try:
                 summary = self._segmenter.segment(shard, photos, _Teller(self._board, shard))
             except (SystemicError, StorageError) as error:
-                fatal = str(error)
+                fatal, cut_off = str(error), isinstance(error, CutOffError | StorageError)
             except Exception as error:  # a bug: said to the driver, which ends the run
                 fatal = f"a bug, {type(error).__name__}: {error}\n{traceback.format_exc()}"
         summary.actor, summary.actor_s = self._name, time.monotonic() - self._began
         packed = asdict(replace(summary, errors=Counter()))
-        return {**packed, "errors": json.dumps(summary.errors), "fatal": fatal or ""}
+        said = {"fatal": fatal or "", "cut_off": cut_off}
+        return {**packed, "errors": json.dumps(summary.errors), **said}
 
 
 def run(
@@ -203,7 +207,9 @@ def run(
     )
     try:
         for row in watchdog.watched(summaries):
-            fatal = row.pop("fatal")
+            fatal, cut_off = row.pop("fatal"), row.pop("cut_off")
+            if fatal and cut_off and witness.refusal_here(work.layout, work.images) is None:
+                raise WaveLostError(f"a node is cut off from storage: {fatal}")
             if fatal:
                 raise RunStoppedError(fatal)
             board.forget.remote(row["shard"])

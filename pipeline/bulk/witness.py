@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pipeline.bulk.listing import Listed
 from pipeline.data import storage
 from pipeline.data.storage import Object, StorageError
+from pipeline.results.layout import RunLayout
 
 _OTHERS = 3
 """Photos of the listing that are tried by who was given none yet."""
@@ -48,3 +49,14 @@ class Witness:
         page = next(storage.list_pages(self._images))
         others = (item for item in page if item.uri not in refused and item.size)
         return list(itertools.islice(sorted(others, key=lambda item: item.size), _OTHERS))
+
+
+def refusal_here(layout: RunLayout, images: str) -> StorageError | None:
+    """What storage says where it refuses this process too: photos, or a write of results."""
+    probe = f"{layout.singles}/probe"
+    try:
+        storage.write(probe, b"")
+        storage.delete([probe], within=layout.results)
+    except StorageError as error:
+        return error
+    return Witness(images).refusal(())

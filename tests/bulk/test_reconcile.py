@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pytest
@@ -73,5 +75,51 @@ def test_an_abandoned_wave_is_begun_again_with_what_is_missing(
 def test_abandoned_waves_that_get_nothing_done_end_the_run(
     reconciled: Callable[[list[int]], list[tuple[int, bool]]],
 ) -> None:
-    with pytest.raises(RunStoppedError, match="get no shard done: the actor died"):
+    with pytest.raises(RunStoppedError, match="processes get no shard done: the actor died"):
         reconciled([2, 0, 5])
+
+
+@pytest.fixture
+def one_row(
+    tmp_path: Any,
+    settings_for: Callable[..., Settings],
+    work_for: Callable[..., Work],
+    fill: Callable[[str, int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[str, bool], Any]:
+    """`one_row(fatal, cut_off)`: a wave whose one row an actor sent so."""
+    fill(str(tmp_path), 3)
+    work = work_for(settings_for(str(tmp_path)))
+
+    def wave(fatal: str, cut_off: bool) -> Any:
+        row = {**asdict(Summary(shard=0)), "errors": "{}", "fatal": fatal, "cut_off": cut_off}
+        monkeypatch.setattr(waves, "_Watchdog", lambda *_: Mock(watched=lambda _: [row]))
+        monkeypatch.setattr("ray.data.from_arrow", Mock())
+        pool = _NoRay(min_actors=1, max_actors=1, cpus=1, gpus=0)
+        return list(waves.run(work, pa.table({"shard": [0]}), pool, Mock()))
+
+    wave.work = work  # type: ignore[attr-defined]
+    return wave
+
+
+def test_a_node_that_alone_is_cut_off_from_storage_costs_its_wave_and_not_the_run(
+    one_row: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(WaveLostError, match="a node is cut off from storage: no route"):
+        one_row("no route", True)
+    assert not list(storage.list_objects(one_row.work.layout.singles))
+    assert len(one_row("", False)) == 1
+    with pytest.raises(RunStoppedError, match="a bug"):
+        one_row("a bug", False)
+
+
+@pytest.mark.parametrize("refused", ["read", "write"])
+def test_storage_that_refuses_the_driver_too_ends_the_run(
+    one_row: Any, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    def refuse(uri: str, *_: Any) -> None:
+        raise storage.StorageError("access", f"{uri}: denied")
+
+    monkeypatch.setattr(storage, refused, refuse)
+    with pytest.raises(RunStoppedError, match=r"^no route$"):
+        one_row("no route", True)
