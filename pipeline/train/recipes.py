@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from pipeline.model.config import ModelConfig
 from pipeline.train.config import (
+    PAPER_SCALES,
     AugmentConfig,
     DataConfig,
     EvaluationConfig,
@@ -115,9 +116,19 @@ OURS = (
     Recipe(
         name="voc-mobilenetv2-cpu",
         source="Ours",
-        about="MobileNetV2 on VOC, in about an hour of one core",
+        about="MobileNetV2 with a decoder on VOC; the checkpoint that ships",
         experiment=_VOC_CPU,
-        cost=NOT_MEASURED,
+        figures=(
+            Figure(miou=35.77, output_stride=16, on="140 photos of VOC val"),
+            Figure(
+                miou=36.14,
+                output_stride=8,
+                scales=PAPER_SCALES,
+                flip=True,
+                on="140 photos of VOC val",
+            ),
+        ),
+        cost="2 hours of one core of a busy CPU with bf16",
     ),
     Recipe(
         name="camvid-mobilenetv2-cpu",
