@@ -18,7 +18,7 @@ from train.tiny import Heard
 
 from pipeline.data import storage
 from pipeline.model import weights
-from pipeline.train import checkpoints, loop, step
+from pipeline.train import checkpoints, loop, state, step
 from pipeline.train.evaluate import Evaluation, evaluate
 from pipeline.train.group import Group
 from pipeline.train.history import Score, Step
@@ -319,13 +319,17 @@ def test_going_on_with_other_threads_or_workers_is_warned_of(
     assert "but not the same bit for bit" in caplog.text
 
 
-def test_workers_that_find_other_checkpoints_do_not_start(
+def test_a_worker_that_finds_a_newer_checkpoint_takes_the_first_workers(
     root: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = tiny.task(root, undisturbed, tiny.experiment())
     monkeypatch.setattr(Group, "sum", lambda _, values: torch.full_like(values, 2))
-    with pytest.raises(RuntimeError, match="of step 4 here, of 2 for the first worker"):
-        loop._begin(task, Group(rank=1, world=2))
+    begun = loop._begin(task, Group(rank=1, world=2))
+    data = (undisturbed / "checkpoints" / "step-00000002" / "state.safetensors").read_bytes()
+    taken = state.read(data, "step 2")
+    assert begun.step == 2
+    for key, value in begun.model.state_dict().items():
+        assert torch.equal(value, taken.tensors[f"model.{key}"])
 
 
 def test_a_snapshot_says_what_it_was_made_with(undisturbed: Path) -> None:
