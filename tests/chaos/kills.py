@@ -97,7 +97,7 @@ class Killer:
         target = victim(pid) if victim else pid
         name = _name(target)
         os.kill(target, signal.SIGKILL)
-        _wait_for_death(pid)
+        _wait_for_death(target)
         claim = self.folder / "claimed" / f"{stage}.{place}.{pid}"
         in_stage = claim.exists()
         claim.unlink(missing_ok=True)
