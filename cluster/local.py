@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -156,7 +157,7 @@ class Cluster:
 
     def _kill(self, number: int) -> None:
         pid = self.pids.pop(number)
-        for each in {*_with_descendants(pid), *self.network.pids(number)}:
+        for each in {*with_descendants(pid), *self.network.pids(number)}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(each, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
@@ -185,7 +186,7 @@ def _network(name: str, subnet: str | None = None) -> Network:
     return kind(name, subnet)
 
 
-def _with_descendants(pid: int) -> list[int]:
+def with_descendants(pid: int) -> list[int]:
     """The process and all that it started, as /proc knows them."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -202,7 +203,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/deeplab-cluster"))
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()) / "deeplab-cluster"
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     start = verbs.add_parser("start")
     start.add_argument("--nodes", type=int, default=2)

@@ -17,9 +17,17 @@ from pipeline.results.layout import RunLayout
 _OF_RUN = ("run_id", "shard", "etag")  # columns that say in which run, not what was seen
 
 
-def rows(images: str, checkpoint: str, inference: Inference) -> dict[str, dict[str, Any]]:
-    """uri -> what is seen in the photo, of all photos below `images`."""
-    settings = Settings(images=images, results="/nowhere", checkpoint=checkpoint, run_id="loop")
+def rows(
+    images: str,
+    checkpoint: str,
+    inference: Inference,
+    *,
+    include: tuple[str, ...] = Settings.include,
+) -> dict[str, dict[str, Any]]:
+    """uri -> what is seen in the photo, of all below `images` that `include` takes."""
+    settings = Settings(
+        images=images, results="/nowhere", checkpoint=checkpoint, include=include, run_id="loop"
+    )
     identity = settings.identity(model=checkpoint_fingerprint(storage.read(settings.checkpoint)))
     work = Work(
         layout=RunLayout(results=settings.results, run_id="loop"),

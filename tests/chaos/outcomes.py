@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from plain_loop import seen
 from watcher import Watcher
-from world import World, results_of, rows_of, seen
+from world import World, results_of, rows_of
 
 from pipeline.data import storage
 from pipeline.results.layout import run_of

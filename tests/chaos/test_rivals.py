@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 from outcomes import check, watched
+from plain_loop import seen
 from proxy import Rule
 from small_photos import photo
-from world import BUCKET, World, results_of, rows_of, seen, undisturbed, wait_for_shards
+from world import BUCKET, World, results_of, rows_of, undisturbed, wait_for_shards
 
 from pipeline.data import storage
 

@@ -17,19 +17,18 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import plain_loop
 import pyarrow.parquet as pq
 from kills import Killer, hooked
 from nodes import Nodes
 from proxy import Proxy
 
 from jobs.demo.server import free_ports, s3_server
-from pipeline.bulk.listing import Listing
-from pipeline.bulk.segmenter import Segmenter, Work, checkpoint_fingerprint
-from pipeline.bulk.settings import Inference, Settings, fingerprint
+from pipeline.bulk.settings import Inference
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout
 
@@ -39,8 +38,6 @@ PHOTOS = f"{BUCKET}/night"
 CHECKPOINT = "jobs/demo/tfzoo-voc-mobilenetv2.safetensors"
 GOOD, BROKEN = 582, 18
 SHARD_IMAGES = 16
-
-_OF_RUN = ("run_id", "shard", "etag")  # columns that say in which run, not what was seen
 
 
 @dataclass
@@ -190,32 +187,6 @@ def rows_of(results: str, run_id: str) -> list[dict[str, Any]]:
     return found
 
 
-def seen(row: dict[str, Any]) -> dict[str, Any]:
-    """What a row says of its photo, whatever the run."""
-    return {name: value for name, value in row.items() if name not in _OF_RUN}
-
-
 def undisturbed(images: str) -> dict[str, dict[str, Any]]:
-    """uri -> row of what lies there now, by a plain loop in this process, one thread."""
-    settings = Settings(
-        images=images, results="/nowhere", checkpoint=CHECKPOINT, include=("*",), run_id="loop"
-    )
-    identity = settings.identity(model=checkpoint_fingerprint(storage.read(settings.checkpoint)))
-    work = Work(
-        layout=RunLayout(results=settings.results, run_id="loop"),
-        images=settings.images,
-        checkpoint=settings.checkpoint,
-        model=str(identity["model"]),
-        settings=fingerprint(asdict(Inference())),
-        inference=Inference(),
-        batch_images=1,
-        cpus=1,
-        gpu=False,
-    )
-    with Listing(settings, model=work.model, settings_print="") as listing:
-        photos = list(listing.images())
-    segmenter = Segmenter(work)
-    data, _ = segmenter.rows_of(0, photos)
-    segmenter.close()
-    rows = pq.read_table(io.BytesIO(data)).to_pylist()
-    return {row["uri"]: row for row in rows}
+    """uri -> what is seen in what lies there now, by a plain loop, broken photos too."""
+    return plain_loop.rows(images, CHECKPOINT, Inference(), include=("*",))

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_training import arguments, put_set
 
+from cluster.local import with_descendants
 from jobs.demo.photos import photos
 from pipeline.model import weights
 
@@ -54,22 +55,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
             assert process.poll() is None, (tmp_path / "head.log").read_text()
             time.sleep(0.2)
         yield {**environment, "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-        for pid in _with_descendants(process.pid):  # asked to, it would take half a minute
+        for pid in with_descendants(process.pid):  # asked to, it would take half a minute
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
-
-
-def _with_descendants(pid: int) -> list[int]:
-    """The process and all that it started, as /proc knows them."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    found = [pid]
-    for each in found:
-        found += [child for child, parent in parents.items() if parent == each]
-    return found
 
 
 def test_a_submitted_job_gives_its_rows_and_its_exit_code(

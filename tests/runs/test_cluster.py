@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from cluster.local import with_descendants
 from pipeline.runs import cluster
 
 ROOT = Path(__file__).parents[2]
@@ -24,21 +25,6 @@ assert ray.get(ray.remote(lambda: 7).remote()) == 7  # a worker listens too
 print("up", flush=True)
 sys.stdin.read()
 """
-
-
-def descendants(root: int) -> set[int]:
-    """The process and all that came of it."""
-    parents = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            stat = (folder / "stat").read_text()
-        except OSError:  # it ended in between
-            continue
-        parents[int(folder.name)] = int(stat.rpartition(")")[2].split()[1])
-    found = {root}
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found
 
 
 def listening(pids: set[int]) -> dict[str, set[str]]:
@@ -79,7 +65,7 @@ def test_a_ray_that_is_started_here_listens_to_this_machine_alone_and_shows_no_d
         try:
             assert process.stdout is not None
             assert process.stdout.readline().strip() == "up"
-            pids = descendants(process.pid)
+            pids = set(with_descendants(process.pid))
             found = listening(pids)
             commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in pids]
         finally:
