@@ -1,8 +1,9 @@
 """What a run writes at its end, from the committed `images` files alone: `classes`, `done`, record.
 
 Each is a pure function of those files (the record's times aside), so a run that was killed here
-is ended by the next driver with the same bytes. The sort spills to local disk under a memory
-limit. The record comes last: a run with a record is finished.
+is ended by the next driver with the same bytes. The files' rows, masks aside, are gathered once
+in a database on local disk, where sorts spill under a memory limit. The record comes last: a run
+with a record is finished.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -28,8 +30,16 @@ from pipeline.results.layout import RunLayout
 PART_BYTES = 64 * 2**20
 """Bytes of a file of `classes` or `done` from which on the next one is begun."""
 
-_MEMORY_LIMIT = "1GB"  # beside as much again for Python, Arrow and DuckDB's list of files
+_MEMORY_LIMIT = "1GB"  # beside what Python and Arrow take
 _ROW_GROUP = 100_000  # rows; a class over a million photos lies in few of them
+
+_GATHERED = pa.schema(
+    [
+        tables.IMAGES.field(name)
+        for name in dict.fromkeys([*tables.DONE.names, "label_error", "classes"])
+    ]
+)
+"""Columns of `images` that the end of a run reads."""
 
 _COUNTS = """
     select count(*) as images, count(*) filter (status = 'ok') as ok,
@@ -79,58 +89,58 @@ def recorded(layout: RunLayout) -> Outcome:
 
 
 class Finish:
-    """The end of one run, over its committed files."""
+    """The end of one run, over its committed files; as a context manager, which gathers them."""
 
     def __init__(self, layout: RunLayout, plan: Plan, classes: Classes) -> None:
         self._layout = layout
         self._plan = plan
         self._classes = classes
 
-    @contextlib.contextmanager
-    def _connection(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        """DuckDB with the run's rows as the view `images`."""
-        shards = list(storage.list_objects(self._layout.images))
-        with files.connect(self._layout.results, shards, memory_limit=_MEMORY_LIMIT) as con:
-            con.execute(f"create view images as {files.select(con, tables.IMAGES, shards)}")
-            yield con
+    def __enter__(self) -> Finish:
+        results, shards = self._layout.results, storage.list_objects(self._layout.images)
+        with contextlib.ExitStack() as opened:
+            folder = opened.enter_context(tempfile.TemporaryDirectory(prefix="deeplab-finish-"))
+            database = os.path.join(folder, "images.duckdb")
+            self._con = files.connect(results, memory_limit=_MEMORY_LIMIT, database=database)
+            opened.callback(self._con.close)
+            files.gather(self._con, "images", _GATHERED, results, shards)
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
 
     def outcome(self) -> Outcome:
         """Counts over all of the run's rows."""
-        with self._connection() as con:
-            [counts] = con.execute(_COUNTS).fetchall()
-            kinds = tuple(con.execute(_KINDS).fetchall())
+        [counts] = self._con.execute(_COUNTS).fetchall()
         return Outcome(
             images=counts[0],
             ok=counts[1],
             errors=counts[2],
             label_errors=counts[3],
-            errors_by_kind=kinds,
+            errors_by_kind=tuple(self._con.execute(_KINDS).fetchall()),
         )
 
     def write_classes(self) -> None:
         """`classes/`: a row an image and class, sorted by class and falling fraction."""
         schema = tables.with_footer(tables.CLASSES, self._classes)
-        with self._connection() as con:
-            reader = con.sql(_CLASSES).to_arrow_reader(_ROW_GROUP)
-            for number, part in enumerate(_files(reader, schema)):
-                storage.create(self._layout.class_part(number), part)
+        reader = self._con.sql(_CLASSES).to_arrow_reader(_ROW_GROUP)
+        for number, part in enumerate(_files(reader, schema)):
+            storage.create(self._layout.class_part(number), part)
 
     def write_done(self) -> None:
         """`done/`: the keys of what later runs may leave out; the last file makes all count."""
-        names = ", ".join(tables.DONE.names)
-        with self._connection() as con:
-            found = con.sql(f"select {names} from images order by uri")
-            parts = _files(found.to_arrow_reader(_ROW_GROUP), tables.DONE)
-            last = next(parts)
-            for number, part in enumerate(parts):
-                storage.write(self._layout.done_part(number), last)
-                last = part
+        found = self._con.sql(f"select {', '.join(tables.DONE.names)} from images order by uri")
+        parts = _files(found.to_arrow_reader(_ROW_GROUP), tables.DONE)
+        last = next(parts)
+        for number, part in enumerate(parts):
+            storage.write(self._layout.done_part(number), last)
+            last = part
         storage.write(self._layout.done, last)
 
     def write_record(self, outcome: Outcome, facts: dict[str, Any]) -> None:
         """`runs/`: the run's record. `facts` are those that the files do not hold."""
-        with self._connection() as con:
-            scores = con.execute(_SCORES).fetchall()
+        scores = self._con.execute(_SCORES).fetchall()
         ious = [iou for *_, iou in scores if iou is not None]
         row = {
             "run_id": self._plan.run_id,

@@ -83,10 +83,7 @@ class Listing:
 
     def __enter__(self) -> Listing:
         self._folder = tempfile.TemporaryDirectory(prefix="deeplab-plan-")
-        self._done, self._shards = self._done_before() if self._settings.only_new else ([], [])
-        self._con = files.connect(
-            self._settings.results, [*self._done, *self._shards], memory_limit=MEMORY_LIMIT
-        )
+        self._con = files.connect(self._settings.results, memory_limit=MEMORY_LIMIT)
         self._spool("photo", self._photos())
         self._check_inventory()
         self._spool("label", self._labels())
@@ -203,7 +200,7 @@ class Listing:
         """A query of what is listed, with --only-new without what is done."""
         if not self._settings.only_new:
             return "from listed"
-        self._con.execute("create table seen as " + self._seen())
+        files.gather(self._con, "seen", tables.DONE, self._settings.results, self._done_before())
         for name, query in (("done", _IS_DONE), ("done_otherwise", _IS_DONE_OTHERWISE)):
             self._con.execute(f"create table {name} as {query}", self._key)
         is_done = _SAME_PHOTO.format("listed", "done")
@@ -220,13 +217,8 @@ class Listing:
         [(count,)] = self._con.execute(f"select count(*) from {rows}").fetchall()
         return int(count)
 
-    def _seen(self) -> str:
-        """A query of the keys that earlier runs have left."""
-        done = files.select(self._con, tables.DONE, self._done)
-        return f"{done} union all {files.select(self._con, tables.DONE, self._shards)}"
-
-    def _done_before(self) -> tuple[list[storage.Object], list[storage.Object]]:
-        """The `done/` files of finished runs, and the shards of unfinished ones."""
+    def _done_before(self) -> Iterator[storage.Object]:
+        """The `done/` files of finished runs, then the shards of unfinished ones."""
         results = self._settings.results
         keys = list(storage.list_objects(storage.join(results, "done")))
         runs = [run_of(results, item.uri) for item in keys]
@@ -235,9 +227,10 @@ class Listing:
             for run, item in zip(runs, keys, strict=True)
             if run and item.uri == RunLayout(results=results, run_id=run).done
         }
-        done = [item for run, item in zip(runs, keys, strict=True) if run in finished]
-        shards = storage.list_objects(storage.join(results, "images"))
-        return done, [item for item in shards if run_of(results, item.uri) not in finished]
+        yield from (item for run, item in zip(runs, keys, strict=True) if run in finished)
+        for shard in storage.list_objects(storage.join(results, "images")):
+            if run_of(results, shard.uri) not in finished:
+                yield shard
 
 
 def _row(item: storage.Object) -> tuple[str, str, int]:

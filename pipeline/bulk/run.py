@@ -145,8 +145,11 @@ class _Run:
         self._progress.in_work = reconciler.photos_in_work
         for part in self._plan.parts:
             reconciler.complete(part)
-        finish = Finish(self._layout, self._plan, self._checkpoint.classes)
-        outcome = finish.outcome() if self._plan.counts.images else _NOTHING
+        with Finish(self._layout, self._plan, self._checkpoint.classes) as finish:
+            return self._finish(finish)
+
+    def _finish(self, finish: Finish) -> Ended:
+        outcome = finish.outcome()
         self._check_outcome(outcome)
         if self._plan.counts.images:
             finish.write_classes()
@@ -195,6 +198,3 @@ class _Run:
                 f"{kinds[0][0]}), over --max-error-fraction {self._settings.max_error_fraction:g}; "
                 "what is done stays: a larger fraction ends this run, another --run-id begins anew"
             )
-
-
-_NOTHING = Outcome(images=0, ok=0, errors=0, label_errors=0, errors_by_kind=())

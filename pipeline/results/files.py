@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import secrets
@@ -21,29 +22,55 @@ _OFFLINE = {"autoinstall_known_extensions": "false", "autoload_known_extensions"
 _KEPT_FOOTERS = 2000
 """Files up to which DuckDB keeps their footers between queries: each takes it 55 KB of memory."""
 
+_TOGETHER = 1000
+"""Files of one query of `gather`: a query takes about 9 KB a file, and a thread's buffers."""
+
 _READ_AHEAD_BYTES = 2**20
 """Of remote files: neighbouring columns come with one request, skipped row groups do not."""
 
 
 def connect(
-    results: str, files: Iterable[storage.Object], *, memory_limit: str | None = None
+    results: str,
+    files: Iterable[storage.Object] = (),
+    *,
+    memory_limit: str | None = None,
+    database: str = ":memory:",
 ) -> duckdb.DuckDBPyConnection:
-    """An in-memory DuckDB that can read these files below `results`, and fetches nothing else.
+    """A DuckDB, in memory or in a local file, that can read these files below `results`.
 
-    Beyond `memory_limit` ("2GB") queries spill to the temporary folder.
+    It fetches nothing else. Beyond `memory_limit` ("2GB") queries spill to the temporary folder.
     """
     settings: dict[str, str | bool | int | float | list[str]] = {
         **_OFFLINE,
         "temp_directory": os.path.join(tempfile.gettempdir(), f"duckdb-{secrets.token_hex(8)}"),
         **({"memory_limit": memory_limit} if memory_limit else {}),
     }
-    con = duckdb.connect(":memory:", config=settings)
+    con = duckdb.connect(database, config=settings)
     files = list(files)
     keep = str(len(files) <= _KEPT_FOOTERS).lower()
     con.execute(f"SET TimeZone = 'UTC'; SET parquet_metadata_cache = {keep}")
-    if (remote := storage.filesystem(results)) is not None:
-        con.register_filesystem(_Listed(remote, files))
+    if files:
+        _register(con, results, files)
     return con
+
+
+def gather(
+    con: duckdb.DuckDBPyConnection,
+    table: str,
+    schema: pa.Schema,
+    results: str,
+    files: Iterable[storage.Object],
+) -> None:
+    """Fills a new table of a connection without files with the schema's columns of all their rows.
+
+    It reads some files at a time, so that memory does not grow with their number.
+    """
+    con.execute(f"CREATE TABLE {table} AS {select(con, schema, ())}")
+    listed, left = _register(con, results, ()), iter(files)
+    while some := list(itertools.islice(left, _TOGETHER)):
+        if listed is not None:
+            listed.hold(some)
+        con.execute(f"INSERT INTO {table} {select(con, schema, some)}")
 
 
 def select(
@@ -83,6 +110,18 @@ def escaped(uri: str) -> str:
     return uri
 
 
+def _register(
+    con: duckdb.DuckDBPyConnection, results: str, files: Iterable[storage.Object]
+) -> _Listed | None:
+    """Lets the connection read these files, where they are remote."""
+    if (remote := storage.filesystem(results)) is None:
+        return None
+    listed = _Listed(remote)
+    listed.hold(files)
+    con.register_filesystem(listed)
+    return listed
+
+
 class _Listed(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec ships no types
     """The files of one listing, read through `remote`, each name meaning itself.
 
@@ -92,10 +131,14 @@ class _Listed(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec ships 
 
     cachable = False
 
-    def __init__(self, remote: Any, files: Iterable[storage.Object]) -> None:
+    def __init__(self, remote: Any) -> None:
         super().__init__()
         self.protocol = remote.protocol
         self._remote = remote
+        self._sizes: dict[str, int] = {}
+
+    def hold(self, files: Iterable[storage.Object]) -> None:
+        """From now on these are its files, and no others."""
         self._sizes = {item.uri: item.size for item in files}
 
     def glob(self, path: str, **_: object) -> list[str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
+import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -70,6 +73,21 @@ def _rows(count: int, *, labels: str = "some", errors: str = "some", classes: in
     return rows
 
 
+Made = Callable[[str, Rows], tuple[Finish, RunLayout]]
+
+
+@pytest.fixture
+def finish_of() -> Iterator[Made]:
+    """Makes the files of a run of these rows below a prefix; the end of that run, opened."""
+    with contextlib.ExitStack() as opened:
+
+        def made(prefix: str, rows: Rows) -> tuple[Finish, RunLayout]:
+            finishing, layout = _finish(prefix, rows)
+            return opened.enter_context(finishing), layout
+
+        yield made
+
+
 def _finish(prefix: str, rows: Rows) -> tuple[Finish, RunLayout]:
     layout = RunLayout(results=f"{prefix}/o'results [1]", run_id="r")
     schema = tables.with_footer(tables.IMAGES, VOC)
@@ -118,9 +136,9 @@ def _tuples(table: pa.Table) -> list[tuple[Any, ...]]:
     return [tuple(row.values()) for row in table.to_pylist()]
 
 
-def test_classes_equal_a_plain_sort(prefix: str) -> None:
+def test_classes_equal_a_plain_sort(finish_of: Made, prefix: str) -> None:
     rows = _rows(60)
-    finishing, layout = _finish(prefix, rows)
+    finishing, layout = finish_of(prefix, rows)
     finishing.write_classes()
     [part] = _parts(layout)
     table = _table(part)
@@ -130,12 +148,12 @@ def test_classes_equal_a_plain_sort(prefix: str) -> None:
 
 
 def test_many_classes_become_several_parts_each_readable_and_sorted_over_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finish_of: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(finish, "PART_BYTES", 20_000)
     monkeypatch.setattr(finish, "_ROW_GROUP", 1000)
     rows = _rows(900, classes=19)
-    finishing, layout = _finish(str(tmp_path), rows)
+    finishing, layout = finish_of(str(tmp_path), rows)
     finishing.write_classes()
     parts = _parts(layout)
     assert len(parts) > 2
@@ -146,10 +164,11 @@ def test_many_classes_become_several_parts_each_readable_and_sorted_over_all(
 
 
 def test_classes_have_the_same_bytes_written_again_with_one_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finish_of: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(finish, "PART_BYTES", 20_000)
-    finishing, layout = _finish(str(tmp_path), _rows(900, classes=19))
+    rows = _rows(900, classes=19)
+    finishing, layout = finish_of(str(tmp_path), rows)
     finishing.write_classes()
     first = _parts(layout)
     storage.delete([item.uri for item in storage.list_objects(layout.classes)])
@@ -161,13 +180,13 @@ def test_classes_have_the_same_bytes_written_again_with_one_thread(
         return con
 
     monkeypatch.setattr(files, "connect", with_one_thread)
-    finishing.write_classes()
+    finish_of(str(tmp_path), rows)[0].write_classes()
     assert _parts(layout) == first
 
 
-def test_columns_that_are_all_null_keep_their_types(tmp_path: Path) -> None:
+def test_columns_that_are_all_null_keep_their_types(finish_of: Made, tmp_path: Path) -> None:
     rows = _rows(10, labels="none", errors="none")
-    finishing, layout = _finish(str(tmp_path), rows)
+    finishing, layout = finish_of(str(tmp_path), rows)
     finishing.write_classes()
     finishing.write_done()
     [part] = _parts(layout)
@@ -177,9 +196,9 @@ def test_columns_that_are_all_null_keep_their_types(tmp_path: Path) -> None:
     assert set(done["error_kind"].to_pylist()) == set(done["label_etag"].to_pylist()) == {None}
 
 
-def test_done_holds_the_key_of_every_row(prefix: str) -> None:
+def test_done_holds_the_key_of_every_row(finish_of: Made, prefix: str) -> None:
     rows = _rows(40)
-    finishing, layout = _finish(prefix, rows)
+    finishing, layout = finish_of(prefix, rows)
     finishing.write_done()
     names = tables.DONE.names
     in_order = sorted(rows, key=lambda row: str(row["uri"]))
@@ -194,10 +213,10 @@ def _done_files(layout: RunLayout) -> list[bytes]:
 
 
 def test_done_of_many_photos_is_written_in_parts_of_which_the_last_comes_last(
-    prefix: str, monkeypatch: pytest.MonkeyPatch
+    finish_of: Made, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = _rows(300)
-    finishing, layout = _finish(prefix, rows)
+    finishing, layout = finish_of(prefix, rows)
     monkeypatch.setattr(finish, "PART_BYTES", 1500)
     monkeypatch.setattr(finish, "_ROW_GROUP", 50)
     written: list[str] = []
@@ -222,9 +241,9 @@ def test_done_of_many_photos_is_written_in_parts_of_which_the_last_comes_last(
 
 @pytest.mark.parametrize("written", [0, 1, 2])
 def test_a_run_that_was_killed_while_it_wrote_done_is_not_done_and_ends_with_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
+    finish_of: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
 ) -> None:
-    finishing, layout = _finish(str(tmp_path), _rows(300))
+    finishing, layout = finish_of(str(tmp_path), _rows(300))
     monkeypatch.setattr(finish, "PART_BYTES", 1500)
     monkeypatch.setattr(finish, "_ROW_GROUP", 50)
     finishing.write_done()
@@ -258,9 +277,9 @@ def _record(finishing: Finish, layout: RunLayout) -> dict[str, Any]:
     return row
 
 
-def test_the_records_numbers_equal_plain_counting(prefix: str) -> None:
+def test_the_records_numbers_equal_plain_counting(finish_of: Made, prefix: str) -> None:
     rows = _rows(90)
-    finishing, layout = _finish(prefix, rows)
+    finishing, layout = finish_of(prefix, rows)
     record = _record(finishing, layout)
     kinds = Counter(row["error_kind"] for row in rows if row["status"] == "error")
     by_count = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
@@ -297,13 +316,13 @@ def test_the_records_numbers_equal_plain_counting(prefix: str) -> None:
     assert {name: record[name] for name in FACTS} == FACTS
 
 
-def test_a_run_without_labels_has_no_iou(tmp_path: Path) -> None:
-    record = _record(*_finish(str(tmp_path), _rows(10, labels="none", errors="none")))
+def test_a_run_without_labels_has_no_iou(finish_of: Made, tmp_path: Path) -> None:
+    record = _record(*finish_of(str(tmp_path), _rows(10, labels="none", errors="none")))
     assert (record["mean_iou"], record["class_iou"], record["errors_by_kind"]) == (None, [], [])
 
 
-def test_a_run_of_errors_alone_ends_like_any_other(tmp_path: Path) -> None:
-    finishing, layout = _finish(str(tmp_path), _rows(30, errors="all"))
+def test_a_run_of_errors_alone_ends_like_any_other(finish_of: Made, tmp_path: Path) -> None:
+    finishing, layout = finish_of(str(tmp_path), _rows(30, errors="all"))
     finishing.write_classes()
     finishing.write_done()
     record = _record(finishing, layout)
@@ -317,7 +336,32 @@ def test_a_run_of_errors_alone_ends_like_any_other(tmp_path: Path) -> None:
     )
 
 
-def test_the_record_of_a_run_without_photos_can_be_read(tmp_path: Path) -> None:
-    finishing, layout = _finish(str(tmp_path), [])
+def test_the_record_of_a_run_without_photos_can_be_read(finish_of: Made, tmp_path: Path) -> None:
+    finishing, layout = finish_of(str(tmp_path), [])
     record = _record(finishing, layout)
     assert (record["images"], record["class_iou"]) == (0, [])
+
+
+def test_files_are_gathered_some_at_a_time(
+    finish_of: Made, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_TOGETHER", 4)  # of 9 files
+    rows = _rows(90)
+    finishing, layout = finish_of(prefix, rows)
+    finishing.write_classes()
+    [part] = _parts(layout)
+    assert finishing.outcome().images == 90
+    assert _tuples(_table(part)) == _sorted_classes(rows)
+
+
+def test_nothing_is_left_on_local_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    finishing, layout = _finish(str(tmp_path), _rows(30))
+    with finishing:
+        assert os.listdir(tmp_path / "temporary")
+    assert os.listdir(tmp_path / "temporary") == []
+    storage.write(f"{layout.images}/shard=00000009.parquet", b"no Parquet")
+    with pytest.raises(Exception, match="shard=00000009"), finishing:
+        pass
+    assert os.listdir(tmp_path / "temporary") == []

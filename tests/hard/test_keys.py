@@ -104,12 +104,12 @@ def whole_run(settings: Settings) -> RunLayout:
                 segmenter.segment(row["shard"], photos_of(row["images"]))
     finally:
         segmenter.close()
-    finish = Finish(layout, made, segmenter.classes)
     facts = {"checkpoint": CHECKPOINT, "checkpoint_sha256": "0", "code_version": "1"}
     facts |= {"bytes_read": 1, "seconds": 1.0, "images_per_second": None}
-    finish.write_classes()
-    finish.write_done()
-    finish.write_record(finish.outcome(), facts)
+    with Finish(layout, made, segmenter.classes) as finish:
+        finish.write_classes()
+        finish.write_done()
+        finish.write_record(finish.outcome(), facts)
     return layout
 
 

@@ -3,8 +3,8 @@
     python tests/scale/ending.py [PHOTOS ...]
 
 Below a temporary folder lie the `images` files of a run that never was: 64 rows a file, three
-classes and a small mask each. Each of the driver's last steps (count, classes, done, record) is a
-fresh process over them; what it wrote is counted.
+classes and a small mask each. The driver's last steps (gather, count, classes, done, record) run
+over them in a fresh process; what they wrote is counted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,7 +23,7 @@ from made_up_bucket import PHOTOS, made_up
 from measure import Row, in_a_process, print_table, taken
 
 SIZES = (100_000, 1_000_000, 10_000_000)
-STEPS = ("nothing", "outcome", "classes", "done", "record")
+STEPS = ("nothing", "end")
 SHARD_IMAGES = 64
 CLASSES_EACH = 3
 DISTINCT_SHARDS = 15_625
@@ -84,14 +84,15 @@ def step(name: str, results: str, photos: int) -> Row:
     nothing = Outcome(images=photos, ok=photos, errors=0, label_errors=0, errors_by_kind=())
     facts = {"checkpoint": "c", "checkpoint_sha256": "0", "code_version": "1"}
     facts |= {"bytes_read": 0, "seconds": 1.0, "images_per_second": None}
-    steps: dict[str, Callable[[], object]] = {
-        "nothing": lambda: None,
-        "outcome": finish.outcome,
-        "classes": finish.write_classes,
-        "done": finish.write_done,
-        "record": lambda: finish.write_record(nothing, facts),
-    }
-    return taken(steps[name])
+
+    def end() -> None:
+        with finish:
+            assert finish.outcome().images == photos
+            finish.write_classes()
+            finish.write_done()
+            finish.write_record(nothing, facts)
+
+    return taken(end if name == "end" else lambda: None)
 
 
 def written(results: str, folder: str) -> tuple[int, int]:
@@ -105,16 +106,16 @@ def written(results: str, folder: str) -> tuple[int, int]:
 
 def all_steps(photos: int, steps: Sequence[str] = STEPS) -> Iterator[Row]:
     """A row a step: what it took at that many photos."""
-    rows = {"classes": CLASSES_EACH * photos, "done": photos}
+    rows = {"classes": CLASSES_EACH * photos, "done": photos, "runs": 1}
     with tempfile.TemporaryDirectory() as results:
         fill(results, photos)
         for name in steps:
             took = in_a_process(__file__, "--step", name, "--results", results, str(photos))
             row: Row = {"photos": photos, "step": name, **took}
-            if name in rows:
-                found, size = written(results, name)
-                assert found == rows[name], (found, rows[name])
-                row["written_mib"] = size / 2**20
+            if name == "end":
+                found = {folder: written(results, folder) for folder in rows}
+                assert {folder: count for folder, (count, _) in found.items()} == rows
+                row["written_mib"] = sum(size for _, size in found.values()) / 2**20
             yield row
 
 
