@@ -8,9 +8,10 @@
     python -m cluster.local add
     python -m cluster.local stop
 
-As root each node is in a network namespace of its own, with its own address and host name, joined
-by a bridge; otherwise all are on loopback, where no link can be cut. The cluster asks for a token.
-What `stop` ends are this cluster's processes alone. `--folder` keeps what is known of it.
+As root each node is in a network namespace of its own, with its own address, host name and
+temporary folder, joined by a bridge; otherwise all are on loopback, where no link can be cut. The
+cluster asks for a token. What `stop` ends are this cluster's processes alone. `--folder` keeps what
+is known of it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import json
 import os
 import secrets
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -65,7 +65,7 @@ class Cluster:
         address = self.network.add(HEAD)
         head = ["--head", "--num-cpus=0", f"--port={port}", "--disable-usage-stats"]
         head += [f"--dashboard-host={address}", f"--dashboard-port={dashboard}"]
-        head += [f"--temp-dir=/tmp/{self.network.name}"]  # its sockets' paths must be short
+        head += [f"--temp-dir={self.network.temporary}"]
         self._ray(HEAD, head)
         for _ in range(nodes):
             self.add()
@@ -116,7 +116,6 @@ class Cluster:
         for number in sorted(self.pids, reverse=True):
             self.drop(number)
         self.network.close()
-        shutil.rmtree(f"/tmp/{self.network.name}", ignore_errors=True)
 
     def log(self, number: int) -> str:
         """What the node's `ray start` said."""

@@ -34,6 +34,7 @@ class Namespaces:
     def __init__(self, name: str, subnet: str | None = None) -> None:
         self.name = name
         self.subnet = subnet or _free_subnet()
+        self.temporary = temporary_folder(name)
 
     @property
     def gateway(self) -> str:
@@ -48,6 +49,7 @@ class Namespaces:
     def close(self) -> None:
         with contextlib.suppress(subprocess.CalledProcessError):
             _ip("link", "del", self.name)
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
     def add(self, number: int) -> str:
         """Makes node `number` a place, and gives its address."""
@@ -61,6 +63,7 @@ class Namespaces:
         # a node's name leads to its address, as on a machine: gloo and others look it up
         (_HOSTS / node).mkdir(parents=True, exist_ok=True)
         (_HOSTS / node / "hosts").write_text(f"127.0.0.1 localhost\n{address} {node}\n")
+        (self.temporary / node).mkdir(parents=True)
         return address
 
     def remove(self, number: int) -> None:
@@ -68,16 +71,21 @@ class Namespaces:
         for arguments in (("link", "del", self._cable(number)), ("netns", "del", node)):
             with contextlib.suppress(subprocess.CalledProcessError):
                 _ip(*arguments)
-        shutil.rmtree(_HOSTS / node, ignore_errors=True)
+        for folder in (_HOSTS / node, self.temporary / node):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def address(self, number: int) -> str:
         return f"{self.subnet}.{10 + number}"
 
     def within(self, number: int, command: list[str]) -> list[str]:
-        """The command as the node's own, with the node's name for a host name."""
-        node = self._node(number)
-        named = 'hostname "$0" && exec "$@"'
-        return ["ip", "netns", "exec", node, "unshare", "--uts", "sh", "-c", named, node, *command]
+        """The command as the node's own, with a host name and a temporary folder of its own.
+
+        Ray unpacks what it is sent below the latter, and a node that goes deletes it.
+        """
+        node, folder = self._node(number), str(self.temporary)
+        own = 'hostname "$0" && mount --bind "$1/$0" "$1" && shift && exec "$@"'
+        apart = ["ip", "netns", "exec", node, "unshare", "--uts", "--mount"]
+        return [*apart, "sh", "-c", own, node, folder, *command]
 
     def pids(self, number: int) -> list[int]:
         """Every process of the node, whoever started it."""
@@ -108,13 +116,14 @@ class Loopback:
 
     def __init__(self, name: str, subnet: str | None = None) -> None:
         self.name = name
+        self.temporary = temporary_folder(name)
         self.head_ports = (str(_free_port()), str(_free_port()))
 
     def open(self) -> None:
         pass
 
     def close(self) -> None:
-        pass
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
     def add(self, number: int) -> str:
         return self.address(number)
@@ -139,6 +148,11 @@ class Loopback:
 
 
 Network = Namespaces | Loopback
+
+
+def temporary_folder(name: str) -> Path:
+    """Of the cluster's Ray. Its sockets' paths must be short, so $TMPDIR will not do."""
+    return Path("/tmp", name)
 
 
 def _free_subnet() -> str:

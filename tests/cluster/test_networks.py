@@ -66,6 +66,16 @@ def test_a_nodes_name_leads_to_its_address(network: Namespaces) -> None:
     assert socket.gethostname() != f"{network.name}-1"  # this machine keeps its own
 
 
+def test_what_a_node_writes_for_itself_no_other_sees(network: Namespaces) -> None:
+    for number in (1, 2):
+        network.add(number)
+    file = f"{network.temporary}/mine"
+    subprocess.run(network.within(1, ["touch", file]), check=True)
+    for number, sees in ((1, 0), (2, 1)):
+        done = subprocess.run(network.within(number, ["test", "-e", file]), check=False)
+        assert done.returncode == sees
+
+
 def test_nothing_is_left_of_a_network(network: Namespaces) -> None:
     network.add(1)
     network.remove(1)
@@ -75,6 +85,7 @@ def test_nothing_is_left_of_a_network(network: Namespaces) -> None:
         assert network.name not in said
         assert f"{network.subnet}." not in said
     assert not Path(f"/etc/netns/{network.name}-1").exists()
+    assert not network.temporary.exists()
 
 
 def test_loopback_has_no_link_to_cut() -> None:
