@@ -8,7 +8,15 @@ from pathlib import Path
 
 import plain_loop
 import pytest
-from several_nodes import CHECKPOINT, PHOTOS, SCALES, SCENARIOS, World, as_table
+from several_nodes import (
+    CHECKPOINT,
+    PHOTO_COUNT,
+    PHOTOS,
+    SCALES,
+    SCENARIOS,
+    World,
+    as_table,
+)
 from small_photos import photo
 
 from cluster.local import Cluster
@@ -16,12 +24,10 @@ from jobs.demo.server import s3_server
 from pipeline.bulk.settings import Inference
 from pipeline.data import storage
 
-PHOTO_COUNT = 40
-
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """A head without CPUs, three nodes of one CPU each, and 40 photos on an S3 server beside."""
+    """A head without CPUs, three nodes of one CPU each, and photos on an S3 server beside."""
     folder = tmp_path_factory.mktemp("cluster")
     made = Cluster(folder / "cluster", cpus=1)
     made.network.open()
