@@ -20,6 +20,7 @@ def dry_run(recipe: Recipe, settings: Settings, found: Estimate) -> str:
     values = dict(_values(experiment, found.looked))
     width = max(map(len, values))
     steps = f"{experiment.optimiser.max_steps} steps of {found.step_s:.2f} s"
+    steps += f" ({found.waiting:.0%} of it waiting for photos)"
     return "\n".join(
         [
             f"recipe {recipe.name} ({recipe.source}): {recipe.about}",
@@ -27,8 +28,8 @@ def dry_run(recipe: Recipe, settings: Settings, found: Estimate) -> str:
             "",
             *_frequencies(found.looked),
             "",
-            f"about {duration(found.seconds)}, evaluation apart: {steps}, as ten of them took "
-            "here on one worker's part of the batch",
+            f"about {duration(found.seconds)}, evaluation apart: {steps},",
+            "as ten of them took here on one worker's part of the batch",
         ]
     )
 

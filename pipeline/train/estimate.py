@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from dataclasses import dataclass
 
@@ -22,10 +23,11 @@ WARM_UP = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What was looked at, and the median seconds of a step."""
+    """What was looked at, the median seconds of a step, and the share that waits for photos."""
 
     looked: Looked
     step_s: float
+    waiting: float
     seconds: float
 
 
@@ -48,7 +50,7 @@ def estimate(settings: Settings, say: Say) -> Estimate:
     config = task.experiment.optimiser
     world = min(settings.most_workers, max(1, config.batch_size // 2))
     source = source_of(task, rank=0, world=world)
-    seconds = []
+    seconds, waited = [], []
     steps = min(STEPS + WARM_UP, config.max_steps)
     made = batches(source, 0, steps, loaders=task.loaders)
     started = time.monotonic()
@@ -57,9 +59,16 @@ def estimate(settings: Settings, say: Say) -> Estimate:
             raise batch
         stepper.step(batch.images, batch.labels)
         seconds.append(time.monotonic() - started)
+        waited.append(batch.waited_s)
         started = time.monotonic()
-    step_s = sorted(seconds[WARM_UP:] or seconds)[len(seconds[WARM_UP:] or seconds) // 2]
-    return Estimate(looked=looked, step_s=step_s, seconds=step_s * small_steps(task.experiment))
+    warm = slice(WARM_UP if steps > WARM_UP else 0, None)
+    step_s = statistics.median_high(seconds[warm])
+    return Estimate(
+        looked=looked,
+        step_s=step_s,
+        waiting=sum(waited[warm]) / sum(seconds[warm]),
+        seconds=step_s * small_steps(task.experiment),
+    )
 
 
 def small_steps(experiment: Experiment) -> float:

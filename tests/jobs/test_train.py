@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -26,7 +27,7 @@ from tiny_training import arguments, draw, encoded, keys, put_set
 
 from jobs import evaluate, segment
 from jobs.train import main
-from pipeline.data import storage
+from pipeline.data import samples, storage
 from pipeline.model import predict, weights
 from pipeline.train import checkpoints
 
@@ -251,6 +252,24 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
         assert float(share) == pytest.approx(100 * (labelled == k).mean(), abs=0.0051)
         assert photos == ("6" if k < 3 else "0")
     assert re.search(r"^about .*: 6 steps of \d+\.\d\d s", out, re.MULTILINE)
+
+
+def test_a_dry_run_says_how_much_of_a_step_waits_for_photos(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_set(f"{tmp_path}/set")
+    load = samples.load
+
+    def slow(*how: Any) -> Any:
+        time.sleep(0.25)
+        return load(*how)
+
+    monkeypatch.setattr(samples, "load", slow)  # no loaders: in this process
+    assert main(arguments(str(tmp_path), *STEPS, "--dry-run")) == 0
+    found = re.search(r"of (\d+\.\d\d) s \((\d+)% of it waiting", capsys.readouterr().out)
+    assert found is not None
+    step_s, waiting = float(found[1]), int(found[2]) / 100
+    assert 0.49 <= step_s * waiting <= 1.0  # a worker's two photos of a quarter of a second
 
 
 def test_the_list_names_every_recipe_with_the_papers_figures(
