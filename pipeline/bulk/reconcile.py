@@ -82,12 +82,15 @@ class Reconciler:
             logger.warning("%d shards kill their process; photo by photo now", len(missing))
             self._photo_by_photo(shards.take(missing))
 
-    def _lost(self, shards: pa.Table, one_at_a_time: bool) -> WaveLostError | None:
-        """Why the wave was abandoned, None where it was not."""
+    def _lost(self, shards: pa.Table, one_at_a_time: bool) -> str | None:
+        """Why the wave was abandoned, None where it was not.
+
+        Words, not the error: that would hold the wave, and its actors, while the next one runs.
+        """
         try:
             self._wave(shards, self._pool, one_at_a_time=one_at_a_time)
         except WaveLostError as error:
-            return error
+            return str(error)
         return None
 
     def _missing(self, part: Part) -> list[int]:

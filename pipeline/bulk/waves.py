@@ -40,6 +40,8 @@ _SHARDS_IN_FLIGHT = 3  # and one more waits at the actor
 _TELL_EVERY_S = 2.0
 _LOOK_EVERY_S = 1.0
 _BOARD_TIMEOUT_S = 5.0
+_INIT_DEATHS = 3
+"""Actors in a row that die while they start and are replaced: a node may go just then."""
 
 _LOST = (
     ray.exceptions.RayActorError,
@@ -183,12 +185,13 @@ def run(
     Raises WaveLostError, and RunStoppedError for what no other wave would do better.
     """
     _set_context(len(shards))
-    rows = [shards.take([i]) for i in range(len(shards))]  # one block each
+    rows = shards.to_pylist()
     in_flight = 1 if one_at_a_time else _SHARDS_IN_FLIGHT
     # max_restarts and max_task_retries have no other place yet
     warnings.simplefilter("ignore", RayDeprecationWarning)
     watchdog = _Watchdog(pool, board)
-    summaries = ray.data.from_arrow(rows).map_batches(
+    # a block a row, made here: from_arrow would ask the cluster's CPUs about each of them
+    summaries = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Stage,
         fn_constructor_args=(work, board),
         batch_size=1,
@@ -215,9 +218,20 @@ def run(
             board.forget.remote(row["shard"])
             yield Summary(**{**row, "errors": Counter(json.loads(row["errors"]))})
     except _LOST as error:
-        raise WaveLostError(str(error).splitlines()[0]) from error
+        lost = str(error).splitlines()[0]
+        _let_go(error)
     except ray.exceptions.RayError as error:
         raise RunStoppedError(f"Ray gave up: {str(error).splitlines()[0]}") from error
+    else:
+        return
+    raise WaveLostError(lost)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Clears what the error's frames hold: the wave's actors, which else keep their CPUs."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 class _Watchdog:
@@ -282,6 +296,7 @@ def _running_actors(executor: Any) -> int:
 def _set_context(shards: int) -> None:
     context = DataContext.get_current()
     context.execution_no_progress_timeout_s = -1  # it would end a run that waits for a node
+    context.max_consecutive_actor_init_deaths = _INIT_DEATHS
     context.custom_execution_callback_classes = [WatchCallback]
     context.max_errored_blocks = max(20, shards // 100)
     context.enable_progress_bars = False

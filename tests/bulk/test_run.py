@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from pipeline.bulk import alone, plan
+from pipeline.bulk import alone, plan, waves
 from pipeline.bulk.alone import Alone
 from pipeline.bulk.listing import Listed
 from pipeline.bulk.rows import RowMaker
@@ -131,6 +131,27 @@ def test_an_actor_that_is_killed_costs_no_photo(
 
     run(settings, kill_once)
     assert killed
+    assert rows_of(settings) == looped(settings, work_for(settings))
+
+
+@pytest.mark.timeout(120)
+def test_a_wave_that_is_lost_lets_its_actors_go_before_the_next_one_needs_their_cpus(
+    tmp_path: Path, fill: Any, settings_for: Any, work_for: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(str(tmp_path), 24)
+    # all CPUs of the session
+    settings = settings_for(str(tmp_path), shard_images=2, cpus_per_actor=2, actors=(2, 2))
+    look, lost = waves._Watchdog.look, []
+
+    def loses_one(watchdog: waves._Watchdog, executor: Any) -> None:
+        look(watchdog, executor)
+        if watchdog._done and waves._running_actors(executor) == 2 and not lost:
+            lost.append(True)
+            raise ray.exceptions.ActorDiedError
+
+    monkeypatch.setattr(waves._Watchdog, "look", loses_one)
+    run(settings, quiet)
+    assert lost
     assert rows_of(settings) == looped(settings, work_for(settings))
 
 
