@@ -55,7 +55,8 @@ class StubStage:
             file.write(b"rows")
         facts = {"ready": self._ready, "began": began, "ended": ended, "pid": os.getpid()}
         summary = {"shard": row["shard"], "images": len(row["images"]), "committed": True}
-        return pa.Table.from_pylist([{**summary, "errors": "{}", "fatal": "", "facts": facts}])
+        said = {"errors": "{}", "fatal": "", "cut_off": False}
+        return pa.Table.from_pylist([{**summary, **said, "facts": facts}])
 
 
 class Measured(Summary):
