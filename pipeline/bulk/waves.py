@@ -303,5 +303,6 @@ def _set_context(shards: int) -> None:
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.data._internal.execution.streaming_executor"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # what ends a wave is said once, by who runs it, and is no fault of Ray's that one should report
-    logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)
+    # what ends a wave, or a shard, is said once, by who runs it, and is no fault of Ray's to report
+    for name in ("ray.data.exceptions", "ray.data._internal.execution.streaming_executor_state"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

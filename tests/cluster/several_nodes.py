@@ -33,8 +33,8 @@ RAY = str(Path(sysconfig.get_path("scripts")) / "ray")
 CHECKPOINT = "jobs/demo/tfzoo-voc-mobilenetv2.safetensors"
 PHOTOS = "s3://photos/night"
 SCALES = (1.0, 2.0)
-PHOTO_COUNT = 80
-SHARD_IMAGES = 2
+PHOTO_COUNT = 240
+SHARD_IMAGES = 4
 PATIENCE_S = 420.0  # for what takes seconds on a machine with nothing else to do
 
 
