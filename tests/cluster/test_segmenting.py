@@ -76,9 +76,9 @@ def test_a_node_that_is_dropped_loses_nothing(world: World) -> None:
 
 
 def test_a_node_that_is_added_is_used(world: World) -> None:
-    world.need(2)
-    with timed("node added in mid-run", "2, then 3") as scenario:
-        job = world.segment("added", "--actors", "1", "3")
+    world.need(1)
+    with timed("node added in mid-run", "1, then 2") as scenario:
+        job = world.segment("added", "--actors", "1", "2")
         until(lambda: files_of("added"), job)
         added = world.cluster.add()
         until(lambda: added in world.at_work(STAGE), job)
