@@ -30,7 +30,7 @@ from pipeline.results.layout import RunLayout
 PART_BYTES = 64 * 2**20
 """Bytes of a file of `classes` or `done` from which on the next one is begun."""
 
-_MEMORY_LIMIT = "1GB"  # beside what Python and Arrow take
+_MEMORY_LIMIT = "600MB"  # beside what Python and Arrow take
 _ROW_GROUP = 100_000  # rows; a class over a million photos lies in few of them
 
 _GATHERED = pa.schema(
