@@ -20,7 +20,7 @@ from pipeline.bulk.progress import Progress
 from pipeline.bulk.run import Ended, run
 from pipeline.bulk.settings import Settings
 from pipeline.data.storage import StorageError
-from pipeline.runs import lease
+from pipeline.runs import cluster, lease
 from pipeline.runs.cluster import RunStoppedError
 
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _segment(settings: Settings) -> str:
-    with Display() as display:
+    with cluster.left_at_the_end(), Display() as display:
         ended = run(settings, _Announced(settings, display))
     return _last_line(settings, ended)
 

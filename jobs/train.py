@@ -21,7 +21,7 @@ from jobs.ending import last_line
 from jobs.training_display import TrainingDisplay
 from jobs.training_tables import class_table, dry_run
 from pipeline.data.storage import StorageError
-from pipeline.runs import lease
+from pipeline.runs import cluster, lease
 from pipeline.runs.cluster import RunStoppedError
 from pipeline.train import recipes
 from pipeline.train.config import Experiment
@@ -51,7 +51,7 @@ def _train(argv: Sequence[str]) -> str:
     settings = _settings(recipe, rest)
     if settings.dry_run:
         return dry_run(recipe, settings, estimate(settings, _say))
-    with TrainingDisplay(settings) as display:
+    with cluster.left_at_the_end(), TrainingDisplay(settings) as display:
         ended = fit(settings, _say, display)
     return _ended(settings, ended)
 

@@ -56,6 +56,23 @@ def connect(*, workers: int, cpus: int, gpus: float, quiet: bool = False) -> Non
     _warn_where_nothing_fits(cpus, gpus)
 
 
+@contextmanager
+def left_at_the_end() -> Iterator[None]:
+    """A Ray that the block joins or starts is left at its end: it prints nothing afterwards.
+
+    Not where the block is interrupted: who does that may wait for a few seconds only.
+    """
+    mine = not ray.is_initialized()
+    try:
+        yield
+    except KeyboardInterrupt:
+        mine = False
+        raise
+    finally:
+        if mine and ray.is_initialized():
+            ray.shutdown()
+
+
 def _init(wanted: int, quiet: bool) -> None:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": not quiet}
     if has_cluster():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -88,3 +89,28 @@ def test_a_ray_that_does_not_start_in_time_is_one_clear_line(
     monkeypatch.setattr(ray, "init", slow)
     with pytest.raises(cluster.RunStoppedError, match="did not start on this machine"):
         cluster.connect(workers=1, cpus=1, gpus=0)
+
+
+@pytest.mark.parametrize(
+    ("before", "ends_with", "left"),
+    [
+        (False, None, True),
+        (False, ValueError, True),
+        (False, KeyboardInterrupt, False),  # there may be a few seconds only
+        (True, None, False),  # it is someone else's
+    ],
+)
+def test_a_ray_that_a_job_began_is_left_at_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+    before: bool,
+    ends_with: type[BaseException] | None,
+    left: bool,
+) -> None:
+    state = {"up": before}
+    monkeypatch.setattr(ray, "is_initialized", lambda: state["up"])
+    monkeypatch.setattr(ray, "shutdown", lambda: state.update(up=False))
+    with contextlib.suppress(ValueError, KeyboardInterrupt), cluster.left_at_the_end():
+        state["up"] = True
+        if ends_with is not None:
+            raise ends_with
+    assert state["up"] is not left
