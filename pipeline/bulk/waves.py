@@ -37,6 +37,9 @@ from pipeline.runs.patience import Patience
 
 _CONCURRENT_SHARDS = 2  # one is fetched and decoded while the other is in the network
 _SHARDS_IN_FLIGHT = 3  # and one more waits at the actor
+_BUSY = 1.0
+"""Shards in flight over those that the pool can work on, from which it grows; they are at most
+_SHARDS_IN_FLIGHT / _CONCURRENT_SHARDS, or 1 one at a time: at Ray's own 1.75 it would never."""
 _TELL_EVERY_S = 2.0
 _LOOK_EVERY_S = 1.0
 _BOARD_TIMEOUT_S = 5.0
@@ -297,6 +300,7 @@ def _set_context(shards: int) -> None:
     context = DataContext.get_current()
     context.execution_no_progress_timeout_s = -1  # it would end a run that waits for a node
     context.max_consecutive_actor_init_deaths = _INIT_DEATHS
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = _BUSY
     context.custom_execution_callback_classes = [WatchCallback]
     context.max_errored_blocks = max(20, shards // 100)
     context.enable_progress_bars = False

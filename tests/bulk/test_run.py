@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -16,13 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from cluster.local import with_descendants
 from pipeline.bulk import alone, plan, waves
 from pipeline.bulk.alone import Alone
 from pipeline.bulk.listing import Listed
 from pipeline.bulk.rows import RowMaker
 from pipeline.bulk.run import Ended, run
 from pipeline.bulk.segmenter import Segmenter, Work
-from pipeline.bulk.settings import Settings
+from pipeline.bulk.settings import Inference, Settings
 from pipeline.bulk.waves import Pool, photos_of
 from pipeline.data import storage
 from pipeline.data.labels import VOC
@@ -155,16 +157,30 @@ def test_a_wave_that_is_lost_lets_its_actors_go_before_the_next_one_needs_their_
     assert rows_of(settings) == looped(settings, work_for(settings))
 
 
+def test_a_pool_grows_from_its_least_to_its_most_actors(
+    tmp_path: Path, fill: Any, settings_for: Any
+) -> None:
+    fill(str(tmp_path), 90)
+    slow = Inference(scales=(3.0, 4.0))
+    settings = settings_for(str(tmp_path), shard_images=1, actors=(1, 3), inference=slow)
+    seen: list[int] = []
+
+    def count(*_: object) -> None:
+        seen.append(len(_actor_processes()))
+
+    run(settings, count)
+    assert seen[0] <= 1
+    assert max(seen) == 3
+
+
 def _actor_processes() -> list[int]:
     """The processes of Ray Data's actors below this one."""
     found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            title = (process / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if title.startswith(b"ray::") and b"MapBatches(Stage)" in title:
-            found.append(int(process.name))
+    for process in with_descendants(os.getpid()):
+        with contextlib.suppress(OSError):
+            title = Path(f"/proc/{process}/cmdline").read_bytes()
+            if title.startswith(b"ray::") and b"MapBatches(Stage)" in title:
+                found.append(process)
     return found
 
 

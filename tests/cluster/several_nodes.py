@@ -159,6 +159,11 @@ class World:
             self.cluster.drop(max(self.cluster.nodes))
         while len(self.cluster.nodes) < nodes:
             self.cluster.add()
+        until(lambda: self._alive() == nodes + 1)  # Ray takes its time to believe a death
+
+    def _alive(self) -> int:
+        """How many nodes Ray takes for alive, the head included."""
+        return sum(each["state"] == "ALIVE" for each in self.state("nodes"))
 
     def check(self, run: str, scenario: Scenario) -> None:
         """Asserts that the run's rows are those of a plain loop, each photo once."""
