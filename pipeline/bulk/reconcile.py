@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from pipeline.bulk import plan, waves
+from pipeline.bulk import plan, watch, waves
 from pipeline.bulk.alone import Alone
 from pipeline.bulk.plan import Part
 from pipeline.bulk.progress import Summary
@@ -62,7 +62,7 @@ class Reconciler:
         if missing := self._missing(part):
             shards = plan.read_part(self._work.layout, part)
             self._pool.connect()
-            self._board = self._board or waves.start_board()
+            self._board = self._board or watch.start_board()
             if self._pool.max_actors > 1 and len(missing) == part.shards and not part.first_shard:
                 # one shard by one actor, before the pool grows: what fails at once costs little
                 self._wave(shards.slice(0, 1), replace(self._pool, min_actors=1, max_actors=1))

@@ -8,7 +8,6 @@ everything else is a bug that ends the run.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import secrets
@@ -16,20 +15,20 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.util.annotations import RayDeprecationWarning
 
 from pipeline.bulk import witness
 from pipeline.bulk.listing import Listed
 from pipeline.bulk.progress import Summary
 from pipeline.bulk.segmenter import CutOffError, Segmenter, SystemicError, Work
+from pipeline.bulk.watch import Teller, WatchCallback, Watchdog
 from pipeline.data.storage import StorageError
 from pipeline.runs import cluster
 from pipeline.runs.cluster import RunStoppedError
@@ -40,9 +39,6 @@ _SHARDS_IN_FLIGHT = 3  # and one more waits at the actor
 _BUSY = 1.0
 """Shards in flight over those that the pool can work on, from which it grows; they are at most
 _SHARDS_IN_FLIGHT / _CONCURRENT_SHARDS, or 1 one at a time: at Ray's own 1.75 it would never."""
-_TELL_EVERY_S = 2.0
-_LOOK_EVERY_S = 1.0
-_BOARD_TIMEOUT_S = 5.0
 _INIT_DEATHS = 3
 """Actors in a row that die while they start and are replaced: a node may go just then."""
 
@@ -53,8 +49,6 @@ _LOST = (
     ray.exceptions.ObjectLostError,
 )
 """What Ray says of shards that died with a process or a node."""
-
-logger = logging.getLogger(__name__)
 
 
 class WaveLostError(RuntimeError):
@@ -92,52 +86,6 @@ def photos_of(images: list[dict[str, Any]]) -> list[Listed]:
     return [Listed(**image) for image in images]
 
 
-class Board:
-    """An actor that knows how many photos of each shard are through, for who watches the run."""
-
-    def __init__(self) -> None:
-        self._through: dict[int, int] = {}
-        self._told = 0
-
-    def tell(self, shard: int, photos: int) -> None:
-        self._through[shard] = photos
-        self._told += 1
-
-    def forget(self, shard: int) -> None:
-        self._through.pop(shard, None)
-
-    def told(self) -> int:
-        """A number that changes whenever a shard begins or gets on."""
-        return self._told
-
-    def shards(self) -> list[int]:
-        """Those that began and are not forgotten."""
-        return sorted(self._through)
-
-    def photos(self) -> int:
-        """Photos of shards that are not forgotten."""
-        return sum(self._through.values())
-
-
-def start_board() -> Any:
-    """The handle of a board; it is started again where its node goes, and knows nothing then."""
-    return ray.remote(Board).options(num_cpus=0, max_restarts=-1).remote()
-
-
-class _Teller:
-    """Tells the board about one shard, not too often."""
-
-    def __init__(self, board: Any, shard: int) -> None:
-        self._board = board
-        self._shard = shard
-        self._next = time.monotonic() + _TELL_EVERY_S
-
-    def __call__(self, photos: int) -> None:
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + _TELL_EVERY_S
-            self._board.tell.remote(self._shard, photos)
-
-
 class Stage:
     """The actor: a segmenter, and its words to the driver. No exception leaves it."""
 
@@ -162,7 +110,7 @@ class Stage:
         if fatal is None:
             self._board.tell.remote(shard, 0)
             try:
-                summary = self._segmenter.segment(shard, photos, _Teller(self._board, shard))
+                summary = self._segmenter.segment(shard, photos, Teller(self._board, shard))
             except (SystemicError, StorageError) as error:
                 fatal, cut_off = str(error), isinstance(error, CutOffError | StorageError)
             except Exception as error:  # a bug: said to the driver, which ends the run
@@ -192,7 +140,7 @@ def run(
     in_flight = 1 if one_at_a_time else _SHARDS_IN_FLIGHT
     # max_restarts and max_task_retries have no other place yet
     warnings.simplefilter("ignore", RayDeprecationWarning)
-    watchdog = _Watchdog(pool, board)
+    watchdog = Watchdog(pool.patience, board)
     # a block a row, made here: from_arrow would ask the cluster's CPUs about each of them
     summaries = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Stage,
@@ -235,65 +183,6 @@ def _let_go(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
-
-
-class _Watchdog:
-    """Looks whether a wave gets on, between the steps of its execution."""
-
-    _ours: _Watchdog | None = None  # whose wave begins
-
-    def __init__(self, pool: Pool, board: Any) -> None:
-        self._board = board
-        self._patience = pool.patience(self._shards_in_work)
-        self._next = 0.0
-        self._asked: Any = None
-        self._told = self._done = 0
-
-    def watched(self, summaries: Any) -> Iterator[dict[str, Any]]:
-        """The data set's rows; raises RunStoppedError where none comes for too long."""
-        _Watchdog._ours = self
-        for row in summaries.iter_rows():
-            self._done += 1
-            yield row
-
-    def look(self, executor: Any) -> None:
-        """Is called by Ray Data's own loop, many times a second; what it raises ends the wave."""
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + _LOOK_EVERY_S
-            self._ask_board()
-            self._patience.look(_running_actors(executor), self._told + self._done)
-
-    def _ask_board(self) -> None:
-        """Takes the board's answer to the last question, and asks again; waits for nothing."""
-        if self._asked is not None and not ray.wait([self._asked], timeout=0)[0]:
-            return
-        with contextlib.suppress(ray.exceptions.RayError):  # it died, and is started again
-            if self._asked is not None:
-                self._told = ray.get(self._asked)
-        self._asked = self._board.told.remote()
-
-    def _shards_in_work(self) -> str:
-        with contextlib.suppress(ray.exceptions.RayError):
-            shards = ray.get(self._board.shards.remote(), timeout=_BOARD_TIMEOUT_S)
-            return f"; in work: shard {', '.join(map(str, shards[:10]))}" if shards else ""
-        return ""
-
-
-class WatchCallback(ExecutionCallback):
-    """What Ray Data makes and calls for each wave; it travels to the actors by name alone."""
-
-    def __init__(self) -> None:
-        self._watchdog, _Watchdog._ours = _Watchdog._ours, None
-
-    def on_execution_step(self, executor: Any) -> None:
-        if self._watchdog is not None:
-            self._watchdog.look(executor)
-
-
-def _running_actors(executor: Any) -> int:
-    """Actors of the wave that are ready; those that wait for a node or load are not."""
-    operators = (each for each in executor._topology if hasattr(each, "get_actor_info"))
-    return sum(each.get_actor_info().running for each in operators)
 
 
 def _set_context(shards: int) -> None:

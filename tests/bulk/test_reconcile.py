@@ -93,7 +93,7 @@ def one_row(
 
     def wave(fatal: str, cut_off: bool) -> Any:
         row = {**asdict(Summary(shard=0)), "errors": "{}", "fatal": fatal, "cut_off": cut_off}
-        monkeypatch.setattr(waves, "_Watchdog", lambda *_: Mock(watched=lambda _: [row]))
+        monkeypatch.setattr(waves, "Watchdog", lambda *_: Mock(watched=lambda _: [row]))
         monkeypatch.setattr("ray.data.from_items", Mock())
         pool = _NoRay(min_actors=1, max_actors=1, cpus=1, gpus=0)
         return list(waves.run(work, pa.table({"shard": [0]}), pool, Mock()))

@@ -18,13 +18,14 @@ import pytest
 import ray
 
 from cluster.local import with_descendants
-from pipeline.bulk import alone, plan, waves
+from pipeline.bulk import alone, plan
 from pipeline.bulk.alone import Alone
 from pipeline.bulk.listing import Listed
 from pipeline.bulk.rows import RowMaker
 from pipeline.bulk.run import Ended, run
 from pipeline.bulk.segmenter import Segmenter, Work
 from pipeline.bulk.settings import Inference, Settings
+from pipeline.bulk.watch import Watchdog, running_actors
 from pipeline.bulk.waves import Pool, photos_of
 from pipeline.data import storage
 from pipeline.data.labels import VOC
@@ -143,15 +144,15 @@ def test_a_wave_that_is_lost_lets_its_actors_go_before_the_next_one_needs_their_
     fill(str(tmp_path), 24)
     # all CPUs of the session
     settings = settings_for(str(tmp_path), shard_images=2, cpus_per_actor=2, actors=(2, 2))
-    look, lost = waves._Watchdog.look, []
+    look, lost = Watchdog.look, []
 
-    def loses_one(watchdog: waves._Watchdog, executor: Any) -> None:
+    def loses_one(watchdog: Watchdog, executor: Any) -> None:
         look(watchdog, executor)
-        if watchdog._done and waves._running_actors(executor) == 2 and not lost:
+        if watchdog._done and running_actors(executor) == 2 and not lost:
             lost.append(True)
             raise ray.exceptions.ActorDiedError
 
-    monkeypatch.setattr(waves._Watchdog, "look", loses_one)
+    monkeypatch.setattr(Watchdog, "look", loses_one)
     run(settings, quiet)
     assert lost
     assert rows_of(settings) == looped(settings, work_for(settings))
