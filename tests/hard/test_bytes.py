@@ -26,7 +26,7 @@ MAX_PIXELS = 1_000_000
 HANG_S = 30
 """Seconds of CPU after which an image of a few KB has hung; it takes a few milliseconds."""
 
-SHARES = [500, pytest.param(10_000, marks=[pytest.mark.chaos, pytest.mark.timeout(3600)])]
+COUNT = 10_000
 
 # random bytes go further behind a signature that a parser believes
 STARTS = [
@@ -80,20 +80,18 @@ def check_error(kind: str, message: str, what: object) -> None:
     assert message.isprintable(), what
 
 
-@pytest.mark.parametrize("count", SHARES)
-def test_random_bytes_are_a_picture_or_a_typed_error(count: int) -> None:
+def test_random_bytes_are_a_picture_or_a_typed_error() -> None:
     found = set()
-    for seed in range(count):
+    for seed in range(COUNT):
         draw = random.Random(seed)
         data = draw.choice(STARTS) + draw.randbytes(draw.choice([0, 1, 7, 60, 900, 20_000]))
         found.add(outcome(data, f"seed {seed}"))
     assert {"not_an_image", "corrupt", "truncated", "unsupported", "empty"} <= found
 
 
-@pytest.mark.parametrize("count", SHARES)
-def test_jpegs_with_flipped_bits_are_a_picture_or_a_typed_error(count: int) -> None:
+def test_jpegs_with_flipped_bits_are_a_picture_or_a_typed_error() -> None:
     found = set()
-    for seed in range(count):
+    for seed in range(COUNT):
         draw = random.Random(seed)
         damaged = bytearray(photo(3 * draw.randrange(8) + 1)[1])
         assert damaged.startswith(b"\xff\xd8\xff")
