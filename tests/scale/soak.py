@@ -112,7 +112,8 @@ def soak(folder: Path, kind: str, count: int, tell: Callable[[Row], None]) -> li
 def check_rows(folder: Path, kind: str, count: int) -> tuple[int, int]:
     """Files and rows of the run, read without the product, each photo once."""
     files = list((folder / "results/images/run=soak").glob("*"))
-    uris = [uri for file in files for uri in pq.read_table(file, ["uri"])["uri"].to_pylist()]
+    tables = (pq.read_table(file, columns=["uri"]) for file in files)
+    uris = [uri for table in tables for uri in table["uri"].to_pylist()]
     assert len(files) == -(-count // SHARD_IMAGES[kind]), len(files)
     assert len(uris) == len(set(uris)) == count, (len(uris), len(set(uris)))
     return len(files), len(uris)
