@@ -24,7 +24,7 @@ def rows(
     *,
     include: tuple[str, ...] = Settings.include,
 ) -> dict[str, dict[str, Any]]:
-    """uri -> what is seen in the photo, of all below `images` that `include` takes."""
+    """uri -> the photo's row, of all below `images` that `include` takes."""
     settings = Settings(
         images=images, results="/nowhere", checkpoint=checkpoint, include=include, run_id="loop"
     )
@@ -45,7 +45,7 @@ def rows(
     segmenter = Segmenter(work)
     data, _ = segmenter.rows_of(0, photos)
     segmenter.close()
-    return {row["uri"]: seen(row) for row in pq.read_table(io.BytesIO(data)).to_pylist()}
+    return {row["uri"]: row for row in pq.read_table(io.BytesIO(data)).to_pylist()}
 
 
 def seen(row: dict[str, Any]) -> dict[str, Any]:

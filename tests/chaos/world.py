@@ -188,5 +188,5 @@ def rows_of(results: str, run_id: str) -> list[dict[str, Any]]:
 
 
 def undisturbed(images: str) -> dict[str, dict[str, Any]]:
-    """uri -> what is seen in what lies there now, by a plain loop, broken photos too."""
+    """uri -> the row of what lies there now, by a plain loop, broken photos too."""
     return plain_loop.rows(images, CHECKPOINT, Inference(), include=("*",))

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import plain_loop
 import pyarrow.parquet as pq
+from plain_loop import seen
 
 from cluster.local import HEAD, Cluster
 from pipeline.data import storage
@@ -171,7 +171,7 @@ class World:
         scenario.expected, scenario.found = len(self.rows), len(found)
         assert Counter(row["uri"] for row in found) == Counter(list(self.rows))
         for row in found:
-            assert plain_loop.seen(row) == self.rows[row["uri"]], row["uri"]
+            assert seen(row) == seen(self.rows[row["uri"]]), row["uri"]
 
 
 def until(what: Callable[[], Any], job: Submission | None = None) -> Any:
