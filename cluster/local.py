@@ -134,6 +134,7 @@ class Cluster:
             if self._comes_up(number):
                 return
             self._kill(number)
+        self.network.remove(number)
         raise RuntimeError(f"node {number} does not start: {self.log(number)[-1000:]}")
 
     def _launch(self, number: int, command: list[str], environment: dict[str, str]) -> None:
@@ -216,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     try:
         _do(given)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         print(f"cluster {given.verb} failed: {error}", file=sys.stderr)
         return 1
     return 0

@@ -22,6 +22,7 @@ from pipeline.bulk.rows import RowMaker
 from pipeline.bulk.settings import Settings
 from pipeline.bulk.usage import Usage
 from pipeline.data import storage
+from pipeline.results import files
 from pipeline.results.layout import RunLayout, only_new_lease
 from pipeline.runs import cluster, lease
 from pipeline.runs.cluster import RunStoppedError
@@ -43,6 +44,7 @@ class Ended:
     no_estimate: str = ""  # why there is none
 
 
+@files.interruptible()
 def run(settings: Settings, watch: Watch) -> Ended:
     """Does what the settings ask, or what is left of it.
 

@@ -135,21 +135,21 @@ def run(
     another shard, so that a death costs no other shard.
     Raises WaveLostError, and RunStoppedError for what no other wave would do better.
     """
-    _set_context(len(shards))
-    rows = shards.to_pylist()
+    count = len(shards)
+    _set_context(count)
     in_flight = 1 if one_at_a_time else _SHARDS_IN_FLIGHT
     # max_restarts and max_task_retries have no other place yet
     warnings.simplefilter("ignore", RayDeprecationWarning)
     watchdog = Watchdog(pool.patience, board)
     # a block a row, made here: from_arrow would ask the cluster's CPUs about each of them
-    summaries = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+    summaries = ray.data.from_items(shards.to_pylist(), override_num_blocks=count).map_batches(
         Stage,
         fn_constructor_args=(work, board),
         batch_size=1,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
-            min_size=min(pool.min_actors, len(rows)),
-            max_size=min(pool.max_actors, len(rows)),
+            min_size=min(pool.min_actors, count),
+            max_size=min(pool.max_actors, count),
             max_tasks_in_flight_per_actor=in_flight,
             max_concurrent_calls_per_actor=min(in_flight, _CONCURRENT_SHARDS),
             enable_true_multi_threading=True,

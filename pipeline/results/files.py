@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -65,6 +66,7 @@ def gather(
 
     It reads some files at a time, so that memory does not grow with their number.
     """
+    con.execute("SET parquet_metadata_cache = false")  # footers are read once
     con.execute(f"CREATE TABLE {table} AS {select(con, schema, ())}")
     listed, left = _register(con, results, ()), iter(files)
     while some := list(itertools.islice(left, _TOGETHER)):
@@ -96,6 +98,17 @@ def select(
         return none
     rows = f"read_parquet([{listed}], hive_partitioning = false, union_by_name = true)"
     return f"SELECT {columns} FROM ({none} UNION ALL BY NAME FROM {rows})"
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """An interruption that DuckDB turned into an error of its own is one again."""
+    try:
+        yield
+    except RuntimeError as error:
+        if str(error) == "Query interrupted":
+            raise KeyboardInterrupt from None
+        raise
 
 
 def quoted(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -70,7 +71,8 @@ def left_at_the_end() -> Iterator[None]:
         raise
     finally:
         if mine and ray.is_initialized():
-            ray.shutdown()
+            with contextlib.suppress(KeyboardInterrupt):  # what is done is done
+                ray.shutdown()
 
 
 def _init(wanted: int, quiet: bool) -> None:

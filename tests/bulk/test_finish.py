@@ -6,7 +6,9 @@ import contextlib
 import json
 import os
 import random
+import signal
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -365,3 +367,15 @@ def test_nothing_is_left_on_local_disk(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(Exception, match="shard=00000009"), finishing:
         pass
     assert os.listdir(tmp_path / "temporary") == []
+
+
+@files.interruptible()
+def _interrupted_query() -> None:
+    with files.connect("/nowhere") as con:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        con.execute("select count(*) from (from range(60000000) order by hash(range))")
+
+
+def test_an_interruption_of_a_query_is_one_of_the_run() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        _interrupted_query()
