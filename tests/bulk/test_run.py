@@ -137,13 +137,16 @@ def test_an_actor_that_is_killed_costs_no_photo(
     assert rows_of(settings) == looped(settings, work_for(settings))
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_a_wave_that_is_lost_lets_its_actors_go_before_the_next_one_needs_their_cpus(
     tmp_path: Path, fill: Any, settings_for: Any, work_for: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fill(str(tmp_path), 24)
+    fill(str(tmp_path), 40)
     # all CPUs of the session
-    settings = settings_for(str(tmp_path), shard_images=2, cpus_per_actor=2, actors=(2, 2))
+    slow = Inference(scales=(3.0, 4.0))  # both actors are there before the work is done
+    settings = settings_for(
+        str(tmp_path), shard_images=1, cpus_per_actor=2, actors=(2, 2), inference=slow
+    )
     look, lost = Watchdog.look, []
 
     def loses_one(watchdog: Watchdog, executor: Any) -> None:
