@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from jobs import ending
@@ -62,15 +62,20 @@ def _scores(arguments: Arguments, plan: Plan) -> list[Scores]:
     return rows
 
 
-def _lookers(
-    arguments: Arguments, work: Work
-) -> AbstractContextManager[Looker] | AbstractContextManager[Spread]:
+@contextmanager
+def _lookers(arguments: Arguments, work: Work) -> Iterator[Looker | Spread]:
     """Who looks: this process, or Ray's actors."""
     if arguments.workers == 1:
-        return nullcontext(Looker(work))
-    from pipeline.train.spread import Spread  # Ray, which one process does not need
+        yield Looker(work)
+        return
+    from pipeline.runs import cluster  # Ray, which one process does not need
+    from pipeline.train.spread import Spread
 
-    return Spread(work, workers=arguments.workers, gpus=arguments.gpus_per_worker)
+    with (
+        cluster.left_at_the_end(),
+        Spread(work, workers=arguments.workers, gpus=arguments.gpus_per_worker) as spread,
+    ):
+        yield spread
 
 
 def _report(arguments: Arguments, plan: Plan, rows: Sequence[Scores]) -> list[str]:

@@ -74,6 +74,10 @@ class GrowingCluster:
         """The raylets that run, the head's included."""
         return sum(b"/raylet/raylet" in line for line in self._processes().values())
 
+    def actors(self) -> int:
+        """The actors that see photos, on whatever node."""
+        return sum(line.startswith(b"ray::MapWorker") for line in self._processes().values())
+
     def stop(self) -> None:
         """Ends what belongs to the cluster, and what it starts meanwhile."""
         while found := self._processes():

@@ -55,14 +55,16 @@ def test_a_run_starts_without_workers_the_cluster_grows_for_it_and_shrinks_after
     driver = subprocess.Popen(
         command, cwd=ROOT, env=cluster.environment, stdout=subprocess.PIPE, text=True
     )
-    most = 1
+    most = most_at_work = 0
     while driver.poll() is None:
         most = max(most, cluster.nodes())
+        most_at_work = max(most_at_work, cluster.actors())
         time.sleep(0.2)
     said, _ = driver.communicate()
     assert driver.returncode == 0, said
     assert f" images={PHOTOS} ok={PHOTOS} errors=0 " in said
     assert most == 3
+    assert most_at_work == 2  # each takes the one CPU of its node
     with query.connect(f"{tmp_path}/results") as con:
         rows = con.execute("select count(*), count(distinct uri) from images").fetchall()
     assert rows == [(PHOTOS, PHOTOS)]

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load
 from tiny_training import arguments, keys, put_set
 
+from cluster.local import with_descendants
 from jobs.train import main
 from pipeline.data import storage
 from pipeline.train import checkpoints
@@ -58,28 +59,27 @@ def until(done: Callable[[], bool], process: subprocess.Popen[str], log: Path) -
 
 
 def descendants(pid: int) -> dict[int, str]:
-    """All that the process started, as /proc knows it: process id and when it began."""
-    parents, began = {}, {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            parents[int(stat.parent.name)] = int(fields[1])
-            began[int(stat.parent.name)] = fields[19]
-    found = [pid]
-    for each in found:
-        found += [child for child, parent in parents.items() if parent == each]
-    return {each: began[each] for each in found[1:]}
+    """All that the process started: process id and when it began."""
+    found = {each: state_of(each)[1] for each in with_descendants(pid)[1:]}
+    return {each: began for each, began in found.items() if began}
+
+
+def state_of(pid: int) -> tuple[str, str]:
+    """The process's state and when it began, as /proc knows them; empty where it has ended."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0], fields[19]
+    return "", ""
 
 
 def alive(processes: dict[int, str]) -> list[str]:
     """The command lines of those that still run; one that ended and was not waited for does not."""
-    found = []
-    for pid, began in processes.items():
-        with contextlib.suppress(OSError):
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            if fields[19] == began and fields[0] != "Z":
-                found.append(command_line(pid))
-    return found
+    states = {pid: state_of(pid) for pid in processes}
+    return [
+        command_line(pid)
+        for pid, (state, began) in states.items()
+        if state != "Z" and began == processes[pid]
+    ]
 
 
 def command_line(pid: int) -> str:
