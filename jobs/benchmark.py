@@ -41,15 +41,21 @@ class Settings:
     """Measure inference: seconds an image, FLOP/s against the device's, peak memory."""
 
     backbones: tuple[Backbone, ...] = ("mobilenet_v2", "resnet50", "resnet101")
+    """Networks, by the one that makes the features."""
     output_strides: tuple[int, ...] = (16, 8)
+    """Photo pixels a side of a feature."""
     protocols: tuple[Protocol, ...] = ("single", "multi")
     """multi is the paper's six scales and their mirror images."""
     forms: tuple[Form, ...] = ("plain", "channels_last", "bf16", "compiled", "torchvision", "fast")
+    """How each network is written and run; fast is what `jobs/segment.py` uses."""
     size: int = 513
     """Side of the image, px."""
     device: str = "cpu"
+    """cpu, or cuda."""
     threads: int = 1
+    """CPU threads of the network."""
     repeats: int = 3
+    """Measurements of each, whose median counts."""
     minutes: float = 10.0
     """What would take longer than is left of this is left out."""
     quick: bool = False
@@ -59,7 +65,9 @@ class Settings:
     bulk_images: str | None = None
     """Measure segmentation through Ray against a plain loop too, on photos below this URI."""
     bulk_checkpoint: str | None = None
+    """The network of that measurement."""
     bulk_limit: int = 64
+    """Photos of that measurement."""
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.threads < 1 or self.repeats < 1:

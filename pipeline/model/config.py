@@ -38,44 +38,48 @@ MAX_CONVS = 8
 class ModelConfig:
     """A DeepLabv3. The defaults are the paper's final model, trained at output stride 16.
 
-    `head` 'aspp' looks at the features with atrous spatial pyramid pooling: `atrous_rates` are
-    the rates of its 3x3 branches, as many as there are, at output stride 16, scaled by
-    16 / `output_stride`; () leaves them out. Where `decoder`, its result is refined with
-    features of stride 4 (DeepLabv3+, arXiv 1802.02611), and the logits are at stride 4.
-    `head` 'cascade' is a ResNet of 4 to 7 `blocks`, each after the fourth a copy of it, and a
-    1x1 convolution (Sec. 3.2); it has no ASPP: `atrous_rates=(), image_pooling=False`.
-
-    `output_stride` is a power of two from 4 to 32, with 5, 6 or 7 blocks to 64, 128 or 256.
-    `multi_grid` holds the unit rates of the fourth block and of those after it. `num_convs` are
-    the 3x3 convolutions before the logits, by default what the head's source has: two in the
-    decoder, one in torchvision's ASPP head, else none. `mean` and `std` are per channel (red,
-    green, blue), on pixels scaled to 0..1.
-
     `style` decides what published files disagree on:
     - 'paper': stride in a block's last unit, rate x unit rate in every unit.
     - 'torchvision': stride in the first unit, which keeps the previous block's rate; the style
-      of every ImageNet file. An auxiliary head where `auxiliary`. `num_convs=0` puts the paper's
-      head on it.
+      of every ImageNet file. `num_convs=0` puts the paper's head on it.
     - 'tensorflow': SAME padding, images padded to 16k+1 a side, align_corners, pooling first in
       the concatenation, batch normalisation folded into biases. MobileNetV2 only.
     """
 
     backbone: Backbone = "resnet101"
+    """The network that makes the features."""
     num_classes: int = 21
+    """Channels of the logits."""
     output_stride: int = 16
+    """Photo pixels a side of a feature: a power of two from 4 to 32, with 5, 6 or 7 blocks to 64,
+    128 or 256."""
     multi_grid: tuple[int, ...] = (1, 2, 4)
+    """The unit rates of the fourth block and of those after it (Sec. 3.2.1)."""
     head: Head = "aspp"
+    """'aspp' is atrous spatial pyramid pooling (Sec. 3.3); 'cascade' a 1x1 convolution behind
+    blocks in a row (Sec. 3.2), which takes `atrous_rates=(), image_pooling=False`."""
     blocks: int = 4
+    """Of a ResNet in cascade, 4 to 7: each after the fourth is a copy of it."""
     atrous_rates: tuple[int, ...] = (6, 12, 18)
+    """Rates of the head's 3x3 branches, as many as there are, given at output stride 16 and scaled
+    by 16 / `output_stride`; () leaves them out."""
     image_pooling: bool = True
+    """Whether the head sees the mean of the whole photo."""
     decoder: bool = False
+    """Refine with features of stride 4 (DeepLabv3+, arXiv 1802.02611); logits are at stride 4."""
     num_convs: int | None = None
+    """3x3 convolutions before the logits. None is what the head's source has: two in the decoder,
+    one in torchvision's ASPP head, else none."""
     style: Style = "paper"
+    """Whose network it is, in what published files disagree on."""
     auxiliary: bool = False
-    # The paper states none; the authors' code keeps 0.9.
+    """torchvision's second head, on the third block, which helps training."""
     dropout: float = 0.1
+    """Before the logits. The paper states none; the authors' code keeps 0.9."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Of red, green and blue, on pixels scaled to 0..1."""
     std: tuple[float, float, float] = IMAGENET_STD
+    """Of red, green and blue, on pixels scaled to 0..1."""
 
     def __post_init__(self) -> None:
         self._check_values()

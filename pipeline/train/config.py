@@ -22,18 +22,20 @@ PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which photos: the layout below --data, the classes, the splits, what is repeated.
-
-    `classes` is voc, cityscapes, camvid, or JSON text {"names": [...]}. A photo that holds one of
-    `repeat_classes` is in the training set `repeats` times (the paper's bootstrapping).
-    """
+    """Which photos: the layout below --data, the classes, the splits, what is repeated."""
 
     layout: Layout = "voc"
+    """How photos and labels lie below --data."""
     classes: str = "voc"
+    """voc, cityscapes, camvid, or JSON text {"names": [...]}."""
     train_split: str = "trainaug"
+    """Its photos are learned from."""
     val_split: str = "val"
+    """Its photos are measured on."""
     repeat_classes: tuple[str, ...] = ()
+    """A photo that holds one of them is repeated (the paper's bootstrapping)."""
     repeats: int = 2
+    """How often the training set has such a photo."""
 
     def __post_init__(self) -> None:
         _at_least("repeats", self.repeats, 1, "1 repeats nothing")
@@ -41,18 +43,20 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """What a photo goes through on its way into a batch: scale, crop, mirror.
-
-    `crop_size` is (height, width). From the share `late_from` of all steps on, crops are of
-    `late_crop_size` where that is given: small crops are cheap, large ones fit the test (ours).
-    """
+    """What a photo goes through on its way into a batch: scale, crop, mirror."""
 
     crop_size: tuple[int, int] = (513, 513)
+    """Height and width of a crop."""
     late_crop_size: tuple[int, int] | None = None
+    """That of the last steps (ours): small crops are cheap, large ones fit the test."""
     late_from: float = 0.75
+    """The share of all steps after which crops are the late ones."""
     min_scale: float = 0.5
+    """A photo is made this much smaller at most."""
     max_scale: float = 2.0
+    """A photo is made this much larger at most."""
     mirror: bool = True
+    """Mirror half of the photos, left to right."""
 
     def __post_init__(self) -> None:
         for name in ("crop_size", "late_crop_size"):
@@ -74,33 +78,40 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimiserConfig:
-    """SGD with the poly schedule, and the loss that it makes smaller.
-
-    `batch_size` is the global batch, whatever the number of workers; where it does not fit,
-    `micro_batch` images of a worker go through the network at a time and gradients add up.
-    `head_lr_factor` multiplies the rate of the freshly made head (ours: 1 is the paper).
-    `upsample_logits` False takes the loss at feature resolution with labels downsampled (Table 8).
-    `hard_share` keeps that share of the valid pixels, the hardest, in the loss; 1 keeps all.
-    `ema_decay` 0 keeps no moving average of the weights. `bn_momentum` is torch's: 1 - decay.
-    """
+    """SGD with the poly schedule, and the loss that it makes smaller."""
 
     max_steps: int = 30_000
+    """The schedule ends here."""
     batch_size: int = 16
+    """Photos in a step, of all workers together."""
     micro_batch: int | None = None
+    """Photos of a worker in the network at a time; gradients add up to the batch."""
     base_lr: float = 0.007
+    """The rate of the first step."""
     power: float = 0.9
+    """The rate falls as (1 - step / max_steps) to this power."""
     head_lr_factor: float = 1.0
-    # The paper states neither; the authors' code for ResNet.
+    """Multiplies the rate of the freshly made head (ours; 1 is the paper)."""
     momentum: float = 0.9
+    """SGD's. The paper states none: this is the authors' code."""
     weight_decay: float = 1e-4
+    """Of all weights. The paper states none: this is the authors' code for ResNet."""
     bn_momentum: float = 0.0003
+    """The share of a batch in the running statistics (torch's sense: 1 - the paper's decay)."""
     freeze_bn: bool = False
+    """Leave batch normalisation as it was loaded (the paper's second stage)."""
     upsample_logits: bool = True
+    """Take the loss at the labels' resolution; else at that of the features (Table 8)."""
     class_weights: ClassWeights = "none"
+    """median_frequency makes rare classes count more."""
     hard_share: float = 1.0
+    """The share of the valid pixels that count, the hardest; 1 is all."""
     auxiliary_weight: float = 0.4
+    """Of the auxiliary head's loss, where the network has one."""
     ema_decay: float = 0.0
+    """Of a moving average of the weights, which is then evaluated and kept; 0 keeps none."""
     bf16: bool = True
+    """Train in bf16 where the hardware has it."""
 
     def __post_init__(self) -> None:
         _at_least("max_steps", self.max_steps, 1, "a run needs a step")
@@ -118,12 +129,16 @@ class OptimiserConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """How val is looked at, every `eval_every` steps and at the end; 0 is at the end alone."""
+    """How the network is measured on val."""
 
     eval_every: int = 0
+    """Steps between measurements; 0 measures at the end alone."""
     eval_output_stride: int | None = None
+    """The network's in measuring, if not that in training."""
     eval_scales: tuple[float, ...] = (1.0,)
+    """Sizes at which a photo is seen; probabilities are averaged."""
     eval_flip: bool = False
+    """See each size mirrored too."""
 
     def __post_init__(self) -> None:
         _at_least("eval_every", self.eval_every, 0, "0 evaluates at the end alone")
@@ -133,19 +148,18 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """All that decides what a training run computes: network, photos, schedule, evaluation.
-
-    `init` is the weight file to start from: a backbone's (ImageNet) or a whole checkpoint, whose
-    classifier is made anew where its classes are others. `zoo:NAME` is a public file.
-    """
+    """All that decides what a training run computes: network, photos, schedule, evaluation."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     init: str | None = None
+    """The weight file to start from: a backbone's (ImageNet) or a whole checkpoint, whose
+    classifier is made anew where its classes are others. `zoo:NAME` is a public file."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: int = 0
+    """Of crops, mirrors, dropout and the order of photos."""
 
     def __post_init__(self) -> None:
         _at_least("seed", self.seed, 0, "numpy's generators take no other")

@@ -1,0 +1,49 @@
+"""What --help says: every flag of every job has a sentence of its own."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections import Counter
+
+import pytest
+
+JOBS = ("segment", "train", "evaluate", "query", "clean", "benchmark")
+
+ONE_SENTENCE_FOR_TWO = {"--mean", "--std"}
+
+
+def flags(said: str) -> dict[str, str]:
+    """What the help of a job says of each flag, but for frame and default."""
+    found: dict[str, str] = {}
+    name = None
+    _, _, boxes = said.partition("options")
+    for line in (framed.strip("│╭╮╰╯ ") for framed in boxes.splitlines()):
+        flag = re.match(r"(?:-h, )?(--[a-z0-9-]+)\b.*?(?: {2,}(.*))?$", line)
+        if flag:
+            name = flag[1]
+            found[name] = flag[2] or ""
+        elif not line or line[0] in "─-":
+            name = None
+        elif name:
+            found[name] += f" {line}"
+    return {
+        name: re.sub(r"\((default: .*|required)\)$", "", text).strip()
+        for name, text in found.items()
+    }
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_each_flag_is_explained(
+    job: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"jobs.{job}").main(["--help"])
+    explained = flags(capsys.readouterr().out)
+
+    assert ended.value.code == 0
+    assert len(explained) > 2
+    assert {name for name, text in explained.items() if not text} == set()
+    said = Counter(text for name, text in explained.items() if name not in ONE_SENTENCE_FOR_TWO)
+    assert {text for text, times in said.items() if times > 1} == set()
