@@ -8,7 +8,6 @@ score), 2 on arguments that cannot be right. The last line is for log readers: `
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -106,4 +105,4 @@ def _facts(arguments: Arguments, rows: Sequence[Scores], seconds: float) -> dict
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ending.leave(main())

@@ -8,7 +8,6 @@ it), 2 on arguments that cannot be right. The last line is for log readers: `key
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from jobs import ending
@@ -144,4 +143,4 @@ def _last_line(settings: Settings, ended: Ended) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ending.leave(main())

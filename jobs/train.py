@@ -112,4 +112,4 @@ def _ended(settings: Settings, ended: Ended) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ending.leave(main())

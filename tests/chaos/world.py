@@ -158,7 +158,8 @@ class World:
     def done(self, name: str, *flags: str, within_s: float = 600.0) -> Run:
         """The run, once it has ended well."""
         run = self.run(name, *flags)
-        assert run.wait(within_s) == 0, run.said
+        code = run.wait(within_s)
+        assert code == 0, f"exit code {code}: {run.said}"
         return run
 
 

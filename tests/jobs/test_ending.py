@@ -1,0 +1,39 @@
+"""The end of a job's process: its exit code, whatever native libraries do behind its back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+CRASHES = """
+import atexit, ctypes, sys, tempfile
+from jobs import ending
+
+libc = ctypes.CDLL(None)
+libc.on_exit(libc.abort, None)  # as a library's destructor that does not get through
+atexit.register(print, "tidied up")
+folder = tempfile.TemporaryDirectory()
+print(folder.name)
+"""
+
+
+def ended(by: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", CRASHES + by]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_a_library_that_crashes_at_the_end_would_take_the_exit_code() -> None:
+    assert ended("sys.exit(0)").returncode < 0
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_the_exit_code_is_the_jobs_and_nothing_said_or_tidied_up_is_lost(
+    code: int,
+) -> None:
+    done = ended(f"ending.leave({code})")
+    assert done.returncode == code, done.stderr
+    folder, tidied = done.stdout.splitlines()
+    assert tidied == "tidied up"
+    assert subprocess.run(["test", "-e", folder], check=False).returncode == 1
