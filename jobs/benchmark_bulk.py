@@ -16,7 +16,7 @@ from pipeline.bulk.segmenter import Segmenter
 from pipeline.bulk.settings import Settings
 from pipeline.results.layout import RunLayout
 
-_SHARD_IMAGES = 8
+_SHARD_IMAGES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
