@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,14 +20,6 @@ from pipeline.train.step import Stepper, build_average, build_optimiser
 
 CONFIG = OptimiserConfig(max_steps=9, base_lr=0.01, ema_decay=0.5, bn_momentum=0.1, bf16=False)
 FACTS = {"world": 1, "threads": 1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def begun(config: OptimiserConfig = CONFIG) -> tuple[TrainingState, Stepper]:

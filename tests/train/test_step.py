@@ -21,14 +21,6 @@ from pipeline.train.step import Objective, Stepper, build_average, build_optimis
 STEPS = 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """What is trained in four steps of seven photos."""
