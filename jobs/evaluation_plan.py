@@ -7,6 +7,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from pipeline.data import labels, storage
 from pipeline.data.datasets import Layout, open_split
 from pipeline.data.labels import Classes
@@ -82,6 +84,7 @@ def plan_of(arguments: Arguments) -> Plan:
 
     Raises StorageError where one of these cannot be read.
     """
+    _check_gpus(arguments)
     data = weights.read(arguments.checkpoint)
     model, classes = weights.load(arguments.checkpoint, data=data)
     looks = _looks(arguments, model.config)
@@ -99,6 +102,16 @@ def plan_of(arguments: Arguments) -> Plan:
         looks=looks,
         over=_ids(arguments.over, classes),
     )
+
+
+def _check_gpus(arguments: Arguments) -> None:
+    on_cluster = arguments.workers > 1 and "RAY_ADDRESS" in os.environ
+    wanted, here = arguments.workers * arguments.gpus_per_worker, torch.cuda.device_count()
+    if not on_cluster and here < wanted:
+        raise ValueError(
+            f"--gpus-per-worker {arguments.gpus_per_worker:g} on {arguments.workers} workers: "
+            f"this machine has {here} GPUs that torch can use"
+        )
 
 
 def _looks(arguments: Arguments, config: ModelConfig) -> dict[str, Look]:

@@ -19,6 +19,7 @@ class TrainingDisplay:
     """Prints on stderr what a run's board says; call it as often as there may be news."""
 
     def __init__(self, settings: Settings) -> None:
+        self._augment = settings.experiment.augment
         self._max_steps = settings.experiment.optimiser.max_steps
         self._batch_size = settings.experiment.optimiser.batch_size
         self._classes = settings.experiment.data.classes
@@ -37,7 +38,7 @@ class TrainingDisplay:
             print(f"WARNING {visible(warning)}", file=sys.stderr)
         self._warned = len(watched.warnings)
         for score in watched.scores[self._scored :]:
-            best = max(each.miou for each in watched.scores)
+            best = max(each.miou for each in (*watched.scores, *filter(None, (watched.best,))))
             print(
                 f"val after step {score.step}: mIoU {score.miou:.2%} (best {best:.2%}), "
                 f"pixel accuracy {score.pixel_accuracy:.2%}",
@@ -57,7 +58,9 @@ class TrainingDisplay:
         return ", ".join(f"{name} {iou:.1%}" for name, iou in known if iou is not None)
 
     def _line(self, row: Step) -> str:
-        left = (self._max_steps - row.step) * self._batch_size / max(row.images_per_second, 1e-9)
+        # its speed is that of the step before
+        steps = self._augment.steps_like(row.step - 1, self._max_steps) - 1
+        left = steps * self._batch_size / max(row.images_per_second, 1e-9)
         return (
             f"step {row.step} of {self._max_steps} ({row.step / self._max_steps:.0%}), "
             f"loss {row.loss:.4f}, lr {row.lr:.5f}, {row.images_per_second:.1f} images/s, "

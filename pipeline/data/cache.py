@@ -67,6 +67,8 @@ class NodeCache:
     @property
     def fits(self) -> bool:
         """Whether all objects have room on this node, so that a second epoch downloads nothing."""
+        if not self._objects:
+            return True
         if self._kept is None:
             self._kept = self._that_fit()
         return len(self._kept) == len(self._objects)

@@ -33,7 +33,7 @@ def has_cluster() -> bool:
 def connect(*, workers: int, cpus: int, gpus: float, quiet: bool = False) -> None:
     """Joins the Ray of RAY_ADDRESS, or starts one here that holds `workers` of `cpus` each.
 
-    What its workers print is printed here too, unless `quiet`.
+    What its workers print is printed here too, unless `quiet`, and that it has no room for them.
 
     Raises RunStoppedError where none answers, or none starts.
     """
@@ -54,7 +54,8 @@ def connect(*, workers: int, cpus: int, gpus: float, quiet: bool = False) -> Non
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, ours)  # Ray's own ends the process without a word
-    _warn_where_nothing_fits(cpus, gpus)
+    if not quiet:
+        _warn_where_nothing_fits(cpus, gpus)
 
 
 @contextmanager

@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 class Patience:
     """Is shown again and again how many processes run, and how much has moved since the start.
 
-    The processes have `cpus` and `gpus` each. `stuck` says what is known of what does not move.
+    The processes have `cpus` and `gpus` each. `nothing` names what did not move, and `stuck` says
+    what is known of it.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Patience:
         gpus: float,
         max_wait_s: float,
         max_stall_s: float,
+        nothing: str = "no photo got through",
         stuck: Callable[[], str] = str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -39,6 +41,7 @@ class Patience:
         self._gpus = gpus
         self._max_wait_s = max_wait_s
         self._max_stall_s = max_stall_s
+        self._nothing = nothing
         self._stuck = stuck
         self._clock = clock
         self._seen = (0, 0)
@@ -60,7 +63,7 @@ class Patience:
         if seconds >= self._max_stall_s:
             raise RunStoppedError(
                 f"nothing moves: {self._seen[0]} processes run, and for {seconds:.0f} s "
-                f"(--max-stall) no photo got through{self._stuck()}"
+                f"(--max-stall) {self._nothing}{self._stuck()}"
             )
 
     def _check_wait(self, now: float) -> None:

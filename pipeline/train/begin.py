@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ def look(settings: Settings, say: Say) -> Looked:
 
     Raises ValueError where one of these cannot be used, or --out holds another run.
     """
-    _check_gpus(settings)
+    _check_gpus(settings, say)
     data = settings.experiment.data
     try:
         classes = labels.by_name(data.classes)
@@ -101,6 +101,10 @@ def look(settings: Settings, say: Say) -> Looked:
     found = _surveyed(settings, train, val, say)
     chosen = repeated(found, classes, data.repeat_classes, data.repeats)
     balanced = settings.experiment.optimiser.class_weights == "median_frequency"
+    # the training list and the weights of classes follow from it
+    held = replace(found, fingerprint="").to_json()
+    identity["labels"] = hashlib.sha256(held.encode()).hexdigest()[:16]
+    _check_same(settings.out, identity)
     return Looked(
         train=train,
         val=val,
@@ -180,23 +184,35 @@ def _identity(settings: Settings, train: Split, val: Split) -> dict[str, Any]:
     }
 
 
-def _check_gpus(settings: Settings) -> None:
-    wanted = settings.workers_range[0] * settings.gpus_per_worker
-    if not cluster.has_cluster() and torch.cuda.device_count() < wanted:
+def _check_gpus(settings: Settings, say: Say) -> None:
+    if cluster.has_cluster():
+        return
+    wanted, here = settings.workers_range[0] * settings.gpus_per_worker, torch.cuda.device_count()
+    if here < wanted:
         raise ValueError(
             f"--gpus-per-worker {settings.gpus_per_worker:g} on {settings.workers_range[0]} "
-            f"workers: this machine has {torch.cuda.device_count()} GPUs that torch can use"
+            f"workers: this machine has {here} GPUs that torch can use"
         )
+    if here and not wanted:
+        say(f"on CPUs, though {here} GPUs are here: --gpus-per-worker 1 trains on them")
+
+
+def check_experiment(settings: Settings) -> None:
+    """Raises ValueError where --out holds a run of another experiment, on whatever photos."""
+    _check_same(settings.out, {"experiment": json.loads(settings.experiment.to_json())})
 
 
 def _check_same(out: str, identity: dict[str, Any]) -> None:
+    """Raises ValueError where `out` holds another run, as far as both say what they are."""
     uri = storage.join(out, checkpoints.RUN)
     if not storage.exists(uri):
         # nothing exists in a bucket that is not there, but only a listing says so
         next(iter(storage.list_pages(out)), None)
         return
     before = json.loads(storage.read(uri))
-    found = differences(json.dumps(identity), json.dumps(before))
+    both = identity.keys() & before.keys()
+    mine, theirs = ({name: each[name] for name in both} for each in (identity, before))
+    found = differences(json.dumps(mine), json.dumps(theirs))
     if found:
         raise ValueError(
             f"{out} holds another run ({'; '.join(found[:3])}): give it another --out, or the "

@@ -13,11 +13,18 @@ from pipeline.train.history import Score, Step
 
 @dataclass(frozen=True, kw_only=True)
 class Watched:
-    """The newest step, the scores and the warnings so far; None and () before the first."""
+    """The newest step, the scores and the warnings so far; None and () before the first.
+
+    `workers` train since the newest start, 0 before the first, and `best` is the best score that a
+    driver before this one saw. `signs` grows with whatever they do.
+    """
 
     row: Step | None
     scores: tuple[Score, ...]
     warnings: tuple[str, ...] = ()
+    best: Score | None = None
+    workers: int = 0
+    signs: int = 0
 
 
 class Board:
@@ -28,8 +35,18 @@ class Board:
         self._scores: dict[int, Score] = {}
         self._failure: str | None = None
         self._warnings: dict[str, None] = {}
+        self._best: Score | None = None
+        self._workers = self._signs = 0
+
+    def begins(self, workers: int, best: Score | None) -> None:
+        self._workers, self._best = workers, best
+        self._signs += 1
+
+    def lives(self) -> None:
+        self._signs += 1
 
     def now(self, row: Step, scored: Score | None) -> None:
+        self._signs += 1
         self._row = row
         if scored is not None:  # a resume may score a step again
             self._scores[scored.step] = scored
@@ -43,8 +60,14 @@ class Board:
         self._warnings[message] = None
 
     def watched(self) -> Watched:
-        scores = tuple(self._scores.values())
-        return Watched(row=self._row, scores=scores, warnings=tuple(self._warnings))
+        return Watched(
+            row=self._row,
+            scores=tuple(self._scores.values()),
+            warnings=tuple(self._warnings),
+            best=self._best,
+            workers=self._workers,
+            signs=self._signs,
+        )
 
     def failure(self) -> str | None:
         return self._failure
@@ -62,6 +85,12 @@ class Teller(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._board.warn.remote(record.getMessage())
+
+    def begins(self, workers: int, best: Score | None) -> None:
+        self._board.begins.remote(workers, best)
+
+    def lives(self) -> None:
+        self._board.lives.remote()
 
     def now(self, row: Step, scored: Score | None) -> None:
         self._board.now.remote(row, scored)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -74,6 +75,11 @@ class AugmentConfig:
         """The crop (height, width) of the batch at `step`, counted from 0."""
         late = self.late_crop_size is not None and step >= self.late_from * max_steps
         return self.late_crop_size if late and self.late_crop_size else self.crop_size
+
+    def steps_like(self, step: int, max_steps: int) -> float:
+        """The steps from `step` on, counted in such as that one: larger crops cost more."""
+        pixels = [math.prod(self.crop_at(each, max_steps)) for each in range(step, max_steps)]
+        return sum(pixels) / pixels[0] if pixels else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

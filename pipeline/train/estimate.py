@@ -12,7 +12,6 @@ import torch
 from pipeline.data.samples import SampleError
 from pipeline.train.batches import batches
 from pipeline.train.begin import Looked, Say, first_model, look, task_of
-from pipeline.train.config import Experiment
 from pipeline.train.group import Group
 from pipeline.train.settings import Settings
 from pipeline.train.task import source_of, state_of, stepper_of
@@ -67,14 +66,5 @@ def estimate(settings: Settings, say: Say) -> Estimate:
         looked=looked,
         step_s=step_s,
         waiting=sum(waited[warm]) / sum(seconds[warm]),
-        seconds=step_s * small_steps(task.experiment),
+        seconds=step_s * task.experiment.augment.steps_like(0, config.max_steps),
     )
-
-
-def small_steps(experiment: Experiment) -> float:
-    """All steps, counted in those of the first crop: larger crops come late, and cost more."""
-    augment, max_steps = experiment.augment, experiment.optimiser.max_steps
-    late = sum(augment.crop_at(step, max_steps) != augment.crop_size for step in range(max_steps))
-    height, width = augment.late_crop_size or augment.crop_size
-    larger = height * width / (augment.crop_size[0] * augment.crop_size[1])
-    return max_steps - late + late * larger

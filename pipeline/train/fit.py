@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -27,14 +27,18 @@ from pipeline.data import storage
 from pipeline.runs import cluster, lease
 from pipeline.runs.cluster import RunStoppedError
 from pipeline.runs.lease import Lease
+from pipeline.runs.patience import Patience
 from pipeline.train import checkpoints, loop
-from pipeline.train.begin import Begun, begin, look
+from pipeline.train.begin import Begun, begin, check_experiment, look
 from pipeline.train.board import Board, Teller, Watched
 from pipeline.train.group import RayGroup
 from pipeline.train.settings import Settings
 from pipeline.train.task import Task
 
 LOOK_EVERY_S = 2.0
+
+GPU_CPUS = 16
+"""CPUs for a worker with a GPU, at most: half of them read and augment photos."""
 
 _PATIENCE_S = 24 * 3600
 """Seconds that a worker waits for another one, which may be slow on val; Ray notices the dead."""
@@ -58,14 +62,15 @@ def fit(settings: Settings, say: Callable[[str], None], watch: Watch) -> Ended:
     settings name and cannot be used, lease.HeldError where another driver works on the run,
     RunStoppedError where it cannot go on.
     """
-    looked = look(settings, say)
+    check_experiment(settings)
     record = recorded(settings.out)
     if record is not None:
         return Ended(record=record, nothing_to_do=True)
+    looked = look(settings, say)
     cluster.connect(
         workers=settings.most_workers, cpus=settings.cpus, gpus=settings.gpus_per_worker, quiet=True
     )
-    _say_where_few_fit(settings, say)
+    settings = _fitted(settings, say)
     uri = storage.join(settings.out, "lease.json")
     with lease.held(uri, settings.out, within=settings.out) as held:
         record = recorded(settings.out)  # by the driver that had the lease before
@@ -76,15 +81,24 @@ def fit(settings: Settings, say: Callable[[str], None], watch: Watch) -> Ended:
         return _train(begun, watch, held)
 
 
-def _say_where_few_fit(settings: Settings, say: Callable[[str], None]) -> None:
-    """Ray waits for the cluster to grow, without a word."""
-    wanted = settings.workers_range[0]
-    room = cluster.room(settings.cpus, settings.gpus_per_worker)
-    if room < wanted:
-        say(
-            f"the cluster has room for {room} of {wanted} workers of {settings.cpus} CPUs and "
-            f"{settings.gpus_per_worker:g} GPUs: waiting for it to grow"
-        )
+def _fitted(settings: Settings, say: Callable[[str], None]) -> Settings:
+    """The settings, with as many CPUs a worker as the cluster's nodes have, unless they are given.
+
+    Where it has no room for the workers, that is said: it may grow.
+    """
+    wanted, gpus = settings.workers_range[0], settings.gpus_per_worker
+    if settings.cpus_per_worker is None and cluster.has_cluster():
+        for cpus in range(GPU_CPUS if gpus else settings.cpus, 0, -1):
+            if cluster.room(cpus, gpus) >= wanted:
+                return replace(settings, cpus_per_worker=cpus)
+    room = cluster.room(settings.cpus, gpus)
+    if room >= wanted:
+        return settings
+    say(
+        f"the cluster has room for {room} of {wanted} workers of {settings.cpus} CPUs "
+        f"(--cpus-per-worker) and {gpus:g} GPUs: waiting for it to grow"
+    )
+    return settings
 
 
 def recorded(out: str) -> dict[str, Any] | None:
@@ -111,12 +125,13 @@ def _train(begun: Begun, watch: Watch, held: Lease) -> Ended:
     # where the driver is: other nodes may go
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = actor.options(num_cpus=0, scheduling_strategy=here).remote()
-    with _Watching(board, watch, held.lost), _interruptible():
+    watching = _Watching(board, watch, held.lost, _patience(begun.settings))
+    with watching, _interruptible():
         try:
             _trainer(begun, board).fit()
         except KeyboardInterrupt:
-            if held.lost.is_set():
-                raise RunStoppedError("another driver took the run over") from None
+            if watching.stopped:
+                raise RunStoppedError(watching.stopped) from None
             raise
         except ray.train.TrainingFailedError as error:
             failure = ray.get(board.failure.remote())
@@ -128,6 +143,16 @@ def _train(begun: Begun, watch: Watch, held: Lease) -> Ended:
     out = begun.task.out
     storage.write(storage.join(out, checkpoints.RECORD), json.dumps(record, indent=1).encode())
     return Ended(record=record)
+
+
+def _patience(settings: Settings) -> Patience:
+    return Patience(
+        cpus=settings.cpus,
+        gpus=settings.gpus_per_worker,
+        max_wait_s=settings.max_wait,
+        max_stall_s=settings.max_stall,
+        nothing="no step was done",
+    )
 
 
 def _trainer(begun: Begun, board: Any) -> TorchTrainer:
@@ -187,11 +212,13 @@ def _cause(error: BaseException) -> str:
 class _Watching:
     """Looks at the board every few seconds, as long as it is entered, and tells who watches.
 
-    Where `lost` is set, which says that the run is another driver's now, it interrupts this one.
+    It interrupts this driver, `stopped` saying why, where `lost` is set, which says that the run is
+    another one's now, and where `patience` ends: Ray notices the dead, not those that are stuck.
     """
 
-    def __init__(self, board: Any, watch: Watch, lost: threading.Event) -> None:
-        self._board, self._watch, self._lost = board, watch, lost
+    def __init__(self, board: Any, watch: Watch, lost: threading.Event, patience: Patience) -> None:
+        self.stopped = ""
+        self._board, self._watch, self._lost, self._patience = board, watch, lost, patience
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
 
@@ -204,16 +231,24 @@ class _Watching:
 
     def _look(self) -> None:
         while not self._ended.wait(LOOK_EVERY_S):
-            self._once()
+            try:
+                self._once()
+            except RunStoppedError as error:
+                self.stopped = str(error)
             if self._lost.is_set():
+                self.stopped = "another driver took the run over"
+            if self.stopped:
                 main = threading.main_thread().ident
                 assert main is not None
                 signal.pthread_kill(main, signal.SIGINT)  # wakes it from whatever it waits for
                 return
-        self._once()
+        with contextlib.suppress(RunStoppedError):  # it has ended
+            self._once()
 
     def _once(self) -> None:
         try:
-            self._watch(ray.get(self._board.watched.remote(), timeout=LOOK_EVERY_S))
+            seen: Watched = ray.get(self._board.watched.remote(), timeout=LOOK_EVERY_S)
         except ray.exceptions.RayError:  # only a display is poorer
             return
+        self._watch(seen)
+        self._patience.look(seen.workers, seen.signs)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import socket
 import time
 from typing import Protocol
 
@@ -26,7 +25,7 @@ from pipeline.train.finish import finish, write_history
 from pipeline.train.group import Group
 from pipeline.train.history import Score, Step
 from pipeline.train.state import TrainingState
-from pipeline.train.task import Task, node_cache, source_of, state_of, stepper_of
+from pipeline.train.task import Task, node_cache, source_of, state_of, stepper_of, unseen
 
 LOOK_EVERY = 10
 """Steps between two rows of the history."""
@@ -35,8 +34,13 @@ logger = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
-    """Who is told how a run goes: `now` by the first worker, `fail` by the one that failed."""
+    """Who is told how a run goes, by the first worker, and by the one that failed why.
 
+    `lives` says that a long evaluation gets on.
+    """
+
+    def begins(self, workers: int, best: Score | None) -> None: ...
+    def lives(self) -> None: ...
     def now(self, row: Step, scored: Score | None) -> None: ...
     def fail(self, message: str) -> None: ...
 
@@ -44,8 +48,10 @@ class Listener(Protocol):
 def train(task: Task, group: Group, listener: Listener) -> None:
     """Trains until the experiment's last step, or until a worker tells `listener` why it cannot."""
     torch.set_num_threads(task.threads)
+    if _someone_failed(unseen(task), group, listener):
+        return
     run = _Run(task, group, listener)
-    if run.sees_data() and run.trains():
+    if run.trains():
         run.ends()
 
 
@@ -55,13 +61,16 @@ class _Run:
     def __init__(self, task: Task, group: Group, listener: Listener) -> None:
         self._task, self._group, self._listener = task, group, listener
         self._read = node_cache(task.train, task.val, max_bytes=task.cache_bytes)
+        if not self._read.fits:
+            logger.warning(
+                "the photos take more than --cache-gb %g: every epoch downloads the others again",
+                task.cache_bytes / 1e9,
+            )
         self._state = _begin(task, group)
         self._stepper = stepper_of(task, self._state, group)
         self._window = _Window(self._state.step, task.experiment.optimiser.batch_size)
-
-    def sees_data(self) -> bool:
-        """Whether every worker finds the photos: a local path may be another node's."""
-        return not self._someone_failed(_missing(self._task.train.pairs[0].image))
+        if group.first:
+            listener.begins(group.world, self._state.history.best)
 
     def trains(self) -> bool:
         """Whether all steps are done now."""
@@ -74,11 +83,7 @@ class _Run:
         return True
 
     def _someone_failed(self, made: object) -> bool:
-        """Whether a worker has an error in hand instead of what it was to make."""
-        if isinstance(made, SampleError):
-            self._listener.fail(str(made))
-        failed = torch.tensor(float(isinstance(made, SampleError)))
-        return bool(self._group.sum(failed) > 0)
+        return _someone_failed(made, self._group, self._listener)
 
     def _step(self, batch: Batch | SampleError) -> bool:
         """Whether the loss of the step was a number."""
@@ -111,8 +116,21 @@ class _Run:
         if self._group.first:
             self._listener.now(row, scored)
         if scored or step % task.checkpoint_every == 0:
+            if not self._is_sound():
+                return False
             self._save()
         return True
+
+    def _is_sound(self) -> bool:
+        """Whether all weights are numbers: a checkpoint of others could never go on."""
+        if all(bool(each.isfinite().all()) for each in self._state.model.parameters()):
+            return True  # they are the same on all workers
+        if self._group.first:
+            self._listener.fail(
+                f"weights are no longer numbers after step {self._state.step}: give a lower "
+                "--base-lr; no checkpoint was made of them"
+            )
+        return False
 
     def _score(self) -> Score | None:
         """How good the network is on val now, None where someone failed; the best one is kept."""
@@ -145,6 +163,7 @@ class _Run:
                 scales=config.eval_scales,
                 flip=config.eval_flip,
                 output_stride=config.eval_output_stride,
+                tell=lambda *_: self._listener.lives() if self._group.first else None,
             )
         except SampleError as error:
             return error
@@ -202,19 +221,12 @@ class _Window:
         )
 
 
-def _missing(image: str) -> SampleError | None:
-    """Why this node cannot read the photos, as far as one of them tells."""
-    node = socket.gethostname()
-    try:
-        there = storage.exists(image)
-    except storage.StorageError as error:
-        return SampleError(image, f"node {node} cannot read it: {error}")
-    if there:
-        return None
-    return SampleError(
-        image,
-        f"it is not on node {node}: give --data as s3://, or as a path that every node has",
-    )
+def _someone_failed(made: object, group: Group, listener: Listener) -> bool:
+    """Whether a worker has an error in hand instead of what it was to make."""
+    if isinstance(made, SampleError):
+        listener.fail(str(made))
+    failed = torch.tensor(float(isinstance(made, SampleError)))
+    return bool(group.sum(failed) > 0)
 
 
 def _begin(task: Task, group: Group) -> TrainingState:

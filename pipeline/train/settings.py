@@ -33,6 +33,10 @@ class Settings:
     """Steps between checkpoints: what is repeated at most after a death."""
     max_failures: int = 3
     """Deaths of workers after which the run stops."""
+    max_wait: int = 3600
+    """Seconds to wait, at most, for a cluster that has no room for the workers: one that grows."""
+    max_stall: int = 1800
+    """The run stops when nothing moves for so many seconds: no step, no photo of val."""
     cache_gb: float = 20.0
     """What a node keeps of photos from object storage, so that epochs do not fetch them again."""
     dry_run: bool = False
@@ -58,8 +62,10 @@ class Settings:
                 f"--gpus-per-worker {self.gpus_per_worker:g} on {self.most_workers} workers: two "
                 "of them would share a GPU, over which they cannot talk: give 1"
             )
-        if self.checkpoint_every < 1:
-            raise ValueError(f"--checkpoint-every {self.checkpoint_every}: it must be at least 1")
+        for name in ("checkpoint_every", "max_wait", "max_stall"):
+            if getattr(self, name) < 1:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} {getattr(self, name)}: it must be at least 1")
         if self.out.count("/") < 3 and self.out.startswith("s3://"):
             raise ValueError(
                 f"--out {self.out}: give a prefix below the bucket, for this run alone"

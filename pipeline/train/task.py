@@ -6,12 +6,15 @@ first step, what makes its steps, and where its batches come from: the same on e
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 
 import torch
 
+from pipeline.data import storage
 from pipeline.data.cache import NodeCache
 from pipeline.data.datasets import Split
+from pipeline.data.samples import SampleError
 from pipeline.model import zoo
 from pipeline.model.deeplab import DeepLabV3
 from pipeline.train import normalisation
@@ -89,3 +92,22 @@ def node_cache(*splits: Split, max_bytes: int) -> NodeCache:
     """Reads the splits' objects; what comes from a bucket is kept on this node's disk."""
     objects = [each for split in splits for each in split.objects.values()]
     return NodeCache(zoo.cache() / "photos", objects, max_bytes=max_bytes)
+
+
+def unseen(task: Task) -> SampleError | None:
+    """Why this node cannot train: a local path may be another's. One photo tells of a split."""
+    node = socket.gethostname()
+    needed = {task.initial: "--out"}
+    for split in (task.train, task.val):
+        needed |= dict.fromkeys((split.pairs[0].image, split.pairs[0].label), "--data")
+    for uri, flag in needed.items():
+        try:
+            there = storage.exists(uri)
+        except storage.StorageError as error:
+            return SampleError(uri, f"node {node} cannot read it: {error}")
+        if not there:
+            return SampleError(
+                uri,
+                f"it is not on node {node}: give {flag} as s3://, or as a path that every node has",
+            )
+    return None

@@ -135,6 +135,7 @@ def test_workers_and_a_bulk_run_come_to_the_same_iou(
         (("--scales", "0"), "scales are 0"),
         (("--table", "--flip"), "leave out --flip and --output-stride"),
         (("--workers", "0"), "--workers 0: must be at least 1"),
+        (("--workers", "9", "--gpus-per-worker", "1"), "--gpus-per-worker 1 on 9 workers: this"),
     ],
 )
 def test_arguments_that_cannot_be_right_are_one_line_and_exit_code_2(

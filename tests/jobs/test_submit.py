@@ -81,7 +81,8 @@ def test_a_submitted_job_gives_its_rows_and_its_exit_code(
 
 def test_a_submitted_training_leaves_its_network(head: dict[str, str], tmp_path: Path) -> None:
     put_set(f"{tmp_path}/set")
-    more = ("--max-steps", "2", "--workers", "2")
+    # as many CPUs a worker as the cluster has room for
+    more = ("--max-steps", "2", "--workers", "2", "--cpus-per-worker", "None")
     trained = _submit(["python", "jobs/train.py", *arguments(str(tmp_path), *more)], head)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert "train finished steps=2 " in trained.stdout

@@ -158,7 +158,8 @@ def test_a_finished_run_says_so_and_changes_nothing(
     trained: Trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = keys(f"{trained.prefix}/out")
-    assert main(arguments(trained.prefix, *STEPS, "--resume")) == 0
+    gone = ("--data", f"{trained.prefix}/gone")  # nobody needs them any more
+    assert main(arguments(trained.prefix, *STEPS, "--resume", *gone)) == 0
     out, err = capsys.readouterr()
     assert f"{trained.prefix}/out was finished before: there is nothing to do" in out
     assert facts(out) == facts(trained.out)

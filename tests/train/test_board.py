@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +19,8 @@ from jobs.training_display import TrainingDisplay
 from pipeline.runs import cluster
 from pipeline.train import fit
 from pipeline.train.board import Board, Teller, Watched
-from pipeline.train.history import Score
+from pipeline.train.config import AugmentConfig
+from pipeline.train.history import Score, Step
 from pipeline.train.settings import Settings
 
 
@@ -61,6 +66,26 @@ def test_a_score_names_the_iou_of_every_class_that_val_has(
     display(Watched(row=None, scores=(score,)))
     said = capsys.readouterr().err
     assert "ground 50.0%, square 25.0%, never 75.0%" in said
+    assert "mIoU 50.00% (best 50.00%)" in said
+
+
+def test_after_a_resume_the_best_is_that_of_the_whole_run_and_time_left_knows_late_crops(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    what = tiny.experiment(max_steps=100, batch_size=4)
+    augment = AugmentConfig(crop_size=(100, 100), late_crop_size=(200, 200), late_from=0.9)
+    display = TrainingDisplay(
+        Settings(data="d", out="o", experiment=replace(what, augment=augment))
+    )
+    board = Board()
+    board.begins(1, Score(step=40, time=0.0, miou=0.75, pixel_accuracy=0.9, ious=(0.5,) * 4))
+    scored = Score(step=80, time=0.0, miou=0.5, pixel_accuracy=0.9, ious=(0.5,) * 4)
+    board.now(Step(80, 0.0, 0.1, 0.01, images_per_second=2.0, wait_share=0.0), scored)
+    display(board.watched())
+    said = capsys.readouterr().err
+    assert "mIoU 50.00% (best 75.00%)" in said
+    # ten steps of 2 s, and ten that take four times as long
+    assert "1 min 40 s left" in said
 
 
 def test_room_for_workers_is_counted_node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,9 +107,82 @@ def test_a_driver_whose_run_was_taken_over_is_interrupted(monkeypatch: pytest.Mo
     monkeypatch.setattr("ray.get", lambda value, **_: value)
     lost = threading.Event()
     try:
-        with fit._Watching(Called(Board()), lambda _: None, lost):
+        with watching(lost) as told:
             assert not raised.wait(0.1)
             lost.set()
             assert raised.wait(10)
+        assert told.stopped == "another driver took the run over"
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("workers", "said"),
+    [(2, "2 processes run, and for .* no step was done"), (0, "waiting for a node with 4 CPUs")],
+)
+def test_a_run_that_does_not_move_ends_and_says_what_it_waited_for(
+    workers: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr("ray.get", lambda value, **_: value)
+    monkeypatch.setattr("ray.nodes", list)
+    board = Board()
+    if workers:
+        board.begins(workers, None)
+    raised = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: raised.set())
+    try:
+        with watching(threading.Event(), board, seconds=1.0) as told:
+            for _ in range(20 if workers else 0):  # two seconds of a long evaluation
+                board.lives()
+                assert not raised.wait(0.1)
+            assert raised.wait(10)
+        assert re.search(said, told.stopped)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def watching(
+    lost: threading.Event, board: Board | None = None, *, seconds: float = 60.0
+) -> Iterator[fit._Watching]:
+    settings = Settings(data="d", out="o", experiment=tiny.experiment(), cpus_per_worker=4)
+    patience = fit._patience(settings)
+    patience._max_wait_s = patience._max_stall_s = seconds
+    watch = fit._Watching(Called(board or Board()), lambda _: None, lost, patience)
+    with watch:
+        yield watch
+
+
+@pytest.mark.parametrize(
+    ("given", "nodes", "gpus", "cpus"),
+    [
+        (None, [(2, 0)], 0.0, 1),  # by default it would be 4
+        (None, [(2, 0), (4, 0)], 0.0, 2),
+        (None, [(64, 0)], 0.0, 4),
+        (None, [(32, 4)], 1.0, 16),
+        (None, [(13, 2), (13, 2)], 1.0, 13),
+        (None, [(1, 0)], 0.0, 4),  # it may grow
+        (3, [(2, 0)], 0.0, 3),
+        (2, [(64, 0)], 0.0, 2),
+    ],
+)
+def test_workers_have_as_many_cpus_as_the_cluster_has_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+    given: int | None,
+    nodes: list[tuple[int, int]],
+    gpus: float,
+    cpus: int,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    found = [{"Alive": True, "Resources": {"CPU": c, "GPU": g}} for c, g in nodes]
+    monkeypatch.setattr("ray.nodes", lambda: found)
+    lines: list[str] = []
+    settings = Settings(
+        data="d", out="o", experiment=tiny.experiment(), workers=(2,),
+        cpus_per_worker=given, gpus_per_worker=gpus,
+    )  # fmt: skip
+    assert fit._fitted(settings, lines.append).cpus == cpus
+    few = cluster.room(cpus, gpus) < 2
+    assert len(lines) == few
+    assert all("--cpus-per-worker" in line for line in lines)

@@ -221,16 +221,43 @@ def test_a_file_that_one_worker_cannot_read_ends_all_of_them(name: str, tmp_path
     assert not (out / "model.safetensors").exists()
 
 
-def test_a_worker_that_does_not_find_the_data_says_so_and_none_trains(
-    root: Path, tmp_path: Path
+@pytest.mark.parametrize("what", ["train image", "val label", "initial"])
+def test_a_worker_that_does_not_find_what_it_needs_says_so_and_none_trains(
+    what: str, root: Path, tmp_path: Path
 ) -> None:
     task = tiny.task(root, tmp_path, tiny.experiment())
-    gone = replace(task.train.pairs[0], image="/not/here/00.jpg")
-    task = replace(task, train=replace(task.train, pairs=(gone, *task.train.pairs[1:])))
+    if what == "initial":
+        task = replace(task, initial="/not/here")
+    else:
+        name, part = what.split()
+        split = getattr(task, name)
+        gone = replace(split.pairs[0], **{part: "/not/here"})
+        task = replace(task, **{name: replace(split, pairs=(gone, *split.pairs[1:]))})
     heard = worker(Group(), task)
     assert heard.rows == []
-    assert "/not/here/00.jpg: it is not on node" in heard.failures[0]
-    assert "give --data as s3://" in heard.failures[0]
+    assert "/not/here: it is not on node" in heard.failures[0]
+    assert f"give --{'out' if what == 'initial' else 'data'} as s3://" in heard.failures[0]
+
+
+@pytest.mark.parametrize("at", [3, 4])  # in mid-run, and at its end
+def test_weights_that_are_no_numbers_are_never_put_away(
+    at: int, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = step.Stepper.step
+    done: list[step.Stepped] = []
+
+    def overflows(self: step.Stepper, *batch: torch.Tensor) -> step.Stepped:
+        done.append(before(self, *batch))  # its loss is that of sound weights
+        if len(done) == at:
+            next(self._state.model.parameters()).data.fill_(torch.inf)
+        return done[-1]
+
+    monkeypatch.setattr(step.Stepper, "step", overflows)
+    task = tiny.task(root, tmp_path, tiny.experiment(), checkpoint_every=1)
+    heard = worker(Group(), task)
+    assert f"weights are no longer numbers after step {at}" in heard.failures[0]
+    assert newest(tmp_path).step == at - 1
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_a_val_split_without_labels_is_refused_before_training(tmp_path: Path) -> None:
@@ -307,6 +334,15 @@ def test_going_on_with_other_threads_or_workers_is_warned_of(
         assert caplog.text == ""
         loop._begin(replace(task, threads=2), Group())
     assert "but not the same bit for bit" in caplog.text
+
+
+def test_a_set_that_a_node_cannot_keep_is_warned_of(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.data.cache.NodeCache.fits", False)
+    task = tiny.task(root, tmp_path, tiny.experiment(max_steps=1), cache_gb=2.5)
+    worker(Group(), task)
+    assert "the photos take more than --cache-gb 2.5: every epoch" in caplog.text
 
 
 def test_a_worker_that_finds_a_newer_checkpoint_takes_the_first_workers(

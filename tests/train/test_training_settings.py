@@ -17,8 +17,8 @@ from pipeline.data import storage
 from pipeline.data.samples import SampleError
 from pipeline.model import weights
 from pipeline.train.begin import begin, look
-from pipeline.train.config import Experiment
-from pipeline.train.estimate import estimate, small_steps
+from pipeline.train.config import AugmentConfig, Experiment
+from pipeline.train.estimate import estimate
 from pipeline.train.recipes import by_name
 from pipeline.train.settings import Settings
 
@@ -44,6 +44,7 @@ def said(*, batch_size: int = 8, pooled: bool = False, **values: Any) -> Setting
         ({"gpus_per_worker": 0.5, "workers": (1, 2)}, "two of them would share a GPU"),
         ({"loaders": -1}, "--loaders -1"),
         ({"checkpoint_every": 0}, "--checkpoint-every 0"),
+        ({"max_stall": 0}, "--max-stall 0"),
         ({"out": "s3://bucket"}, "give a prefix below the bucket"),
         ({"out": "gs://bucket/x"}, "neither s3://bucket/prefix nor a local path"),
         ({"batch_size": 3, "workers": (4,)}, "there are 4 workers, and each needs a photo"),
@@ -201,6 +202,27 @@ def test_rare_classes_weigh_more_where_it_is_asked_for(root: Path, tmp_path: Pat
     assert task.class_weights == pytest.approx([*(np.median(frequency) / frequency), 1.0])
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_labels_that_changed_since_the_run_began_are_refused(
+    root: Path, tmp_path: Path, known: bool
+) -> None:
+    settings = tiny.settings(root, tmp_path / "out", tiny.experiment())
+    begin(settings, look(settings, print), print)
+    run = tmp_path / "out" / "run.json"
+    if not known:  # a run that was begun when labels were not looked at so closely
+        before = json.loads(run.read_text())
+        del before["labels"]
+        run.write_text(json.dumps(before))
+    look(settings, print)
+    path = root / "train/labels/02.png"
+    Image.fromarray(np.zeros_like(np.array(Image.open(path)))).save(path)
+    if known:
+        with pytest.raises(ValueError, match=r"out holds another run \(labels: "):
+            look(settings, print)
+    else:
+        look(settings, print)
+
+
 def test_a_network_over_the_limit_of_a_create_begins_too(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,12 +243,14 @@ def test_an_out_that_cannot_be_written_is_refused_before_any_label_is_looked_at(
     assert not any("looking at the labels" in line for line in lines)
 
 
-def test_a_dry_run_counts_late_crops_by_their_size() -> None:
-    what = tiny.experiment(max_steps=8)
-    augment = replace(what.augment, crop_size=(20, 30), late_crop_size=(40, 45), late_from=0.75)
+def test_what_is_left_counts_late_crops_by_their_size() -> None:
+    augment = AugmentConfig(crop_size=(20, 30), late_crop_size=(40, 45), late_from=0.75)
     # six steps of 600 pixels and two of 1,800
-    assert small_steps(replace(what, augment=augment)) == 6 + 2 * 3
-    assert small_steps(replace(what, augment=replace(augment, late_crop_size=None))) == 8
+    assert augment.steps_like(0, 8) == 6 + 2 * 3
+    assert augment.steps_like(5, 8) == 1 + 2 * 3
+    assert augment.steps_like(6, 8) == 2
+    assert augment.steps_like(8, 8) == 0
+    assert replace(augment, late_crop_size=None).steps_like(0, 8) == 8
 
 
 def test_a_dry_run_for_gpus_where_there_are_none_says_so(root: Path, tmp_path: Path) -> None:

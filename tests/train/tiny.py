@@ -112,6 +112,14 @@ class Heard:
     rows: list[Step] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    begun: list[tuple[int, Score | None]] = field(default_factory=list)
+    lived: int = 0
+
+    def begins(self, workers: int, best: Score | None) -> None:
+        self.begun.append((workers, best))
+
+    def lives(self) -> None:
+        self.lived += 1
 
     def now(self, row: Step, scored: Score | None) -> None:
         self.rows.append(row)
