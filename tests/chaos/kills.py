@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PLACES = ("begin", "amid", "end")
-WAITING = ("begin", "end")
 HOOKS = Path(__file__).with_name("hooks")
 
 _POLL_S = 0.002
 _AMID_S = 0.02  # at most so long after a stage began is its process killed
-_TRIES = 20
 
 
 def hooked(folder: Path) -> dict[str, str]:
@@ -61,48 +59,34 @@ class Killer:
     ) -> Hit:
         """Kills the next process in `stage`, or what `victim` makes of its id.
 
-        `place` is drawn where it is not given; who is not killed itself waits at the begin or the
-        end, so that its stage is not over when the victim dies. Raises TimeoutError where nobody
-        comes by within `within_s`, or `alive()` says that nobody will.
+        `place` is drawn where it is not given; nobody leaves the stage before the kill. Raises
+        TimeoutError where nobody comes by within `within_s`, or `alive()` says that nobody will.
         """
-        deadline = time.monotonic() + within_s
-        for _ in range(_TRIES):
-            where = place or self._random.choice(WAITING if victim else PLACES)
-            time.sleep(self._random.uniform(0, 0.3))
-            pid = self._claim(stage, where, deadline, alive)
-            if where == "amid":
-                time.sleep(self._random.uniform(0, _AMID_S))
-            if (hit := self._hit(stage, where, pid, victim)) is not None:
-                self.hits.append(hit)
-                return hit
-        raise TimeoutError(f"{_TRIES} processes left {stage} before they were hit")
+        where = place or self._random.choice(PLACES)
+        time.sleep(self._random.uniform(0, 0.3))
+        pid = self._claim(stage, where, time.monotonic() + within_s, alive)
+        if where == "amid":
+            time.sleep(self._random.uniform(0, _AMID_S))
+        self.hits.append(self._hit(stage, where, pid, victim))
+        return self.hits[-1]
 
     def _claim(self, stage: str, place: str, deadline: float, alive: Callable[[], bool]) -> int:
         armed = self.folder / "armed" / f"{stage}.{place}"
         armed.touch()
         while time.monotonic() < deadline and alive():
             for claim in self.folder.glob(f"claimed/{stage}.{place}.*"):
-                if claim.suffix != ".left":
-                    return int(claim.suffix[1:])
-                claim.unlink()  # it was quicker: again
-                armed.touch()
+                return int(claim.suffix[1:])
             time.sleep(_POLL_S)
         armed.unlink(missing_ok=True)
         raise TimeoutError(f"nobody came by {stage}.{place}")
 
-    def _hit(
-        self, stage: str, place: str, pid: int, victim: Callable[[int], int] | None
-    ) -> Hit | None:
-        """Kills; None where the process had left the stage by then."""
+    def _hit(self, stage: str, place: str, pid: int, victim: Callable[[int], int] | None) -> Hit:
         target = victim(pid) if victim else pid
         name = _name(target)
         os.kill(target, signal.SIGKILL)
         _wait_for_death(target)
-        claim = self.folder / "claimed" / f"{stage}.{place}.{pid}"
-        in_stage = claim.exists()
-        claim.unlink(missing_ok=True)
-        claim.with_name(f"{claim.name}.left").unlink(missing_ok=True)
-        return Hit(stage, place, pid, name) if in_stage else None
+        (self.folder / "claimed" / f"{stage}.{place}.{pid}").unlink()
+        return Hit(stage, place, pid, name)
 
 
 def _name(pid: int) -> str:
