@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.bulk import begin, plan
+from pipeline.bulk import begin, plan, usage
 from pipeline.bulk.begin import Checkpoint, pool_of, progress_of, work_of
 from pipeline.bulk.dry_run import dry_run
 from pipeline.bulk.estimate import Estimate
@@ -68,6 +68,8 @@ def run(settings: Settings, watch: Watch) -> Ended:
             no_estimate=dry.no_estimate,
         )
     if known is not None and storage.exists(layout.record):
+        for uri in _leases(settings, layout, checkpoint):
+            lease.clear(uri, within=layout.results)
         return _finished_before(layout, known)
     if cluster.has_cluster():
         pool_of(settings).connect()  # before anything is written
@@ -95,6 +97,9 @@ def _leases(settings: Settings, layout: RunLayout, checkpoint: Checkpoint) -> li
 
 
 def _finished_before(layout: RunLayout, known: Plan) -> Ended:
+    """What a finished run says again; its driver may have died before it had tidied up."""
+    with contextlib.suppress(storage.StorageError):
+        usage.forget(layout)
     return Ended(
         plan=known,
         outcome=recorded(layout),
@@ -172,7 +177,7 @@ class _Run:
                 "images_per_second": rate,
             },
         )
-        self._usage.forget()
+        usage.forget(self._layout)
         return Ended(plan=self._plan, outcome=outcome, seconds=seconds, images_per_second=rate)
 
     def _count(self, summary: Summary) -> None:

@@ -63,11 +63,6 @@ class Usage:
                 total += Used(**json.loads(storage.read(item.uri)))
         return total
 
-    def forget(self) -> None:
-        """Deletes all accounts: the record has their sum."""
-        found = [item.uri for item in storage.list_objects(self._layout.usage)]
-        storage.delete(found, within=self._layout.results)
-
     def _own(self) -> Used:
         seconds = self._progress.actor_seconds
         return Used(
@@ -75,3 +70,9 @@ class Usage:
             gpu_seconds=seconds * self._gpus,
             bytes_read=self._progress.bytes_read,
         )
+
+
+def forget(layout: RunLayout) -> None:
+    """Deletes all accounts: the record has their sum."""
+    found = [item.uri for item in storage.list_objects(layout.usage)]
+    storage.delete(found, within=layout.results)

@@ -120,6 +120,17 @@ def held(uri: str, run_id: str, *, within: str | None = None) -> Iterator[Lease]
         lease.release()
 
 
+def clear(uri: str, *, within: str | None = None) -> None:
+    """Deletes the lease of a holder that is known to be dead: a run that is finished needs none.
+
+    Storage that refuses keeps it.
+    """
+    with contextlib.suppress(storage.StorageError):
+        holder = _read(uri)
+        if holder and _is_dead(holder):
+            storage.delete([uri], within=within)
+
+
 def _read(uri: str) -> dict[str, Any]:
     """What the lease says; nothing where there is none, a holder unknown where it is broken."""
     try:

@@ -64,14 +64,15 @@ def fit(settings: Settings, say: Callable[[str], None], watch: Watch) -> Ended:
     """
     check_experiment(settings)
     record = recorded(settings.out)
+    uri = storage.join(settings.out, "lease.json")
     if record is not None:
+        lease.clear(uri, within=settings.out)
         return Ended(record=record, nothing_to_do=True)
     looked = look(settings, say)
     cluster.connect(
         workers=settings.most_workers, cpus=settings.cpus, gpus=settings.gpus_per_worker, quiet=True
     )
     settings = _fitted(settings, say)
-    uri = storage.join(settings.out, "lease.json")
     with lease.held(uri, settings.out, within=settings.out) as held:
         record = recorded(settings.out)  # by the driver that had the lease before
         if record is not None:

@@ -6,6 +6,8 @@ import contextlib
 import io
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -34,6 +36,13 @@ from pipeline.runs import lease
 from pipeline.runs.cluster import RunStoppedError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]
+
+_DIES = """
+import os, sys
+from pipeline.runs.lease import Lease
+Lease(sys.argv[1], "r").acquire()
+os._exit(0)
+"""
 
 
 def quiet(*_: object) -> None:
@@ -88,6 +97,15 @@ def test_a_finished_run_is_not_touched_again(tmp_path: Path, fill: Any, settings
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
     ended = run(settings, quiet)
     assert ended.nothing_to_do
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+
+    layout = RunLayout(results=settings.results, run_id=ended.plan.run_id)
+    storage.write(f"{layout.usage}/0123.json", b"{}")  # its driver died before it had tidied up
+    subprocess.run(
+        [sys.executable, "-c", _DIES, layout.lease], check=True, cwd=Path(__file__).parents[2]
+    )
+    assert storage.exists(layout.lease)
+    assert run(settings, quiet).nothing_to_do
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
 
 

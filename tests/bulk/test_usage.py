@@ -41,7 +41,7 @@ def test_a_run_has_used_what_all_its_drivers_have(
     last = Usage(layout, _progress(("d", 2.0, 1)), gpus=2.0)
     last.save()
     assert last.total() == Used(actor_seconds=182.0, gpu_seconds=174.0, bytes_read=16)
-    last.forget()
+    usage.forget(layout)
     assert not list(storage.list_objects(prefix))
 
 

@@ -98,6 +98,20 @@ def test_the_lease_of_a_dead_process_is_taken_at_once(uri: str) -> None:
     assert not storage.exists(uri)
 
 
+def test_a_lease_is_cleared_where_its_holder_is_known_to_be_dead(uri: str) -> None:
+    lease.clear(uri)  # there is none
+    _of_a_silent_host(uri)
+    lease.clear(uri)
+    assert _token(uri) == "x"
+    storage.delete([uri])
+    with lease.held(uri, "r"):
+        lease.clear(uri)
+        assert storage.exists(uri)
+    _of_a_dead_process(uri)
+    lease.clear(uri)
+    assert not storage.exists(uri)
+
+
 def test_the_lease_of_a_silent_host_is_taken_when_it_is_stale_and_not_before(uri: str) -> None:
     _of_a_silent_host(uri)
     started = time.monotonic()
