@@ -7,12 +7,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from pipeline.data import labels, storage
 from pipeline.data.datasets import Layout, open_split
 from pipeline.data.labels import Classes
-from pipeline.model import weights
+from pipeline.model import devices, weights
 from pipeline.model.config import ModelConfig
 from pipeline.train.config import PAPER_SCALES
 from pipeline.train.looker import Look, Work, digest_of
@@ -105,13 +103,9 @@ def plan_of(arguments: Arguments) -> Plan:
 
 
 def _check_gpus(arguments: Arguments) -> None:
-    on_cluster = arguments.workers > 1 and "RAY_ADDRESS" in os.environ
-    wanted, here = arguments.workers * arguments.gpus_per_worker, torch.cuda.device_count()
-    if not on_cluster and here < wanted:
-        raise ValueError(
-            f"--gpus-per-worker {arguments.gpus_per_worker:g} on {arguments.workers} workers: "
-            f"this machine has {here} GPUs that torch can use"
-        )
+    workers, each = arguments.workers, arguments.gpus_per_worker
+    if not _on_cluster(workers):
+        devices.check_gpus(workers * each, f"--gpus-per-worker {each:g} on {workers} workers")
 
 
 def _looks(arguments: Arguments, config: ModelConfig) -> dict[str, Look]:
@@ -168,8 +162,13 @@ def _ids(names: Sequence[str], classes: Classes) -> tuple[int, ...]:
     return tuple(dict.fromkeys(classes.names.index(name) for name in names))
 
 
+def _on_cluster(workers: int) -> bool:
+    """Whether they are not this machine's: a single one is this process."""
+    return workers > 1 and bool(os.environ.get("RAY_ADDRESS"))
+
+
 def _cpus(workers: int) -> int:
     """CPUs a worker where nobody asked: on a cluster this machine says nothing of the others."""
-    if workers > 1 and os.environ.get("RAY_ADDRESS"):
+    if _on_cluster(workers):
         return 2
     return max(1, len(os.sched_getaffinity(0)) // workers)

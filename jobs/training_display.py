@@ -38,9 +38,9 @@ class TrainingDisplay:
             print(f"WARNING {visible(warning)}", file=sys.stderr)
         self._warned = len(watched.warnings)
         for score in watched.scores[self._scored :]:
-            best = max(each.miou for each in (*watched.scores, *filter(None, (watched.best,))))
+            best = watched.best or score
             print(
-                f"val after step {score.step}: mIoU {score.miou:.2%} (best {best:.2%}), "
+                f"val after step {score.step}: mIoU {score.miou:.2%} (best {best.miou:.2%}), "
                 f"pixel accuracy {score.pixel_accuracy:.2%}",
                 file=sys.stderr,
             )

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 import pipeline
 from pipeline.bulk.plan import Plan
@@ -22,7 +19,7 @@ from pipeline.bulk.settings import Settings
 from pipeline.bulk.waves import Pool
 from pipeline.data import storage
 from pipeline.data.labels import Classes
-from pipeline.model import weights
+from pipeline.model import devices, weights
 from pipeline.results.layout import RunLayout
 from pipeline.runs import cluster
 
@@ -46,11 +43,8 @@ def look(settings: Settings) -> Checkpoint:
     if settings.inference.output_stride is not None:
         model.set_output_stride(settings.inference.output_stride)
     gpus = settings.gpus_per_actor
-    if gpus and not cluster.has_cluster() and torch.cuda.device_count() < math.ceil(gpus):
-        raise ValueError(
-            f"--gpus-per-actor {gpus:g}: this machine has {torch.cuda.device_count()} GPUs that "
-            "torch can use; 0 runs on the CPU"
-        )
+    if not cluster.has_cluster():
+        devices.check_gpus(gpus, f"--gpus-per-actor {gpus:g}")
     for prefix in filter(None, (settings.images, settings.labels)):
         _check_folder(prefix)
     return Checkpoint(

@@ -18,7 +18,7 @@ import torch
 from pipeline.data import labels, storage
 from pipeline.data.datasets import Split, open_split
 from pipeline.data.survey import Survey, median_frequency_weights, repeated, survey
-from pipeline.model import weights
+from pipeline.model import devices, weights
 from pipeline.model.deeplab import DeepLabV3
 from pipeline.runs import cluster
 from pipeline.train import checkpoints
@@ -187,14 +187,10 @@ def _identity(settings: Settings, train: Split, val: Split) -> dict[str, Any]:
 def _check_gpus(settings: Settings, say: Say) -> None:
     if cluster.has_cluster():
         return
-    wanted, here = settings.workers_range[0] * settings.gpus_per_worker, torch.cuda.device_count()
-    if here < wanted:
-        raise ValueError(
-            f"--gpus-per-worker {settings.gpus_per_worker:g} on {settings.workers_range[0]} "
-            f"workers: this machine has {here} GPUs that torch can use"
-        )
-    if here and not wanted:
-        say(f"on CPUs, though {here} GPUs are here: --gpus-per-worker 1 trains on them")
+    workers, each = settings.workers_range[0], settings.gpus_per_worker
+    devices.check_gpus(workers * each, f"--gpus-per-worker {each:g} on {workers} workers")
+    if not each and torch.cuda.device_count():
+        say("this machine has GPUs, and training is on its CPU: --gpus-per-worker 1 uses one")
 
 
 def check_experiment(settings: Settings) -> None:

@@ -15,8 +15,8 @@ from pipeline.train.history import Score, Step
 class Watched:
     """The newest step, the scores and the warnings so far; None and () before the first.
 
-    `workers` train since the newest start, 0 before the first, and `best` is the best score that a
-    driver before this one saw. `signs` grows with whatever they do.
+    `best` is the best score of the whole run, earlier drivers' included. `workers` train since the
+    newest start, 0 before the first, and `signs` grows with whatever they do.
     """
 
     row: Step | None
@@ -50,6 +50,8 @@ class Board:
         self._row = row
         if scored is not None:  # a resume may score a step again
             self._scores[scored.step] = scored
+            if self._best is None or scored.miou > self._best.miou:
+                self._best = scored
 
     def fail(self, message: str) -> None:
         """The first worker that cannot go on says why; the others only follow."""

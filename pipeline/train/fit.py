@@ -249,7 +249,7 @@ class _Watching:
     def _once(self) -> None:
         try:
             seen: Watched = ray.get(self._board.watched.remote(), timeout=LOOK_EVERY_S)
+            self._watch(seen)
+            self._patience.look(seen.workers, seen.signs)
         except ray.exceptions.RayError:  # only a display is poorer
             return
-        self._watch(seen)
-        self._patience.look(seen.workers, seen.signs)

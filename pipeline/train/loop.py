@@ -78,15 +78,14 @@ class _Run:
         source = source_of(self._task, rank=self._group.rank, world=self._group.world)
         start = self._state.step
         for batch in batches(source, start, config.max_steps, loaders=self._task.loaders):
-            if self._someone_failed(batch) or not self._step(batch) or not self._keeps_up():
+            if not self._step(batch) or not self._keeps_up():
                 return False
         return True
 
-    def _someone_failed(self, made: object) -> bool:
-        return _someone_failed(made, self._group, self._listener)
-
     def _step(self, batch: Batch | SampleError) -> bool:
-        """Whether the loss of the step was a number."""
+        """Whether every worker had its photos, and the loss of the step was a number."""
+        if _someone_failed(batch, self._group, self._listener):
+            return False
         assert isinstance(batch, Batch)
         came_to = self._stepper.step(batch.images, batch.labels)
         self._window.add(came_to.loss, came_to.lr, batch.waited_s)
@@ -138,7 +137,7 @@ class _Run:
         before = self._state.history.best
         self._group.share_buffers(self._state.best_model)
         found = self._evaluate()
-        if self._someone_failed(found):
+        if _someone_failed(found, self._group, self._listener):
             return None
         assert isinstance(found, Evaluation)
         confusion = self._group.sum(torch.from_numpy(found.confusion)).numpy()

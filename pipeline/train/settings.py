@@ -24,7 +24,8 @@ class Settings:
     workers: tuple[int, ...] = (1,)
     """How many train; with two numbers, MIN MAX, as many of them as the cluster has."""
     cpus_per_worker: int | None = None
-    """Threads of each worker; without it they share this machine's."""
+    """Threads of each worker; without it they share this machine's, and have up to 4 on a cluster,
+    or 16 where each has a GPU."""
     gpus_per_worker: float = 0.0
     """1 trains on GPUs."""
     loaders: int | None = None
