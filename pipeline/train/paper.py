@@ -76,7 +76,7 @@ CASCADE = _model(
 )
 CASCADE50 = replace(_model(CASCADE, backbone="resnet50"), init="zoo:resnet50")
 COCO = replace(
-    FINAL, data=DataConfig(layout="folders", classes="voc", train_split="train", val_split="val")
+    FINAL, data=DataConfig(layout="table", classes="voc", train_split="train", val_split="val")
 )
 CITYSCAPES = replace(
     _optimiser(_model(FINAL, num_classes=19), max_steps=90_000),
@@ -172,7 +172,7 @@ def _coco() -> Iterator[Recipe]:
     yield Recipe(
         name="coco-pretraining",
         source="Before Tables 6 and 7",
-        about="COCO trainval without minival in folders, images with over 1000 annotated px of "
+        about="COCO trainval without minival (jobs/coco.py), images with over 1000 annotated px of "
         "VOC's classes, others as background; steps and rate are not stated, so VOC's",
         experiment=COCO,
     )

@@ -266,7 +266,7 @@ DIFFERENCES = {
         "data.train_split": "trainval",
         "data.repeat_classes": ["bicycle", "chair", "diningtable", "pottedplant", "sofa"],
     },
-    "coco-pretraining": {"data.layout": "folders", "data.train_split": "train"},
+    "coco-pretraining": {"data.layout": "table", "data.train_split": "train"},
     "table12-cityscapes": {
         "model.num_classes": 19,
         "data.layout": "cityscapes",

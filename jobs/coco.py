@@ -1,0 +1,73 @@
+"""Draws COCO's annotations as labels of VOC's classes, which `jobs/train.py` takes.
+
+    python jobs/coco.py --data s3://sets/coco --out s3://sets/coco-voc
+
+Writes labels/ and pairs.parquet below --out; give the table as --data to train. Exits 0 when both
+are there, 1 when storage failed (the same command goes on), 2 on arguments that cannot be right.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jobs import ending
+from jobs.arguments import parse
+from jobs.display import Display
+from jobs.ending import last_line
+from pipeline.bulk.progress import Progress, Summary
+from pipeline.data import coco_labels, storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Where COCO is, where the labels go, and which photos are worth training on."""
+
+    data: str
+    """COCO's folder, s3:// or local: train2017/ and val2017/ with the photos, annotations/ with
+    instances_train2017.json and instances_val2017.json."""
+
+    out: str
+    """Where labels/ and pairs.parquet go, s3:// or a folder."""
+
+    min_pixels: int = 1000
+    """Photos of train2017 with fewer pixels of VOC's classes are left out: the paper's 1000."""
+
+    def __post_init__(self) -> None:
+        for uri in (self.data, self.out):
+            storage.normalise(uri)
+        if self.min_pixels < 0:
+            raise ValueError(f"--min-pixels is {self.min_pixels}; it must be at least 0")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the job with the command line `argv`; its exit code."""
+    return ending.run(
+        "coco",
+        lambda: _draw(parse(Arguments, argv, description=__doc__)),
+        stops=(OSError,),
+        interrupted="interrupted; the same command goes on",
+    )
+
+
+def _draw(arguments: Arguments) -> str:
+    data, out = storage.normalise(arguments.data), storage.normalise(arguments.out)
+    print(f"reading the annotations of {data}", flush=True)
+    pictures = coco_labels.annotated(data)
+    progress = Progress(images=sum(map(len, pictures.values())), images_before=0)
+    with Display(count_errors=False) as display:
+
+        def tell(images: int) -> None:
+            progress.add(Summary(shard=0, images=images))
+            display(progress)
+
+        drawn = coco_labels.convert(pictures, data, out, min_pixels=arguments.min_pixels, tell=tell)
+    table = storage.join(out, coco_labels.TABLE)
+    print(f"train with: --recipe coco-pretraining --data {table}")
+    facts = {split: each.kept for split, each in drawn.items()}
+    return last_line("coco finished", facts | {"left_out": drawn["train"].left_out})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

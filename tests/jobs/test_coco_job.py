@@ -1,0 +1,100 @@
+"""`jobs/coco.py` as a person types it: a COCO becomes a table that training opens."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from data.coco_set import coco_files, instances, rectangle
+from data.drawn import put_all
+
+from jobs.coco import main
+from pipeline.data import masks, storage
+from pipeline.data.datasets import Split, open_split
+from pipeline.data.labels import by_name
+from pipeline.train.recipes import by_name as recipe
+
+Capture = pytest.CaptureFixture[str]
+
+TRAIN = instances(
+    [2, 1, 0],
+    [(0, 17, rectangle(0, 0, 5, 2)), (1, 1, rectangle(0, 0, 9, 4)), (2, 13, rectangle(0, 0, 6, 6))],
+)
+VAL = instances([3, 4], [(3, 1, rectangle(1, 1, 2, 2))])
+
+
+def convert(prefix: str, *more: str) -> int:
+    return main(["--data", f"{prefix}/coco", "--out", f"{prefix}/ours", *more])
+
+
+def opened(prefix: str, split: str) -> Split:
+    """The split as the recipe for it opens it."""
+    data = recipe("coco-pretraining").experiment.data
+    assert (data.train_split, data.val_split) == ("train", "val")
+    root, classes = f"{prefix}/ours/pairs.parquet", by_name(data.classes)
+    return open_split(root, split, layout=data.layout, classes=classes)
+
+
+def names(split: Split) -> list[str]:
+    return [pair.image.rpartition("/")[2] for pair in split.pairs]
+
+
+def test_the_recipe_opens_what_the_job_wrote(prefix: str, capsys: Capture) -> None:
+    put_all(f"{prefix}/coco", coco_files(train2017=TRAIN, val2017=VAL))
+    assert convert(prefix, "--min-pixels", "10") == 0
+    assert "coco finished train=2 val=2 left_out=1\n" in capsys.readouterr().out
+
+    train = opened(prefix, "train")
+    assert names(train) == ["000000000000.jpg", "000000000001.jpg"]
+    label = masks.decode_label(storage.read(train.pairs[0].label), train.classes, size=(5, 7))
+    assert label.tolist() == [[8, 8, 0, 0, 0, 0, 0]] * 5
+    assert names(opened(prefix, "val")) == ["000000000003.jpg", "000000000004.jpg"]
+
+
+def test_a_photo_needs_as_many_pixels_as_were_asked_for(prefix: str, capsys: Capture) -> None:
+    put_all(f"{prefix}/coco", coco_files(train2017=TRAIN, val2017=VAL))
+    assert convert(prefix, "--min-pixels", "11") == 0
+    assert names(opened(prefix, "train")) == ["000000000001.jpg"]
+    assert convert(prefix, "--min-pixels", "37") == 2
+    reason = capsys.readouterr().out.splitlines()[-1]
+    assert "none of 3 photos of train2017 has 37 px of VOC's classes" in reason
+
+
+def test_a_job_that_was_killed_goes_on_with_the_labels_that_are_there(prefix: str) -> None:
+    put_all(f"{prefix}/coco", coco_files(train2017=TRAIN, val2017=VAL))
+    assert convert(prefix, "--min-pixels", "0") == 0
+    ours = f"{prefix}/ours"
+    before = {item.uri: item for item in storage.list_objects(ours)}
+    gone = [f"{ours}/pairs.parquet", f"{ours}/labels/train2017/000000000001.png"]
+    contents = [storage.read(uri) for uri in gone]
+    storage.delete(gone)
+    assert convert(prefix, "--min-pixels", "0") == 0
+    after = {item.uri: item for item in storage.list_objects(ours)}
+    assert [storage.read(uri) for uri in gone] == contents
+    kept = before.keys() - set(gone)
+    assert after.keys() == before.keys()
+    assert {uri: before[uri] for uri in kept} == {uri: after[uri] for uri in kept}
+
+
+def test_what_is_missing_or_wrong_is_one_line_and_exit_2(prefix: str, capsys: Capture) -> None:
+    def said() -> str:
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if "failed" in line)
+        return line
+
+    files = coco_files(train2017=TRAIN, val2017=VAL)
+    photo = files.pop("train2017/000000000002.jpg")
+    put_all(f"{prefix}/coco", files)
+    assert convert(prefix) == 2
+    assert "1 of 3 photos" in (line := said())
+    assert "the first is 000000000002.jpg" in line
+
+    uri = "annotations/instances_val2017.json"
+    put_all(f"{prefix}/coco", {"train2017/000000000002.jpg": photo, uri: json.dumps([])})
+    assert convert(prefix) == 2
+    assert f"{uri}: it is no instances_*.json of COCO" in said()
+
+    storage.delete([f"{prefix}/coco/{uri}"])
+    assert convert(prefix) == 2
+    assert f"{uri} does not exist" in said()
+    assert convert(prefix, "--min-pixels", "-1") == 2
+    assert not list(storage.list_objects(f"{prefix}/ours"))
