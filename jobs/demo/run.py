@@ -1,8 +1,8 @@
 """The whole pipeline in a minute: a bucket of photos goes in, masks and IoU come out.
 
 Starts an S3 server, fills a bucket with photos that may be passed on and labels drawn by hand,
-runs `jobs/segment.py` and `jobs/query.py` as a person would type them, writes overlays, and stops
-what it started. Everything lands in `demo-out/`.
+runs `jobs/segment.py`, `jobs/query.py` and `jobs/report.py` as a person would type them, writes
+overlays, and stops what it started. Everything lands in `demo-out/`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pipeline.results import query
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 OUT = Path("demo-out")
+REPORT = "report.html"
 CHECKPOINT = HERE / "tfzoo-voc-mobilenetv2.safetensors"
 
 _QUESTION = """
@@ -54,8 +55,11 @@ def main() -> int:
                 return done.returncode
             print()
         written = _write_overlays()
-    print(f"Look at {written[0].parent}: each photo beside its mask, in the colours of the classes")
-    for path in written:
+    print(
+        f"Look at {written[0].parent}: each photo beside its mask, in the colours of the classes,"
+    )
+    print("and a report of the run with the photos, their labels and masks, for a browser")
+    for path in [*written, written[0].with_name(REPORT)]:
         print(f"  {path}")
     return 0
 
@@ -63,8 +67,9 @@ def main() -> int:
 def _commands() -> list[list[str]]:
     segment = ["python", "jobs/segment.py", "--images", "s3://photos", "--results", "s3://results"]
     segment += ["--labels", "s3://labels", "--checkpoint", str(CHECKPOINT.relative_to(ROOT))]
-    question = " ".join(_QUESTION.split())
-    return [segment, ["python", "jobs/query.py", "s3://results", question]]
+    ask = ["python", "jobs/query.py", "s3://results", " ".join(_QUESTION.split())]
+    look = ["python", "jobs/report.py", "s3://results", "--out", str(OUT.absolute() / REPORT)]
+    return [segment, ask, look]
 
 
 def _shown(argument: str) -> str:

@@ -18,7 +18,9 @@ from pipeline.data import storage
 from pipeline.results import files, layout, tables
 
 
-def connect(uri: str, *, memory_limit: str | None = None) -> duckdb.DuckDBPyConnection:
+def connect(
+    uri: str, *, run_id: str | None = None, memory_limit: str | None = None
+) -> duckdb.DuckDBPyConnection:
     """An in-memory DuckDB with views over the results at `uri`: a snapshot of what lies there now.
 
     images   one row an image, all runs
@@ -28,12 +30,13 @@ def connect(uri: str, *, memory_limit: str | None = None) -> duckdb.DuckDBPyConn
     iou      run_id, class_id, class_name, tp, fp, fn, iou: per run over all images with a label
 
     Which files there are and which runs are finished is looked up once: what is written later
-    shows in the next connection. `memory_limit` is DuckDB's ("2GB"); beyond it queries spill to
-    the temporary folder. Raises FileNotFoundError where nothing lies at `uri`, ValueError where
-    `uri` is none or a plan there is broken, StorageError where storage refuses.
+    shows in the next connection. With `run_id` they are those of that run alone. `memory_limit`
+    is DuckDB's ("2GB"); beyond it queries spill to the temporary folder. Raises FileNotFoundError
+    where nothing lies at `uri`, ValueError where `uri` or `run_id` is none or a plan there is
+    broken, StorageError where storage refuses.
     """
     results = storage.normalise(uri)
-    snapshot = _look(results)
+    snapshot = _look(results, run_id)
     con = files.connect(results, snapshot.files, memory_limit=memory_limit)
     for name, select in _views(con, snapshot).items():
         con.execute(f"CREATE VIEW {name} AS {select}")
@@ -55,17 +58,19 @@ class _Snapshot:
         return [*self.records, *self.classes, *self.images]
 
 
-def _look(results: str) -> _Snapshot:
+def _look(results: str, run_id: str | None) -> _Snapshot:
     """What lies at `results`. Records come first: a run that has one has all of its other files."""
-    records = [item for item in _listed(results, "runs") if item.uri.endswith(".parquet")]
+    records = [item for item in _listed(results, "runs", run_id) if item.uri.endswith(".parquet")]
     finished = {layout.run_of(results, item.uri) for item in records}
     classes = [
         item
-        for item in _listed(results, "classes")
+        for item in _listed(results, "classes", run_id)
         if item.uri.endswith(".parquet") and layout.run_of(results, item.uri) in finished
     ]
     images = [
-        item for item in _listed(results, "images") if layout.shard_number(item.uri) is not None
+        item
+        for item in _listed(results, "images", run_id)
+        if layout.shard_number(item.uri) is not None
     ]
     if not (records or images) and next(storage.list_objects(results), None) is None:
         raise FileNotFoundError(f"no results lie at {results}")
@@ -80,8 +85,15 @@ def _look(results: str) -> _Snapshot:
     )
 
 
-def _listed(results: str, folder: str) -> list[storage.Object]:
-    return sorted(storage.list_objects(storage.join(results, folder)))
+def _listed(results: str, folder: str, run_id: str | None) -> list[storage.Object]:
+    """The objects of a folder, or those of one run in it, in the order of their names."""
+    if run_id is None:
+        return sorted(storage.list_objects(storage.join(results, folder)))
+    run = layout.RunLayout(results=results, run_id=run_id)
+    if folder == "runs":
+        record = storage.stat_object(run.record)
+        return [record] if record else []
+    return sorted(storage.list_objects({"images": run.images, "classes": run.classes}[folder]))
 
 
 def _started(run: layout.RunLayout) -> datetime | None:

@@ -48,3 +48,5 @@ def test_the_demo_finds_the_cat_the_person_and_the_motorbike(tmp_path: Path) -> 
     assert iou["motorcycle_left.png", "motorbike"] > 0.6
     overlays = {path.stem for path in (tmp_path / "demo-out").glob("*.png")}
     assert overlays == {Path(name).stem for name in PHOTOS}
+    report = (tmp_path / "demo-out" / "report.html").read_text()
+    assert report.count('<img alt="mask"') == len(PHOTOS)

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-JOBS = ("segment", "train", "evaluate", "query", "clean", "coco", "benchmark")
+JOBS = ("segment", "train", "evaluate", "query", "report", "clean", "coco", "benchmark")
 
 ONE_SENTENCE_FOR_TWO = {"--mean", "--std"}
 

@@ -1,0 +1,69 @@
+"""Draws a run as one HTML file: `python jobs/report.py RESULTS --run-id ID --out report.html`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import duckdb
+import tyro
+
+from jobs.arguments import parse
+from jobs.display import size
+from jobs.escape import visible
+from pipeline.data import storage
+from pipeline.results import page, report
+from pipeline.results.layout import check_run_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Which run, and where its report goes."""
+
+    results: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RESULTS")]
+    """Where the runs wrote: s3://bucket/prefix or a folder."""
+
+    run_id: str | None = None
+    """The run, finished or not; without it the finished one that started last."""
+
+    out: str = "report.html"
+    """The file to write, s3:// or local; one that is there is replaced."""
+
+    photos: int = 12
+    """How many photos to show of each group: picked at random, least sure, furthest from their
+    labels. They are read where they lie; 0 shows none."""
+
+    def __post_init__(self) -> None:
+        storage.normalise(self.results)
+        if self.run_id is not None:
+            check_run_id(self.run_id)
+        if self.photos < 0:
+            raise ValueError(f"--photos is {self.photos}; it must be at least 0")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the report and says where; 0, or 1 where it failed, or 2 where arguments are wrong."""
+    try:
+        arguments = parse(Arguments, argv, description=__doc__)
+    except ValueError as error:
+        return _failed(2, error)
+    try:
+        run_id = arguments.run_id or report.newest(arguments.results)
+        found = report.of_run(arguments.results, run_id, photos=arguments.photos)
+        data = page.html(found)
+        storage.write(storage.normalise(arguments.out), data)
+    except (OSError, LookupError, ValueError, duckdb.Error) as error:
+        return _failed(1, error)
+    print(f"{visible(arguments.out)} shows run {run_id} ({size(len(data))})")
+    return 0
+
+
+def _failed(code: int, error: Exception) -> int:
+    print(visible(" ".join(str(error).split())), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

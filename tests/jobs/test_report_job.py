@@ -1,0 +1,34 @@
+"""`jobs/report.py` as a person types it: the file it writes, its exit code."""
+
+from __future__ import annotations
+
+import pytest
+from results.made_up import write_run
+
+from jobs.report import main
+from pipeline.data import storage
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_a_report_is_one_file_where_it_was_asked_for(prefix: str, capsys: Capture) -> None:
+    write_run(prefix, "a", hour=1)
+    write_run(prefix, "b")
+    out = storage.join(prefix, "pages/report.html")
+    assert main([prefix, "--out", out, "--photos", "0"]) == 0
+    assert capsys.readouterr().out.startswith(f"{out} shows run a (")
+    assert b"<title>Run a</title>" in storage.read(out)
+    assert main([prefix, "--run-id", "b", "--out", out, "--photos", "0"]) == 0
+    assert b"<title>Run b</title>" in storage.read(out)
+
+
+def test_what_cannot_be_shown_is_one_line(prefix: str, capsys: Capture) -> None:
+    for _ in range(2):
+        assert main([prefix]) == 1
+        assert capsys.readouterr().err.startswith(f"no run at {prefix} has finished; give --run-id")
+        write_run(prefix, "a", finished=False)
+    assert main([prefix, "--run-id", "b"]) == 1
+    assert capsys.readouterr().err == f"no photo of a run b lies at {prefix}\n"
+    for wrong in (["--photos", "-1"], ["--run-id", "../b"], ["--size", "3"]):
+        assert main([prefix, *wrong]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1

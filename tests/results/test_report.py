@@ -1,0 +1,203 @@
+"""A report: its numbers are those of a plain loop, its pictures are of the photos as they were."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from results.made_up import Row, image_row, write_run
+
+from pipeline.data import masks, storage
+from pipeline.data.labels import VOC
+from pipeline.results import page, report
+from pipeline.results.report import BINS, Report
+
+HOSTILE = "<script>alert('x')</script>\"&amp;.png"
+
+
+def stored(uri: str, data: bytes) -> storage.Object:
+    storage.write(uri, data)
+    found = storage.stat_object(uri)
+    assert found is not None
+    return found
+
+
+def png(color: tuple[int, int, int], height: int = 40, width: int = 60) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def row(prefix: str, name: str, number: int, *, label: bool = False, shard: int = 0) -> Row:
+    """A photo of 40 x 60 whose left part is class `number`, and whose label says 8 everywhere."""
+    photo = stored(f"{prefix}/photos/{name}", png((255, 255, 255)))
+    left = 10 * number
+    mask = np.zeros((40, 60), dtype=np.uint8)
+    mask[:, :left] = number
+    values: Row = {}
+    if label:
+        item = stored(f"{prefix}/labels/{name}", masks.encode(np.full((40, 60), 8, np.uint8)))
+        values |= {"label_uri": item.uri, "label_etag": item.etag}
+    found = []
+    for class_id in {0, number, *([8] if label else [])}:
+        here, wanted = mask == class_id, np.full((40, 60), class_id == 8)
+        pixels = int(here.sum())
+        found.append(
+            {"class_id": class_id, "class_name": VOC.names[class_id], "pixels": pixels}
+            | {"fraction": pixels / 2400, "confidence": 0.5 + number / 20 if pixels else None}
+            | {"tp": int((here & wanted).sum()) if label else None}
+            | {"fp": int((here & ~wanted).sum()) if label else None}
+            | {"fn": int((~here & wanted).sum()) if label else None}
+        )
+    made = image_row(photo.uri, "a", etag=photo.etag, shard=shard, classes=found, **values)
+    made |= {"height": 40, "width": 60, "mask": masks.encode(mask)}
+    return made | {"confidence": 0.3 + number / 20}
+
+
+def error(prefix: str, name: str, kind: str, why: str = "it is cut off") -> Row:
+    uri = f"{prefix}/photos/{name}"
+    return image_row(uri, "a", status="error", error_kind=kind, error=why, classes=None)
+
+
+def results_of(prefix: str, *, finished: bool = True, name: str = "{}.png") -> list[Row]:
+    """A run of two shards with four photos, three of them with labels, and three errors."""
+    first = [row(prefix, name.format(i), i, label=i != 2) for i in (1, 2)]
+    first += [error(prefix, name.format(f"e{i}"), "truncated") for i in (1, 2)]
+    second = [row(prefix, name.format(i), i, label=True, shard=1) for i in (3, 5)]
+    second.append(error(prefix, name.format("e3"), "empty"))
+    return write_run(f"{prefix}/results", "a", [first, second], finished=finished)
+
+
+def made(prefix: str, photos: int = 12) -> Report:
+    return report.of_run(f"{prefix}/results", "a", photos=photos)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_the_numbers_are_those_of_a_plain_loop(prefix: str, finished: bool) -> None:
+    rows = results_of(prefix, finished=finished)
+    found = made(prefix)
+    ok = [each for each in rows if each["status"] == "ok"]
+    assert (found.ok, found.errors, found.labelled) == (4, 3, 3)
+    assert (found.record is not None) == finished
+
+    by_class: dict[str, list[dict[str, Any]]] = {}
+    for each in ok:
+        for of_class in each["classes"]:
+            by_class.setdefault(of_class["class_name"], []).append(of_class)
+    assert {each.name for each in found.classes} == by_class.keys()
+    ious = []
+    for shown in found.classes:
+        mine = by_class[shown.name]
+        pixels = sum(each["pixels"] for each in mine)
+        assert shown.images == sum(each["pixels"] > 0 for each in mine)
+        assert shown.share == pytest.approx(pixels / (4 * 2400))
+        if pixels:
+            sure = sum(each["confidence"] * each["pixels"] for each in mine if each["pixels"])
+            assert shown.confidence == pytest.approx(sure / pixels, rel=1e-6)
+        labelled = [each for each in mine if each["tp"] is not None]
+        union = sum(each["tp"] + each["fp"] + each["fn"] for each in labelled)
+        iou = sum(each["tp"] for each in labelled) / union if union else None
+        assert shown.iou == (pytest.approx(iou) if iou is not None else None)
+        ious += [iou] if iou is not None else []
+    assert found.mean_iou == pytest.approx(sum(ious) / len(ious))
+
+    bins = Counter(int(each["confidence"] * BINS + 1e-6) for each in ok)
+    assert {i: count for i, count in enumerate(found.confidence) if count} == bins
+    assert [(each.kind, each.images) for each in found.problems] == [("truncated", 2), ("empty", 1)]
+    assert found.problems[0].examples[0] == (f"{prefix}/photos/e1.png", "it is cut off")
+
+
+def test_a_large_run_shows_the_least_sure_and_those_furthest_from_their_labels(
+    prefix: str,
+) -> None:
+    results_of(prefix)
+    groups = {group.title: group.photos for group in made(prefix, photos=2).groups}
+    names = {title: [each.uri[-5] for each in photos] for title, photos in groups.items()}
+    assert names["Least sure"] == ["1", "2"]
+    assert names["Furthest from their labels"] == ["1", "3"]  # none is right: then by name
+    assert len(set(names["Picked at random"])) == 2
+    assert len(groups) == 3
+    (all_of_them,) = made(prefix).groups
+    assert [each.uri[-5] for each in all_of_them.photos] == ["1", "2", "3", "5"]
+    assert not made(prefix, photos=0).groups
+
+
+def test_a_picture_shows_the_mask_over_the_photo(prefix: str) -> None:
+    results_of(prefix)
+    (group,) = made(prefix).groups
+    photo = group.photos[-1]
+    assert list(photo.pictures) == ["photo", "label", "mask"]
+    assert (photo.right, photo.note) == (0.0, "")
+    assert photo.classes[0] == (VOC.names[5], VOC.palette[5], pytest.approx(5 / 6))
+    drawn = np.asarray(Image.open(io.BytesIO(photo.pictures["mask"]))).astype(int)
+    assert drawn.shape == (40, 60, 3)
+    over = [round(0.6 * part + 0.4 * 255) for part in VOC.palette[5]]
+    assert np.abs(drawn[20, 20] - over).max() < 12  # JPEG
+    assert np.abs(drawn[20, 56] - [102] * 3).max() < 12  # black background over white
+
+
+def test_a_photo_that_is_gone_or_another_now_is_not_shown_but_its_mask_is(prefix: str) -> None:
+    results_of(prefix)
+    storage.delete([f"{prefix}/photos/1.png"])
+    storage.write(f"{prefix}/photos/2.png", png((255, 0, 0), 41, 61))
+    (group,) = made(prefix).groups
+    for photo, pictures in zip(group.photos, (["label", "mask"], ["mask"]), strict=False):
+        assert list(photo.pictures) == pictures
+        assert photo.note.startswith("the photo cannot be read: ")
+    assert not group.photos[2].note
+
+
+class Elements(HTMLParser):
+    """The elements of a page, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+        self.attributes: set[str] = set()
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.text += " "
+        self.names[tag] += 1
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_nothing_from_a_bucket_is_html(tmp_path: Any) -> None:
+    prefix = str(tmp_path / "<img src=x onerror=alert(1)>")
+    results_of(prefix, name="{}" + HOSTILE.replace("/", "_"))
+    found = Elements(page.html(made(prefix)).decode())
+    known = "html head meta title style body h1 h2 table tr th td span br div figure img figcaption"
+    assert found.names.keys() <= set(known.split())
+    assert found.names["img"] == 4 + 3 + 4  # photos, labels, masks
+    assert "onerror" not in found.attributes
+    assert f"{prefix}/photos/e1{HOSTILE.replace('/', '_')}" in found.text
+
+
+def test_the_page_says_what_a_run_came_to(prefix: str) -> None:
+    results_of(prefix, finished=False)
+    text = " ".join(Elements(page.html(made(prefix)).decode()).text.split())
+    assert "Run a" in text
+    assert "4 segmented, 3 errors" in text
+    assert "unfinished" in text
+    assert "truncated 2 " in text
+
+
+def test_the_newest_run_is_the_finished_one_that_started_last(prefix: str) -> None:
+    results = f"{prefix}/results"
+    write_run(results, "b", hour=2)
+    write_run(results, "c", hour=1)
+    write_run(results, "d", hour=3, finished=False)
+    assert report.newest(results) == "b"
+    with pytest.raises(LookupError, match="no photo of a run z lies at"):
+        report.of_run(results, "z", photos=1)
+    with pytest.raises(ValueError, match=r"run id '../a' is not usable"):
+        report.of_run(results, "../a", photos=1)
