@@ -4,10 +4,12 @@
 
 Writes labels/ and pairs.parquet below --out; give the table as --data to train. Exits 0 when both
 are there, 1 when storage failed (the same command goes on), 2 on arguments that cannot be right.
+The same command after a change of the annotations changes the labels that it concerns.
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from jobs import ending
 from jobs.arguments import parse
 from jobs.display import Display
 from jobs.ending import last_line
+from jobs.escape import visible
 from pipeline.bulk.progress import Progress, Summary
 from pipeline.data import coco_labels, storage
 
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _draw(arguments: Arguments) -> str:
     data, out = storage.normalise(arguments.data), storage.normalise(arguments.out)
-    print(f"reading the annotations of {data}", flush=True)
+    print(f"reading the annotations of {visible(data)}", flush=True)
     pictures = coco_labels.annotated(data)
     progress = Progress(images=sum(map(len, pictures.values())), images_before=0)
     with Display(count_errors=False) as display:
@@ -64,7 +67,7 @@ def _draw(arguments: Arguments) -> str:
 
         drawn = coco_labels.convert(pictures, data, out, min_pixels=arguments.min_pixels, tell=tell)
     table = storage.join(out, coco_labels.TABLE)
-    print(f"train with: --recipe coco-pretraining --data {table}")
+    print(f"train with: --recipe coco-pretraining --data {visible(shlex.quote(table))}")
     facts = {split: each.kept for split, each in drawn.items()}
     return last_line("coco finished", facts | {"left_out": drawn["train"].left_out})
 

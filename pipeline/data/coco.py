@@ -16,6 +16,7 @@ import pycocotools.mask as rle
 
 from pipeline.data.images import Pixels
 from pipeline.data.labels import VOC
+from pipeline.data.pairs import index
 
 _OTHER_NAMES = {
     "aeroplane": "airplane",
@@ -28,7 +29,14 @@ _OTHER_NAMES = {
 CLASS_IDS = {_OTHER_NAMES.get(name, name): i for i, name in enumerate(VOC.names) if i}
 """VOC's id of each of its things, by COCO's name."""
 
-_MAX_SIDE = 20_000  # the drawing is done in C, which trusts what it is given
+# the drawing is done in C, which trusts what it is given
+_MAX_SIDE = 20_000
+_MAX_WAY = 100  # how long a polygon may be, in times the picture's height and width
+
+_WRONG = (
+    *(KeyError, TypeError, OverflowError, RecursionError),
+    *(UnicodeDecodeError, json.JSONDecodeError),
+)
 
 Outline = Sequence[Sequence[float]] | Mapping[str, Any]
 
@@ -49,20 +57,28 @@ class Picture:
 def parse(data: bytes) -> list[Picture]:
     """The pictures of an instances_*.json in the order of their names, those without things too.
 
-    Raises ValueError where `data` is no such file, lacks one of VOC's classes, or names what it
-    does not describe.
+    Raises ValueError where `data` is no such file, lacks one of VOC's classes, has two pictures
+    of one id or one name, or a thing that is of no picture or cannot be drawn.
     """
     try:
         values = json.loads(data)
         classes = _classes(values["categories"])
-        pictures = {int(image["id"]): _picture(image) for image in values["images"]}
+        pictures: dict[int, Picture] = {}
+        for image in values["images"]:
+            if image["id"] in pictures:
+                raise ValueError(f"two of its images have the id {image['id']}")
+            pictures[image["id"]] = _picture(image)
         for thing in values["annotations"]:
-            class_id = classes[thing["category_id"]]
+            picture, class_id = pictures[thing["image_id"]], classes[thing["category_id"]]
             if class_id is not None:
-                pictures[thing["image_id"]].outlines.append((class_id, _outline(thing, pictures)))
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+                picture.outlines.append((class_id, _outline(thing, picture)))
+    except _WRONG as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"it is no instances_*.json of COCO ({what:.200})") from None
+    if not pictures:
+        raise ValueError("it names no image")
+    # labels are named like their pictures, but for the ending
+    index((picture.file_name, picture.file_name) for picture in pictures.values())
     return sorted(pictures.values(), key=lambda picture: picture.file_name)
 
 
@@ -92,46 +108,57 @@ def _classes(categories: Iterable[Mapping[str, Any]]) -> dict[int, int | None]:
 
 def _picture(image: Mapping[str, Any]) -> Picture:
     name, height, width = image["file_name"], image["height"], image["width"]
-    sides = (height, width)
-    if not all(isinstance(side, int) and 0 < side <= _MAX_SIDE for side in sides):
+    if not all(type(side) is int and 0 < side <= _MAX_SIDE for side in (height, width)):
         raise ValueError(f"its image {name!r:.100} is {height} x {width} (height x width)")
     if not isinstance(name, str) or "/" in name or name in ("", ".", ".."):
         raise ValueError(f"its image {image['id']} is called {name!r:.100}, which is no file name")
     return Picture(file_name=name, height=height, width=width)
 
 
-def _outline(thing: Mapping[str, Any], pictures: Mapping[int, Picture]) -> Outline:
+def _outline(thing: Mapping[str, Any], picture: Picture) -> Outline:
     """The segmentation of an annotation, once it is known to be safe to draw."""
-    outline, picture = thing["segmentation"], pictures[thing["image_id"]]
-    ok = _are_runs(outline, picture) if isinstance(outline, dict) else _are_polygons(outline)
-    if not ok:
+    outline = thing.get("segmentation")
+    if not (_are_runs(outline, picture) or _are_polygons(outline, picture)):
         raise ValueError(
             f"the segmentation of its annotation {thing.get('id')} ({picture.file_name}) is "
             "neither polygons of three points or more nor run lengths of the image's size; mend "
             "it, or take it out"
         )
-    found: Outline = outline
+    found: Outline = thing["segmentation"]
     return found
 
 
-def _are_runs(outline: Mapping[str, Any], picture: Picture) -> bool:
-    size, counts = outline["size"], outline["counts"]
+def _are_runs(outline: Any, picture: Picture) -> bool:
+    if not isinstance(outline, dict):
+        return False
+    counts = outline.get("counts")
     return (
-        size == [picture.height, picture.width]
+        outline.get("size") == [picture.height, picture.width]
         and isinstance(counts, list)
-        and all(isinstance(count, int) and count >= 0 for count in counts)
+        and all(type(count) is int and count >= 0 for count in counts)
         and sum(counts) == picture.height * picture.width
     )
 
 
-def _are_polygons(outline: Any) -> bool:
-    return bool(outline) and all(
-        len(polygon) >= 6
-        and len(polygon) % 2 == 0
-        and min(polygon) >= -_MAX_SIDE
-        and max(polygon) <= 2 * _MAX_SIDE
-        for polygon in outline
+def _are_polygons(outline: Any, picture: Picture) -> bool:
+    return (
+        isinstance(outline, list)
+        and bool(outline)
+        and all(_is_polygon(each, picture) for each in outline)
     )
+
+
+def _is_polygon(values: Any, picture: Picture) -> bool:
+    """Whether it is x, y, x, y, ... of three points or more around about the picture."""
+    if not isinstance(values, list) or len(values) < 6 or len(values) % 2:
+        return False
+    if not all(isinstance(value, int | float) for value in values):
+        return False
+    points = np.array(values, dtype=np.float64).reshape(-1, 2)
+    if not (np.abs(points) <= 2 * _MAX_SIDE).all():  # no NaN is
+        return False
+    way = np.abs(np.diff(points, axis=0, append=points[:1])).sum()
+    return bool(way <= _MAX_WAY * (picture.height + picture.width))
 
 
 def _runs(outlines: Iterable[Outline], height: int, width: int) -> list[Any]:

@@ -1,8 +1,8 @@
 """A COCO data set made ready for training: a label for each photo, and a table of the pairs.
 
 Enters: the URI of a folder with train2017/, val2017/ and annotations/. Leaves: labels/SPLIT/*.png
-and pairs.parquet below another URI. The photos stay where they are and are not read. Labels are
-created if absent and the table is written last, so the same call goes on with what was begun.
+and pairs.parquet below another URI. The photos stay where they are and are not read. The table is
+written last; a label that is there already is left as it is, unless the annotations have changed.
 """
 
 from __future__ import annotations
@@ -116,16 +116,13 @@ def _labels(
     tell: Callable[[int], None],
 ) -> Iterator[str | None]:
     """The key of each picture's label below `out`, None where fewer than `least` px are in it."""
-    listed = storage.list_objects(storage.join(out, f"labels/{folder}"))
-    there = frozenset(storage.relative(out, item.uri) for item in listed)
 
     def label(picture: Picture) -> str | None:
         ids = coco.draw(picture)
         if np.count_nonzero((ids != 0) & (ids != VOC.ignore_index)) < least:
             return None
         key = f"labels/{folder}/{stem(picture.file_name)}.png"
-        if key not in there:
-            storage.create(storage.join(out, key), masks.encode(ids))
+        _put(storage.join(out, key), masks.encode(ids))
         return key
 
     with ThreadPoolExecutor(_PUTS) as pool:
@@ -133,3 +130,9 @@ def _labels(
             batch = pictures[start : start + _BATCH]
             yield from pool.map(label, batch)
             tell(len(batch))
+
+
+def _put(uri: str, data: bytes) -> None:
+    """`data` is what lies at `uri` afterwards; the same bytes are not written again."""
+    if not storage.create(uri, data) and storage.read(uri) != data:
+        storage.write(uri, data)

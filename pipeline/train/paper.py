@@ -172,8 +172,8 @@ def _coco() -> Iterator[Recipe]:
     yield Recipe(
         name="coco-pretraining",
         source="Before Tables 6 and 7",
-        about="COCO trainval without minival (jobs/coco.py), images with over 1000 annotated px of "
-        "VOC's classes, others as background; steps and rate are not stated, so VOC's",
+        about="COCO trainval without minival (jobs/coco.py), images with 1000 annotated px or more "
+        "of VOC's classes, others as background; steps and rate are not stated, so VOC's",
         experiment=COCO,
     )
 

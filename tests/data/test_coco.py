@@ -96,6 +96,11 @@ def thing(segmentation: Any, **values: Any) -> bytes:
         [[1, 1, 4, 1, 4]],
         [[1, 1, 4, 1, 4, 1e30]],
         [[1, 1, 4, 1, 4, float("inf")]],
+        [[1, 1, 4, float("nan"), 4, 4]],
+        [[-20_000, 1, 40_000, 4] * 20],  # in C, some memory for every pixel of its way
+        [1, 1, 4, 1, 4, 4],
+        [["a", "b", "c", "d", "e", "f"]],
+        None,
         {"size": [7, 5], "counts": [35]},
         {"size": [5, 7], "counts": [30]},  # pycocotools would draw what memory held
         {"size": [5, 7], "counts": [40, -5]},
@@ -105,6 +110,11 @@ def thing(segmentation: Any, **values: Any) -> bytes:
 def test_a_segmentation_that_cannot_be_drawn_is_named(segmentation: Any) -> None:
     with pytest.raises(ValueError, match=r"of its annotation 0 \(000000000000.jpg\) is neither"):
         coco.parse(thing(segmentation))
+
+
+def same_names(*names: str) -> bytes:
+    sizes = {"height": 2, "width": 2}
+    return changed(images=[{"id": i, "file_name": name} | sizes for i, name in enumerate(names)])
 
 
 @pytest.mark.parametrize(
@@ -118,7 +128,12 @@ def test_a_segmentation_that_cannot_be_drawn_is_named(segmentation: Any) -> None
         (changed(images=[{"id": 1, "file_name": "../a", "height": 3, "width": 3}]), "no file name"),
         (thing(rectangle(0, 0, 1, 1), image_id=7), r"KeyError: 7"),
         (thing(rectangle(0, 0, 1, 1), category_id=99), r"KeyError: 99"),
-        (thing([["a", "b", "c", "d", "e", "f"]]), "TypeError"),
+        (thing(None, category_id=13, image_id=7), r"KeyError: 7"),  # a stop sign
+        (changed(images=[]), "it names no image"),
+        (changed(images=[{"id": 1, "file_name": "a", "height": 2, "width": 2}] * 2), "the id 1"),
+        (same_names("a.jpg", "a.png"), "'a.jpg' and 'a.png' have the same path without extension"),
+        (same_names("a.jpg", "a.jpg"), "keep one of them"),
+        (b"[" * 100_000, "RecursionError"),
     ],
 )
 def test_what_is_not_cocos_is_refused_with_a_reason(data: bytes, reason: str) -> None:

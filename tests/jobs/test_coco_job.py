@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from data.coco_set import coco_files, instances, rectangle
 from data.drawn import put_all
@@ -20,6 +21,7 @@ TRAIN = instances(
     [2, 1, 0],
     [(0, 17, rectangle(0, 0, 5, 2)), (1, 1, rectangle(0, 0, 9, 4)), (2, 13, rectangle(0, 0, 6, 6))],
 )
+ENOUGH = [(1, 1, rectangle(0, 0, 9, 4))]
 VAL = instances([3, 4], [(3, 1, rectangle(1, 1, 2, 2))])
 
 
@@ -60,20 +62,36 @@ def test_a_photo_needs_as_many_pixels_as_were_asked_for(prefix: str, capsys: Cap
     assert "none of 3 photos of train2017 has 37 px of VOC's classes" in reason
 
 
-def test_a_job_that_was_killed_goes_on_with_the_labels_that_are_there(prefix: str) -> None:
+def test_the_same_command_again_writes_what_is_missing_or_has_changed(prefix: str) -> None:
     put_all(f"{prefix}/coco", coco_files(train2017=TRAIN, val2017=VAL))
     assert convert(prefix, "--min-pixels", "0") == 0
     ours = f"{prefix}/ours"
     before = {item.uri: item for item in storage.list_objects(ours)}
-    gone = [f"{ours}/pairs.parquet", f"{ours}/labels/train2017/000000000001.png"]
-    contents = [storage.read(uri) for uri in gone]
-    storage.delete(gone)
+    contents = {uri: storage.read(uri) for uri in before}
+    labels = [f"{ours}/labels/train2017/{number:012d}.png" for number in range(3)]
+    storage.delete([f"{ours}/pairs.parquet", labels[1]])
+    cat_is_dog = json.loads(json.dumps(TRAIN))
+    cat_is_dog["annotations"][0]["category_id"] = 18
+    put_all(f"{prefix}/coco", coco_files(train2017=cat_is_dog, val2017=VAL))
     assert convert(prefix, "--min-pixels", "0") == 0
+
     after = {item.uri: item for item in storage.list_objects(ours)}
-    assert [storage.read(uri) for uri in gone] == contents
-    kept = before.keys() - set(gone)
+    changed = {uri for uri in after if storage.read(uri) != contents[uri]}
+    assert changed == {labels[0]}
+    assert np.unique(masks.decode(storage.read(labels[0]))).tolist() == [0, 12]
     assert after.keys() == before.keys()
+    kept = before.keys() - {f"{ours}/pairs.parquet", labels[0], labels[1]}
     assert {uri: before[uri] for uri in kept} == {uri: after[uri] for uri in kept}
+
+
+def test_pixels_of_which_nobody_knows_the_class_do_not_count(prefix: str) -> None:
+    both = [(0, 17, rectangle(0, 0, 5, 4)), (0, 1, rectangle(0, 2, 5, 7)), *ENOUGH]
+    train = instances([0, 1], both)
+    put_all(f"{prefix}/coco", coco_files(train2017=train, val2017=VAL))
+    assert convert(prefix, "--min-pixels", "25") == 0
+    assert len(opened(prefix, "train")) == 2
+    assert convert(prefix, "--min-pixels", "26") == 0  # of 35, 10 are ignored
+    assert names(opened(prefix, "train")) == ["000000000001.jpg"]
 
 
 def test_what_is_missing_or_wrong_is_one_line_and_exit_2(prefix: str, capsys: Capture) -> None:
