@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from jobs.arguments import parse
-from jobs.escape import visible
+from jobs.escape import in_one_line
 from pipeline.data import storage
 from pipeline.results import clean
 from pipeline.results.layout import check_run_id
@@ -74,7 +74,7 @@ def _lines(arguments: Arguments, found: Sequence[storage.Object]) -> list[str]:
 
 
 def _failed(code: int, error: Exception) -> int:
-    print(visible(" ".join(str(error).split())), file=sys.stderr)
+    print(in_one_line(error), file=sys.stderr)
     return code
 
 

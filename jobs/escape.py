@@ -18,6 +18,13 @@ def visible(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def in_one_line(error: Exception) -> str:
+    """What went wrong, without DuckDB's drawing of a query or a traceback of the storage."""
+    lines = str(error).split("\n\nLINE ")[0].splitlines()
+    said = " ".join(line for line in lines if line and not line.startswith((" ", "Traceback")))
+    return visible(said)[:400] or type(error).__name__
+
+
 def json_text(value: Any, *, allow_nan: bool = True) -> str:
     """The value as JSON without raw control characters.
 

@@ -16,7 +16,7 @@ import tyro
 
 from jobs.answers import WRITERS, write_parquet
 from jobs.arguments import parse
-from jobs.escape import visible
+from jobs.escape import in_one_line
 from pipeline.data import storage
 from pipeline.results.query import connect
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse(Arguments, argv, description=Arguments.__doc__)
     except ValueError as error:
-        print(visible(str(error)), file=sys.stderr)
+        print(in_one_line(error), file=sys.stderr)
         return 2
     if arguments.format == "parquet" and arguments.output is None and sys.stdout.isatty():
         print("parquet is not for a terminal: give --output, or pipe it", file=sys.stderr)
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
     except (duckdb.Error, OSError, ValueError, pa.ArrowException) as error:
-        print(_in_one_line(error), file=sys.stderr)
+        print(in_one_line(error), file=sys.stderr)
         return 1
     return 0
 
@@ -107,13 +107,6 @@ def _opened(output: Path | None) -> Iterator[BinaryIO]:
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def _in_one_line(error: Exception) -> str:
-    """What went wrong, without DuckDB's drawing of the query or a traceback of the storage."""
-    lines = str(error).split("\n\nLINE ")[0].splitlines()
-    said = " ".join(line for line in lines if line and not line.startswith((" ", "Traceback")))
-    return visible(said)[:400] or type(error).__name__
 
 
 if __name__ == "__main__":

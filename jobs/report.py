@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import duckdb
+import pyarrow as pa
 import tyro
 
 from jobs.arguments import parse
 from jobs.display import size
-from jobs.escape import visible
+from jobs.escape import in_one_line, visible
 from pipeline.data import storage
 from pipeline.results import page, report
 from pipeline.results.layout import check_run_id
+
+MAX_PHOTOS = 500
+"""Of a group: their pictures are inside the page."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +42,12 @@ class Arguments:
 
     def __post_init__(self) -> None:
         storage.normalise(self.results)
+        if os.path.isdir(storage.normalise(self.out)):
+            raise ValueError(f"--out is {self.out}, a folder; give a file's name")
         if self.run_id is not None:
             check_run_id(self.run_id)
-        if self.photos < 0:
-            raise ValueError(f"--photos is {self.photos}; it must be at least 0")
+        if not 0 <= self.photos <= MAX_PHOTOS:
+            raise ValueError(f"--photos is {self.photos}; it must be 0 to {MAX_PHOTOS}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,14 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = report.of_run(arguments.results, run_id, photos=arguments.photos)
         data = page.html(found)
         storage.write(storage.normalise(arguments.out), data)
-    except (OSError, LookupError, ValueError, duckdb.Error) as error:
+    except (OSError, LookupError, ValueError, duckdb.Error, pa.ArrowException) as error:
         return _failed(1, error)
+    except KeyboardInterrupt:
+        return _failed(1, InterruptedError("interrupted, nothing was written"))
     print(f"{visible(arguments.out)} shows run {run_id} ({size(len(data))})")
     return 0
 
 
 def _failed(code: int, error: Exception) -> int:
-    print(visible(" ".join(str(error).split())), file=sys.stderr)
+    print(in_one_line(error), file=sys.stderr)
     return code
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import duckdb
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -27,22 +29,22 @@ from pipeline.results.layout import RunLayout
 SIDE = 360
 """The longer side of a picture in the report, in px."""
 
-_READERS = 8
 _ALPHA = 0.6
 _NAMED = 5  # classes of a photo in its caption
-_COLUMNS = ["uri", "etag", "mask", "confidence", "label_uri", "label_etag"]
-_COLUMNS += ["label_error", "classes"]
+_WITHIN = 100_000_000  # px that may be decoded, unless the photo is known to have more
 
-_RIGHT = "list_sum(list_transform(classes, lambda c: c.tp))"
-_LABELLED = "list_sum(list_transform(classes, lambda c: c.tp + c.fn))"
+_RIGHT = """list_sum(list_transform(classes, lambda c: c.tp))
+    / nullif(list_sum(list_transform(classes, lambda c: c.tp + c.fn)), 0)"""
 
 # title, of which photos, in which order; the first is for runs that can be shown whole
 _ALL = ("All photos, the least sure first", "true", "confidence, uri")
 _GROUPS = (
     ("Picked at random", "true", "md5(uri)"),
     ("Least sure", "true", "confidence, uri"),
-    ("Furthest from their labels", f"{_LABELLED} > 0", f"{_RIGHT} / {_LABELLED}, uri"),
+    ("Furthest from their labels", "share_right IS NOT NULL", "share_right, uri"),
 )
+
+Chosen = tuple[str, int, float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,63 +77,77 @@ def groups(
     """The groups that have photos, each with at most `count`; one of all where that are few.
 
     Raises StorageError where the results cannot be read; a photo that cannot is shown as such.
+    One shard and one photo are held at a time: Pillow's limits are a process's, so no threads.
     """
     all_of_them = _choose(con, *_ALL[1:], count + 1)
     kinds = (_ALL,) if len(all_of_them) <= count else _GROUPS
     chosen = {title: _choose(con, where, order, count) for title, where, order in kinds}
-    wanted: dict[int, set[str]] = {}
-    for uri, shard in {each for some in chosen.values() for each in some}:
-        wanted.setdefault(shard, set()).add(uri)
-
-    def photos_of(shard: int) -> dict[str, Photo]:
-        table = pq.read_table(io.BytesIO(storage.read(run.shard(shard))), columns=_COLUMNS)
-        rows = (row for row in table.to_pylist() if row["uri"] in wanted[shard])
-        return {row["uri"]: _photo(row, classes) for row in rows}
-
+    wanted: dict[int, dict[str, float | None]] = {}
+    for uri, shard, right in (each for some in chosen.values() for each in some):
+        wanted.setdefault(shard, {})[uri] = right
     found: dict[str, Photo] = {}
-    with ThreadPoolExecutor(_READERS) as pool:
-        for some in pool.map(photos_of, wanted):
-            found |= some
+    for shard, rights in sorted(wanted.items()):
+        for row in _rows(run.shard(shard), list(rights)):
+            found[row["uri"]] = _photo(row, classes, rights[row["uri"]])
     return tuple(
-        Group(title=title, photos=tuple(found[uri] for uri, _ in some))
+        Group(title=title, photos=tuple(found[uri] for uri, _, _ in some))
         for title, some in chosen.items()
         if some
     )
 
 
-def _choose(
-    con: duckdb.DuckDBPyConnection, where: str, order: str, count: int
-) -> list[tuple[str, int]]:
-    """(URI, shard) of the first photos in an order."""
-    sql = f"SELECT uri, shard FROM images WHERE status = 'ok' AND {where} ORDER BY {order} LIMIT ?"
-    found: list[tuple[str, int]] = con.execute(sql, [count]).fetchall()
+def _choose(con: duckdb.DuckDBPyConnection, where: str, order: str, count: int) -> list[Chosen]:
+    """(URI, shard, share of its label that is right) of the first photos in an order."""
+    photos = f"SELECT *, {_RIGHT} AS share_right FROM images WHERE status = 'ok'"
+    sql = f"SELECT uri, shard, share_right FROM ({photos}) WHERE {where} ORDER BY {order} LIMIT ?"
+    found: list[Chosen] = con.execute(sql, [count]).fetchall()
     return found
 
 
-def _photo(row: dict[str, Any], classes: Classes) -> Photo:
-    mask = masks.decode(row["mask"])
+def _rows(shard: str, uris: list[str]) -> list[dict[str, Any]]:
+    """The rows of these photos in a shard's file."""
+    table = pq.read_table(io.BytesIO(storage.read(shard)))
+    rows: list[dict[str, Any]] = table.filter(
+        pc.is_in(table.column("uri"), pa.array(uris))
+    ).to_pylist()
+    return rows
+
+
+def _photo(row: dict[str, Any], classes: Classes, right: float | None) -> Photo:
     notes: list[str] = []
-    photo = _unless(notes, "photo", lambda: images.decode(storage.read(row["uri"], row["etag"])))
-    label = None
-    if row["label_uri"] is not None and row["label_error"] is None:
-        label = _unless(
-            notes,
-            "label",
-            lambda: masks.decode_label(
-                storage.read(row["label_uri"], row["label_etag"]), classes, size=mask.shape
-            ),
-        )
-    small = _resized(photo if photo is not None else np.full((*mask.shape, 3), 255, np.uint8))
-    pictures = {"photo": _jpeg(small)} if photo is not None else {}
-    for name, ids in (("label", label), ("mask", mask)):
-        if ids is not None:
-            pictures[name] = _jpeg(_over(small, ids, classes))
+    size = row["height"], row["width"]
+    within = max(_WITHIN, size[0] * size[1])
+
+    def photo() -> Pixels:
+        return images.decode(storage.read(row["uri"], row["etag"]), max_pixels=within)
+
+    def label() -> Pixels:
+        data = storage.read(row["label_uri"], row["label_etag"])
+        return masks.decode_label(data, classes, size=size, max_pixels=within)
+
+    pictures = {}
+    shown = _unless(notes, "photo", lambda: _resized(photo()))
+    if shown is None:
+        under = _resized(np.full((*size, 3), 255, dtype=np.uint8))
+    else:
+        pictures["photo"], under = _jpeg(shown), shown
+
+    def over(ids: Callable[[], Pixels]) -> Pixels:
+        return _over(under, ids(), classes)
+
+    reads = {"label": label, "mask": lambda: masks.decode(row["mask"], max_pixels=within)}
+    if row["label_uri"] is None or row["label_error"] is not None:
+        del reads["label"]
+    for what, read in reads.items():
+        drawn = _unless(notes, what, partial(over, read))
+        if drawn is not None:
+            pictures[what] = _jpeg(drawn)
     return Photo(
         uri=row["uri"],
         pictures=pictures,
         classes=_largest(row["classes"], classes),
         confidence=row["confidence"],
-        right=_right(row["classes"]),
+        right=right,
         note="; ".join(notes),
     )
 
@@ -169,9 +185,3 @@ def _jpeg(picture: Pixels) -> bytes:
 def _largest(found: list[dict[str, Any]], classes: Classes) -> tuple[tuple[str, Color, float], ...]:
     seen = sorted((c for c in found if c["pixels"]), key=lambda c: -c["fraction"])[:_NAMED]
     return tuple((c["class_name"], classes.palette[c["class_id"]], c["fraction"]) for c in seen)
-
-
-def _right(found: list[dict[str, Any]]) -> float | None:
-    labelled = [c for c in found if c["tp"] is not None]
-    total = sum(c["tp"] + c["fn"] for c in labelled)
-    return sum(c["tp"] for c in labelled) / total if total else None

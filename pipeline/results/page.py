@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from pipeline.results.report import BINS, Report
 
@@ -22,16 +23,27 @@ _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 def html(report: Report) -> bytes:
     """The report as UTF-8."""
     jinja = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        finalize=_plain,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     jinja.filters["base64"] = lambda data: base64.b64encode(data).decode()
-    text = jinja.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    text: str = jinja.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         report=report,
         facts=_facts(report),
         scored=any(row.iou is not None for row in report.classes),
         bins=_bins(report.confidence),
     )
-    return text.encode(errors="backslashreplace")  # a key may hold what is no Unicode
+    return text.encode()
+
+
+def _plain(value: Any) -> Any:
+    """Text with what does not print, or turns the direction of what follows, spelled out."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:

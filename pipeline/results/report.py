@@ -1,25 +1,22 @@
 """What a run came to, for people: numbers by class, errors by kind, and photos to look at.
 
 Enters: a results URI and a run, finished or not. Leaves: a `Report`, plain values that `page`
-draws. Memory is that of a few hundred rows and of the photos shown, whatever the run's size:
-beyond DuckDB's limit its queries spill.
+draws. Memory is that of DuckDB's limit, beyond which its queries spill, and of a shard and a photo.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import duckdb
-import pyarrow.parquet as pq
 
 from pipeline.data import storage
-from pipeline.data.labels import Color
+from pipeline.data.labels import Classes, Color
 from pipeline.results import files, tables
 from pipeline.results.gallery import Group, groups
-from pipeline.results.layout import RunLayout
+from pipeline.results.layout import RunLayout, shard_number
 from pipeline.results.query import connect
 
 BINS = 20
@@ -70,33 +67,31 @@ class Report:
     groups: tuple[Group, ...]
 
 
+@files.interruptible()
 def of_run(results: str, run_id: str, *, photos: int) -> Report:
     """The report of a run, with up to `photos` photos of each group.
 
-    Raises LookupError where the run has no results, ValueError where `results` or `run_id` is
+    Raises LookupError where the run has no photos, ValueError where `results` or `run_id` is
     none, StorageError where storage refuses; a photo that cannot be read any more is shown as such.
     """
     results = storage.normalise(results)
     run = RunLayout(results=results, run_id=run_id)
-    first = next(storage.list_objects(run.images), None)
-    if first is None:
-        raise LookupError(f"no photo of a run {run_id} lies at {results}")
-    schema = pq.read_schema(io.BytesIO(storage.read(first.uri)))
-    classes = tables.classes_of(schema.metadata or {})
     con = connect(results, run_id=run_id, memory_limit=_MEMORY)
     try:
-        rows = _classes(con, classes.palette)
-        known = [row.iou for row in rows if row.iou is not None]
+        record = _record(con)
+        classes = _described(con, run, record)
         ok, errors, labelled = _one(
             con,
             """SELECT count(*) FILTER (status = 'ok'), count(*) FILTER (status != 'ok'),
                       count(*) FILTER (label_uri IS NOT NULL AND label_error IS NULL
                                        AND status = 'ok') FROM images""",
         )
+        rows = _classes(con, classes.palette)
+        known = [row.iou for row in rows if row.iou is not None]
         return Report(
             results=results,
             run_id=run_id,
-            record=_record(con),
+            record=record,
             ok=ok,
             errors=errors,
             labelled=labelled,
@@ -111,9 +106,9 @@ def of_run(results: str, run_id: str, *, photos: int) -> Report:
 
 
 def newest(results: str) -> str:
-    """The id of the finished run that started last; no images are listed for that.
+    """The id of the finished run with photos that started last; no images are listed for that.
 
-    Raises LookupError where no run has finished, StorageError where storage refuses.
+    Raises LookupError where there is none, StorageError where storage refuses.
     """
     results = storage.normalise(results)
     listed = storage.list_objects(storage.join(results, "runs"))
@@ -121,13 +116,28 @@ def newest(results: str) -> str:
     con = files.connect(results, records)
     try:
         rows = files.select(con, tables.RUNS, records, grown=True)
-        found = con.execute(f"SELECT run_id FROM ({rows}) ORDER BY started_at DESC").fetchone()
+        found = con.execute(
+            f"SELECT run_id FROM ({rows}) WHERE images > 0 ORDER BY started_at DESC LIMIT 1"
+        ).fetchone()
     finally:
         con.close()
     if found is None:
-        raise LookupError(f"no run at {results} has finished; give --run-id for one that has not")
+        raise LookupError(f"no run with photos has finished at {results}; --run-id shows any other")
     run_id: str = found[0]
     return run_id
+
+
+def _described(
+    con: duckdb.DuckDBPyConnection, run: RunLayout, record: Mapping[str, Any] | None
+) -> Classes:
+    """The classes that the run's files name. Raises LookupError where it has no photos."""
+    listed = (item.uri for item in storage.list_objects(run.images))
+    uri = next((uri for uri in listed if shard_number(uri) is not None), None)
+    if uri is None:
+        why = "it found nothing new" if record else "nothing is done, or there is no such run"
+        raise LookupError(f"run {run.run_id} has no photos at {run.results}: {why}")
+    found = con.execute("SELECT key, value FROM parquet_kv_metadata(?)", [files.escaped(uri)])
+    return tables.classes_of(dict(found.fetchall()))
 
 
 def _one(con: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:

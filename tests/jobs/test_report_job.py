@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from results.made_up import write_run
 
@@ -22,13 +24,14 @@ def test_a_report_is_one_file_where_it_was_asked_for(prefix: str, capsys: Captur
     assert b"<title>Run b</title>" in storage.read(out)
 
 
-def test_what_cannot_be_shown_is_one_line(prefix: str, capsys: Capture) -> None:
+def test_what_cannot_be_shown_is_one_line(prefix: str, tmp_path: Path, capsys: Capture) -> None:
     for _ in range(2):
         assert main([prefix]) == 1
-        assert capsys.readouterr().err.startswith(f"no run at {prefix} has finished; give --run-id")
+        assert capsys.readouterr().err.startswith(f"no run with photos has finished at {prefix};")
         write_run(prefix, "a", finished=False)
     assert main([prefix, "--run-id", "b"]) == 1
-    assert capsys.readouterr().err == f"no photo of a run b lies at {prefix}\n"
-    for wrong in (["--photos", "-1"], ["--run-id", "../b"], ["--size", "3"]):
+    assert capsys.readouterr().err.startswith(f"run b has no photos at {prefix}: ")
+    wrong_ones = ["--photos", "-1"], ["--photos", "501"], ["--run-id", "../b"], ["--size", "3"]
+    for wrong in (*wrong_ones, ["--out", "gs://b/x"], ["--out", str(tmp_path)]):
         assert main([prefix, *wrong]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from hashlib import md5
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,28 +35,32 @@ def png(color: tuple[int, int, int], height: int = 40, width: int = 60) -> bytes
     return buffer.getvalue()
 
 
-def row(prefix: str, name: str, number: int, *, label: bool = False, shard: int = 0) -> Row:
-    """A photo of 40 x 60 whose left part is class `number`, and whose label says 8 everywhere."""
+def row(
+    prefix: str, name: str, number: int, *, label: bool = False, shard: int = 0, run: str = "a"
+) -> Row:
+    """A photo of 40 x 60: 10 columns a number are of that class in the mask, 20 in the label.
+
+    Behind those the label has class 8, which no mask has.
+    """
     photo = stored(f"{prefix}/photos/{name}", png((255, 255, 255)))
-    left = 10 * number
-    mask = np.zeros((40, 60), dtype=np.uint8)
-    mask[:, :left] = number
+    mask, wanted = np.zeros((40, 60), np.uint8), np.full((40, 60), 8, np.uint8)
+    mask[:, : 10 * number] = wanted[:, :20] = number
     values: Row = {}
     if label:
-        item = stored(f"{prefix}/labels/{name}", masks.encode(np.full((40, 60), 8, np.uint8)))
+        item = stored(f"{prefix}/labels/{name}", masks.encode(wanted))
         values |= {"label_uri": item.uri, "label_etag": item.etag}
     found = []
     for class_id in {0, number, *([8] if label else [])}:
-        here, wanted = mask == class_id, np.full((40, 60), class_id == 8)
+        here, there = mask == class_id, wanted == class_id
         pixels = int(here.sum())
         found.append(
             {"class_id": class_id, "class_name": VOC.names[class_id], "pixels": pixels}
             | {"fraction": pixels / 2400, "confidence": 0.5 + number / 20 if pixels else None}
-            | {"tp": int((here & wanted).sum()) if label else None}
-            | {"fp": int((here & ~wanted).sum()) if label else None}
-            | {"fn": int((~here & wanted).sum()) if label else None}
+            | {"tp": int((here & there).sum()) if label else None}
+            | {"fp": int((here & ~there).sum()) if label else None}
+            | {"fn": int((~here & there).sum()) if label else None}
         )
-    made = image_row(photo.uri, "a", etag=photo.etag, shard=shard, classes=found, **values)
+    made = image_row(photo.uri, run, etag=photo.etag, shard=shard, classes=found, **values)
     made |= {"height": 40, "width": 60, "mask": masks.encode(mask)}
     return made | {"confidence": 0.3 + number / 20}
 
@@ -65,12 +71,20 @@ def error(prefix: str, name: str, kind: str, why: str = "it is cut off") -> Row:
 
 
 def results_of(prefix: str, *, finished: bool = True, name: str = "{}.png") -> list[Row]:
-    """A run of two shards with four photos, three of them with labels, and three errors."""
+    """A run of two shards: five photos, three of them with good labels, and three errors.
+
+    Beside it lie a run whose name begins alike and what a person put there.
+    """
     first = [row(prefix, name.format(i), i, label=i != 2) for i in (1, 2)]
     first += [error(prefix, name.format(f"e{i}"), "truncated") for i in (1, 2)]
     second = [row(prefix, name.format(i), i, label=True, shard=1) for i in (3, 5)]
     second.append(error(prefix, name.format("e3"), "empty"))
-    return write_run(f"{prefix}/results", "a", [first, second], finished=finished)
+    bad = {"label_uri": f"{prefix}/labels/no", "label_etag": "e", "label_error": "it is RGB"}
+    second.append(row(prefix, name.format(4), 4, shard=1) | bad)
+    results = f"{prefix}/results"
+    write_run(results, "ab", [[row(prefix, name.format(7), 6, label=True, run="ab")]], hour=-1)
+    storage.write(f"{results}/images/run=a/README.txt", b"mine")
+    return write_run(results, "a", [first, second], finished=finished)
 
 
 def made(prefix: str, photos: int = 12) -> Report:
@@ -82,7 +96,7 @@ def test_the_numbers_are_those_of_a_plain_loop(prefix: str, finished: bool) -> N
     rows = results_of(prefix, finished=finished)
     found = made(prefix)
     ok = [each for each in rows if each["status"] == "ok"]
-    assert (found.ok, found.errors, found.labelled) == (4, 3, 3)
+    assert (found.ok, found.errors, found.labelled) == (5, 3, 3)
     assert (found.record is not None) == finished
 
     by_class: dict[str, list[dict[str, Any]]] = {}
@@ -95,7 +109,7 @@ def test_the_numbers_are_those_of_a_plain_loop(prefix: str, finished: bool) -> N
         mine = by_class[shown.name]
         pixels = sum(each["pixels"] for each in mine)
         assert shown.images == sum(each["pixels"] > 0 for each in mine)
-        assert shown.share == pytest.approx(pixels / (4 * 2400))
+        assert shown.share == pytest.approx(pixels / (5 * 2400))
         if pixels:
             sure = sum(each["confidence"] * each["pixels"] for each in mine if each["pixels"])
             assert shown.confidence == pytest.approx(sure / pixels, rel=1e-6)
@@ -108,22 +122,33 @@ def test_the_numbers_are_those_of_a_plain_loop(prefix: str, finished: bool) -> N
 
     bins = Counter(int(each["confidence"] * BINS + 1e-6) for each in ok)
     assert {i: count for i, count in enumerate(found.confidence) if count} == bins
-    assert [(each.kind, each.images) for each in found.problems] == [("truncated", 2), ("empty", 1)]
+    problems = [("truncated", 2), ("empty", 1), ("label", 1)]
+    assert [(each.kind, each.images) for each in found.problems] == problems
     assert found.problems[0].examples[0] == (f"{prefix}/photos/e1.png", "it is cut off")
+    assert found.problems[2].examples == ((f"{prefix}/labels/no", "it is RGB"),)
+
+
+def digest(text: str) -> bytes:
+    return md5(text.encode()).digest()
 
 
 def test_a_large_run_shows_the_least_sure_and_those_furthest_from_their_labels(
     prefix: str,
 ) -> None:
     results_of(prefix)
-    groups = {group.title: group.photos for group in made(prefix, photos=2).groups}
+    groups = {group.title: group.photos for group in made(prefix, photos=3).groups}
     names = {title: [each.uri[-5] for each in photos] for title, photos in groups.items()}
-    assert names["Least sure"] == ["1", "2"]
-    assert names["Furthest from their labels"] == ["1", "3"]  # none is right: then by name
-    assert len(set(names["Picked at random"])) == 2
+    assert names["Least sure"] == ["1", "2", "3"]
+    assert names["Furthest from their labels"] == ["1", "3", "5"]
+    right = [each.right for each in groups["Furthest from their labels"]]
+    assert right == [pytest.approx(10 / 60), pytest.approx(20 / 60), pytest.approx(20 / 60)]
+    by_digest = sorted(
+        "12345", key=lambda name: md5(f"{prefix}/photos/{name}.png".encode()).digest()
+    )
+    assert names["Picked at random"] == by_digest[:3]
     assert len(groups) == 3
-    (all_of_them,) = made(prefix).groups
-    assert [each.uri[-5] for each in all_of_them.photos] == ["1", "2", "3", "5"]
+    (all_of_them,) = made(prefix, photos=5).groups
+    assert [each.uri[-5] for each in all_of_them.photos] == ["1", "2", "3", "4", "5"]
     assert not made(prefix, photos=0).groups
 
 
@@ -132,7 +157,7 @@ def test_a_picture_shows_the_mask_over_the_photo(prefix: str) -> None:
     (group,) = made(prefix).groups
     photo = group.photos[-1]
     assert list(photo.pictures) == ["photo", "label", "mask"]
-    assert (photo.right, photo.note) == (0.0, "")
+    assert photo.note == ""
     assert photo.classes[0] == (VOC.names[5], VOC.palette[5], pytest.approx(5 / 6))
     drawn = np.asarray(Image.open(io.BytesIO(photo.pictures["mask"]))).astype(int)
     assert drawn.shape == (40, 60, 3)
@@ -141,15 +166,47 @@ def test_a_picture_shows_the_mask_over_the_photo(prefix: str) -> None:
     assert np.abs(drawn[20, 56] - [102] * 3).max() < 12  # black background over white
 
 
+def test_a_large_photo_is_shown_small_and_its_mask_keeps_its_classes(tmp_path: Path) -> None:
+    photo = stored(str(tmp_path / "large.png"), png((255, 255, 255), 800, 1200))
+    mask = np.zeros((800, 1200), np.uint8)
+    mask[:, 601:] = 12
+    classes = [
+        {"class_id": i, "class_name": VOC.names[i], "pixels": 480_000}
+        | {"fraction": 0.5, "confidence": 0.9}
+        for i in (0, 12)
+    ]
+    large = image_row(photo.uri, "a", etag=photo.etag, classes=classes)
+    large |= {"height": 800, "width": 1200, "mask": masks.encode(mask)}
+    write_run(f"{tmp_path}/results", "a", [[large]])
+    (group,) = made(str(tmp_path)).groups
+    drawn = np.asarray(Image.open(io.BytesIO(group.photos[0].pictures["mask"]))).astype(int)
+    assert drawn.shape == (240, 360, 3)
+    over = [round(0.6 * part + 0.4 * 255) for part in VOC.palette[12]]
+    assert np.abs(drawn[:, 190:] - over).max() < 12
+    assert np.abs(drawn[:, :170] - 102).max() < 12  # no class between the two appears
+
+
 def test_a_photo_that_is_gone_or_another_now_is_not_shown_but_its_mask_is(prefix: str) -> None:
     results_of(prefix)
     storage.delete([f"{prefix}/photos/1.png"])
     storage.write(f"{prefix}/photos/2.png", png((255, 0, 0), 41, 61))
+    storage.write(f"{prefix}/labels/3.png", masks.encode(np.zeros((40, 60), np.uint8)))
     (group,) = made(prefix).groups
-    for photo, pictures in zip(group.photos, (["label", "mask"], ["mask"]), strict=False):
-        assert list(photo.pictures) == pictures
-        assert photo.note.startswith("the photo cannot be read: ")
-    assert not group.photos[2].note
+    shown = (["label", "mask"], ["mask"], ["photo", "mask"], ["photo", "mask"])
+    assert [list(photo.pictures) for photo in group.photos[:4]] == list(shown)
+    for photo, what in zip(group.photos[:3], ("photo", "photo", "label"), strict=True):
+        assert photo.note.startswith(f"the {what} cannot be read: ")
+    assert [photo.note for photo in group.photos[3:]] == ["", ""]
+
+
+def test_a_mask_that_is_none_is_said_and_the_others_are_shown(prefix: str) -> None:
+    rows = [row(prefix, f"{i}.png", i) for i in (1, 2, 3)]
+    rows[0]["mask"] = b"\x89PNG\0"
+    rows[1]["mask"] = masks.encode(np.full((40, 60), 200, np.uint8))
+    write_run(f"{prefix}/results", "a", [rows])
+    (group,) = made(prefix).groups
+    assert [list(photo.pictures) for photo in group.photos] == [["photo"]] * 2 + [["photo", "mask"]]
+    assert "mask holds class 200" in group.photos[1].note
 
 
 class Elements(HTMLParser):
@@ -171,22 +228,31 @@ class Elements(HTMLParser):
         self.text += data
 
 
-def test_nothing_from_a_bucket_is_html(tmp_path: Any) -> None:
+def test_nothing_from_a_bucket_is_html(tmp_path: Path) -> None:
     prefix = str(tmp_path / "<img src=x onerror=alert(1)>")
     results_of(prefix, name="{}" + HOSTILE.replace("/", "_"))
     found = Elements(page.html(made(prefix)).decode())
     known = "html head meta title style body h1 h2 table tr th td span br div figure img figcaption"
     assert found.names.keys() <= set(known.split())
-    assert found.names["img"] == 4 + 3 + 4  # photos, labels, masks
+    assert found.names["img"] == 5 + 3 + 5  # photos, labels, masks
     assert "onerror" not in found.attributes
     assert f"{prefix}/photos/e1{HOSTILE.replace('/', '_')}" in found.text
+
+
+def test_what_does_not_print_is_spelled_out(tmp_path: Path) -> None:
+    results_of(str(tmp_path), name="{}\x1b\u202egnp.png")
+    text = page.html(made(str(tmp_path))).decode()
+    assert "5\\x1b\\u202egnp.png" in text
+    assert not set(text) & set("\x1b\u202e")
 
 
 def test_the_page_says_what_a_run_came_to(prefix: str) -> None:
     results_of(prefix, finished=False)
     text = " ".join(Elements(page.html(made(prefix)).decode()).text.split())
     assert "Run a" in text
-    assert "4 segmented, 3 errors" in text
+    assert "5 segmented, 3 errors" in text
+    # of the classes 1, 3 and 5 a half, two thirds and two fifths; of 0 and 8 nothing
+    assert "with labels 3, mean IoU 31.3%" in text
     assert "unfinished" in text
     assert "truncated 2 " in text
 
@@ -197,7 +263,11 @@ def test_the_newest_run_is_the_finished_one_that_started_last(prefix: str) -> No
     write_run(results, "c", hour=1)
     write_run(results, "d", hour=3, finished=False)
     assert report.newest(results) == "b"
-    with pytest.raises(LookupError, match="no photo of a run z lies at"):
+    write_run(results, "e", [], hour=4)  # a night in which nothing was new
+    assert report.newest(results) == "b"
+    with pytest.raises(LookupError, match=r"run e has no photos at .*: it found nothing new"):
+        report.of_run(results, "e", photos=1)
+    with pytest.raises(LookupError, match=r"run z has no photos at .*there is no such run"):
         report.of_run(results, "z", photos=1)
     with pytest.raises(ValueError, match=r"run id '../a' is not usable"):
         report.of_run(results, "../a", photos=1)
