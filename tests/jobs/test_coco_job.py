@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,7 +45,9 @@ def names(split: Split) -> list[str]:
 def test_the_recipe_opens_what_the_job_wrote(prefix: str, capsys: Capture) -> None:
     put_all(f"{prefix}/coco", coco_files(train2017=TRAIN, val2017=VAL))
     assert convert(prefix, "--min-pixels", "10") == 0
-    assert "coco finished train=2 val=2 left_out=1\n" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "coco finished train=2 val=2 left_out=1\n" in said.out
+    assert said.err.splitlines()[-1].startswith("5 of 5 images (100%)")
 
     train = opened(prefix, "train")
     assert names(train) == ["000000000000.jpg", "000000000001.jpg"]
@@ -116,3 +119,12 @@ def test_what_is_missing_or_wrong_is_one_line_and_exit_2(prefix: str, capsys: Ca
     assert f"{uri} does not exist" in said()
     assert convert(prefix, "--min-pixels", "-1") == 2
     assert not list(storage.list_objects(f"{prefix}/ours"))
+
+
+def test_storage_that_refuses_is_one_line_and_exit_1(tmp_path: Path, capsys: Capture) -> None:
+    put_all(str(tmp_path / "coco"), coco_files(train2017=TRAIN, val2017=VAL))
+    (tmp_path / "ours").write_text("a file, where a folder should be")
+    assert convert(str(tmp_path), "--min-pixels", "0") == 1
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1].startswith("coco failed exit=1 reason=")
+    assert "Traceback" not in said.err
