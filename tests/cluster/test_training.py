@@ -1,4 +1,4 @@
-"""Training on two nodes, which exchange gradients through a network, and a node that goes."""
+"""Training on two nodes, which exchange gradients through a network, and nodes that come and go."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.s3, pytest.mark.
 PREFIX = "s3://sets/tiny"
 WORKER = "TrainWorker"  # what Ray Train's actors are called
 STEPS = 150
+ELASTIC_STEPS = 600  # Ray Train asks once a minute whether there is room for more workers
 
 
-def _arguments(run: str) -> list[str]:
-    how = ["--max-steps", str(STEPS), "--checkpoint-every", "5", "--eval-every", "0"]
-    return arguments(PREFIX, *how, "--workers", "2", out=f"{PREFIX}/{run}")
+def _arguments(run: str, *more: str, steps: int = STEPS) -> list[str]:
+    how = ["--max-steps", str(steps), "--checkpoint-every", "5", "--eval-every", "0"]
+    return arguments(PREFIX, *how, "--workers", "2", *more, out=f"{PREFIX}/{run}")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,28 @@ def test_a_node_that_is_told_to_go_costs_a_few_steps_and_changes_nothing(
         assert job.wait() == 0, job.said
     scenario.expected, scenario.found = STEPS, _steps("preempted")
     assert storage.read(f"{PREFIX}/preempted/model.safetensors") == single_machine
+
+
+def test_an_elastic_run_takes_a_node_that_comes_and_goes_on_without_it(
+    world: World, single_machine: bytes
+) -> None:
+    world.need(1)
+    name = "train --workers 1 2, a node added, then dropped"
+    with timed(name, "1, 2, then 1", "steps") as scenario:
+        command = _arguments("elastic", "--workers", "1", "2", steps=ELASTIC_STEPS)
+        job = world.submit("train-elastic", "jobs/train.py", *command)
+        until(lambda: _steps("elastic") >= 5, job)
+        assert len(world.at_work(WORKER)) == 1
+
+        added = world.cluster.add()
+        until(lambda: len(world.at_work(WORKER)) == 2, job)
+        shared = _steps("elastic")
+        until(lambda: _steps("elastic") > shared, job)
+
+        world.cluster.drop(added)
+        assert job.wait() == 0, job.said
+    scenario.expected, scenario.found = ELASTIC_STEPS, _steps("elastic")
+    assert f"train finished steps={ELASTIC_STEPS} " in job.said
 
 
 def _steps(run: str) -> int:
