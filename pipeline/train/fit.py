@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import signal
 import threading
 import time
@@ -18,9 +17,6 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.config import LoggingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.data import storage
@@ -28,20 +24,16 @@ from pipeline.runs import cluster, lease
 from pipeline.runs.cluster import RunStoppedError
 from pipeline.runs.lease import Lease
 from pipeline.runs.patience import Patience
-from pipeline.train import checkpoints, loop
+from pipeline.train import checkpoints
 from pipeline.train.begin import Begun, begin, check_experiment, look
-from pipeline.train.board import Board, Teller, Watched
-from pipeline.train.group import RayGroup
+from pipeline.train.board import Board, Watched
 from pipeline.train.settings import Settings
-from pipeline.train.task import Task
+from pipeline.train.trainer import trainer
 
 LOOK_EVERY_S = 2.0
 
 GPU_CPUS = 16
 """CPUs for a worker with a GPU, at most: half of them read and augment photos."""
-
-_PATIENCE_S = 24 * 3600
-"""Seconds that a worker waits for another one, which may be slow on val; Ray notices the dead."""
 
 Watch = Callable[[Watched], None]
 """Is told how far the run is, every few seconds."""
@@ -129,7 +121,7 @@ def _train(begun: Begun, watch: Watch, held: Lease) -> Ended:
     watching = _Watching(board, watch, held.lost, _patience(begun.settings))
     with watching, _interruptible():
         try:
-            _trainer(begun, board).fit()
+            trainer(begun, board).fit()
         except KeyboardInterrupt:
             if watching.stopped:
                 raise RunStoppedError(watching.stopped) from None
@@ -154,41 +146,6 @@ def _patience(settings: Settings) -> Patience:
         max_stall_s=settings.max_stall,
         nothing="no step was done",
     )
-
-
-def _trainer(begun: Begun, board: Any) -> TorchTrainer:
-    settings, task = begun.settings, begun.task
-    where = checkpoints.ray_storage(task.out)
-    low, high = settings.workers_range
-    return TorchTrainer(
-        _worker,
-        train_loop_config={"task": task, "board": board},
-        scaling_config=ScalingConfig(
-            num_workers=high if low == high else (low, high),  # type: ignore[arg-type]  # V1's types
-            use_gpu=settings.gpus_per_worker > 0,
-            resources_per_worker={"CPU": settings.cpus}
-            | ({"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {}),
-        ),
-        torch_config=TorchConfig(timeout_s=_PATIENCE_S),
-        run_config=RunConfig(
-            name=checkpoints.FOLDER,
-            storage_path=where.path,
-            storage_filesystem=where.filesystem,
-            failure_config=FailureConfig(max_failures=settings.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
-        ),
-    )
-
-
-def _worker(config: dict[str, Any]) -> None:
-    """What Ray Train calls on every worker."""
-    task: Task = config["task"]
-    teller = Teller(config["board"])
-    logging.getLogger("pipeline").addHandler(teller)  # what a worker prints, nobody sees
-    try:
-        loop.train(task, RayGroup.join(), teller)
-    finally:
-        logging.getLogger("pipeline").removeHandler(teller)
 
 
 @contextlib.contextmanager
