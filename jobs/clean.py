@@ -10,8 +10,8 @@ from typing import Annotated
 
 import tyro
 
+from jobs import ending
 from jobs.arguments import parse
-from jobs.escape import in_one_line
 from pipeline.data import storage
 from pipeline.results import clean
 from pipeline.results.layout import check_run_id
@@ -40,15 +40,11 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Deletes and says what; 0, or 1 where it failed, or 2 where the arguments are wrong."""
-    try:
-        arguments = parse(Arguments, argv, description=__doc__)
-    except ValueError as error:
-        return _failed(2, error)
-    try:
-        _clean(arguments)
-    except (OSError, LookupError, clean.RunInUseError) as error:
-        return _failed(1, error)
-    return 0
+    return ending.answer(
+        lambda: parse(Arguments, argv, description=__doc__),
+        _clean,
+        stops=(OSError, LookupError, clean.RunInUseError),
+    )
 
 
 def _clean(arguments: Arguments) -> None:
@@ -71,11 +67,6 @@ def _lines(arguments: Arguments, found: Sequence[storage.Object]) -> list[str]:
     what = f"run {arguments.run_id}" if arguments.run_id else "leftovers"
     total = f"{objects.total():,} objects, {held.total():,} bytes"
     return [*lines, f"{verb} {what} below {arguments.results}: {total}"]
-
-
-def _failed(code: int, error: Exception) -> int:
-    print(in_one_line(error), file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

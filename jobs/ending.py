@@ -9,9 +9,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
-from jobs.escape import Formatter, json_text
+from jobs.escape import Formatter, in_one_line, json_text
+
+T = TypeVar("T")
 
 
 def run(
@@ -39,6 +41,32 @@ def run(
         return failed(job, 1, f"{type(error).__name__}: {error}")
     print(said)
     return 0
+
+
+def answer(
+    arguments: Callable[[], T], work: Callable[[T], None], *, stops: tuple[type[Exception], ...]
+) -> int:
+    """Does the `work` of a job that people ask and wait for; its exit code.
+
+    What goes wrong is one line on stderr: 2 where `arguments` raises ValueError, 1 where the work
+    raises one of `stops` or is interrupted. Anything else is a bug, and is raised.
+    """
+    try:
+        given = arguments()
+    except ValueError as error:
+        return _complain(2, in_one_line(error))
+    try:
+        work(given)
+    except stops as error:
+        return _complain(1, in_one_line(error))
+    except KeyboardInterrupt:
+        return _complain(1, "interrupted")
+    return 0
+
+
+def _complain(code: int, line: str) -> int:
+    print(line, file=sys.stderr)
+    return code
 
 
 def leave(code: int) -> NoReturn:

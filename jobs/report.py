@@ -12,9 +12,10 @@ import duckdb
 import pyarrow as pa
 import tyro
 
+from jobs import ending
 from jobs.arguments import parse
 from jobs.display import size
-from jobs.escape import in_one_line, visible
+from jobs.escape import visible
 from pipeline.data import storage
 from pipeline.results import page, report
 from pipeline.results.layout import check_run_id
@@ -31,7 +32,8 @@ class Arguments:
     """Where the runs wrote: s3://bucket/prefix or a folder."""
 
     run_id: str | None = None
-    """The run, finished or not; without it the finished one that started last."""
+    """The run, finished or not; without it the one that started last of those that finished and
+    had photos."""
 
     out: str = "report.html"
     """The file to write, s3:// or local; one that is there is replaced."""
@@ -52,26 +54,18 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the report and says where; 0, or 1 where it failed, or 2 where arguments are wrong."""
-    try:
-        arguments = parse(Arguments, argv, description=__doc__)
-    except ValueError as error:
-        return _failed(2, error)
-    try:
-        run_id = arguments.run_id or report.newest(arguments.results)
-        found = report.of_run(arguments.results, run_id, photos=arguments.photos)
-        data = page.html(found)
-        storage.write(storage.normalise(arguments.out), data)
-    except (OSError, LookupError, ValueError, duckdb.Error, pa.ArrowException) as error:
-        return _failed(1, error)
-    except KeyboardInterrupt:
-        return _failed(1, InterruptedError("interrupted, nothing was written"))
+    return ending.answer(
+        lambda: parse(Arguments, argv, description=__doc__),
+        _write,
+        stops=(OSError, LookupError, ValueError, duckdb.Error, pa.ArrowException),
+    )
+
+
+def _write(arguments: Arguments) -> None:
+    run_id = arguments.run_id or report.newest(arguments.results)
+    data = page.html(report.of_run(arguments.results, run_id, photos=arguments.photos))
+    storage.write(storage.normalise(arguments.out), data)
     print(f"{visible(arguments.out)} shows run {run_id} ({size(len(data))})")
-    return 0
-
-
-def _failed(code: int, error: Exception) -> int:
-    print(in_one_line(error), file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -191,12 +191,9 @@ def test_a_pool_grows_from_its_least_to_its_most_actors(
     def noted(watchdog: Watchdog, executor: Any) -> None:
         look(watchdog, executor)
         seen.append(running_actors(executor))
-        if seen[-1] == 3:
-            raise RunStoppedError("they are all there")
 
     monkeypatch.setattr(Watchdog, "look", noted)
-    with pytest.raises(RunStoppedError, match="they are all there"):
-        run(settings, quiet)
+    run(settings, quiet)
     grown = seen[seen.index(0, seen.index(1)) :]  # after the first shard, which one actor does
     assert list(dict.fromkeys(grown)) == [0, 1, 2, 3]
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
+
+from jobs import ending
 
 CRASHES = """
 import atexit, ctypes, sys, tempfile
@@ -37,3 +40,27 @@ def test_the_exit_code_is_the_jobs_and_nothing_said_or_tidied_up_is_lost(
     folder, tidied = done.stdout.splitlines()
     assert tidied == "tidied up"
     assert subprocess.run(["test", "-e", folder], check=False).returncode == 1
+
+
+def test_what_a_person_asked_for_ends_in_a_line_where_it_could_not_be_done(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refused() -> int:
+        raise ValueError("--photos is -1;\nit must be more")
+
+    def does(error: BaseException) -> Callable[[int], None]:
+        def work(_: int) -> None:
+            raise error
+
+        return work
+
+    stops = (LookupError,)
+    assert ending.answer(refused, lambda _: None, stops=stops) == 2
+    assert capsys.readouterr() == ("", "--photos is -1; it must be more\n")
+    assert ending.answer(lambda: 1, does(LookupError("no \x1b run")), stops=stops) == 1
+    assert capsys.readouterr() == ("", "no \\x1b run\n")
+    assert ending.answer(lambda: 1, does(KeyboardInterrupt()), stops=stops) == 1
+    assert capsys.readouterr() == ("", "interrupted\n")
+    assert ending.answer(lambda: 1, lambda _: None, stops=stops) == 0
+    with pytest.raises(TypeError):
+        ending.answer(lambda: 1, does(TypeError()), stops=stops)
