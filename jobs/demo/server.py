@@ -11,10 +11,12 @@ import subprocess
 import sysconfig
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+
+import botocore.session
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
 
 _PORTS = {"s3": "-s3.port", "filer": "-filer.port", "master": "-master.port"}
 _PORTS |= {"volume": "-volume.port", "admin": "-admin.port"}
@@ -61,7 +63,7 @@ def s3_server(
             cwd=scratch,
         )
         try:
-            _wait_until_ready(process, variables["AWS_ENDPOINT_URL"], log)
+            _wait_until_ready(process, variables, buckets, log)
             yield variables
         finally:
             process.terminate()
@@ -96,15 +98,29 @@ def _is_free(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], endpoint: str, log: Path) -> None:
+def _wait_until_ready(
+    process: subprocess.Popen[bytes],
+    variables: dict[str, str],
+    buckets: tuple[str, ...],
+    log: Path,
+) -> None:
+    """Until it has the buckets: it answers half a second before it has made them."""
+    client = botocore.session.Session().create_client(
+        "s3",
+        region_name=variables["AWS_DEFAULT_REGION"],
+        endpoint_url=variables["AWS_ENDPOINT_URL"],
+        aws_access_key_id=ACCESS_KEY,
+        aws_secret_access_key=SECRET_KEY,
+        config=Config(connect_timeout=1, read_timeout=1, retries={"total_max_attempts": 1}),
+    )
     deadline = time.monotonic() + _READY_S
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            urllib.request.urlopen(endpoint, timeout=1)
-        except urllib.error.HTTPError:
-            return  # it answers: anonymous requests are refused
-        except OSError:
+    with contextlib.closing(client):  # a connection that is left open keeps the server from ending
+        while time.monotonic() < deadline and process.poll() is None:
+            with contextlib.suppress(BotoCoreError, ClientError):
+                if {each["Name"] for each in client.list_buckets()["Buckets"]}.issuperset(buckets):
+                    return
             time.sleep(0.1)
-        else:
-            return
-    raise RuntimeError(f"the S3 server did not come up; its last words: {log.read_text()[-500:]}")
+    raise RuntimeError(
+        f"the S3 server did not come up with the buckets {', '.join(buckets)}; "
+        f"its last words: {log.read_text()[-500:]}"
+    )
