@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -88,7 +89,8 @@ class _Run:
             return False
         assert isinstance(batch, Batch)
         came_to = self._stepper.step(batch.images, batch.labels)
-        self._window.add(came_to.loss, came_to.lr, batch.waited_s)
+        self._state.history.losses.append(came_to.loss)
+        self._window.add(came_to.lr, batch.waited_s)
         if math.isfinite(came_to.loss):
             return True
         if not math.isfinite(came_to.own_loss):  # the others' photos are not to blame
@@ -103,10 +105,10 @@ class _Run:
         step, task = self._state.step, self._task
         last = step == task.experiment.optimiser.max_steps
         every = task.experiment.evaluation.eval_every
-        row = self._window.row(step)
+        row = self._window.row(step, self._state.history.losses)
         due = last or (every and step % every == 0)
         if step % LOOK_EVERY == 0 or due:
-            self._state.history.steps.append(row)
+            self._state.history.add(row)
         scored = self._score() if due else None
         if due and scored is None:
             return False
@@ -195,25 +197,23 @@ class _Run:
 
 
 class _Window:
-    """What happened since the last row of the history."""
+    """How fast this worker is since the last row of the history, or since it began."""
 
     def __init__(self, step: int, batch_size: int) -> None:
         self._first, self._batch_size, self._since = step, batch_size, time.monotonic()
-        self._losses: list[float] = []
         self._lr = self._waited_s = 0.0
 
-    def add(self, loss: float, lr: float, waited_s: float) -> None:
-        self._losses.append(loss)
+    def add(self, lr: float, waited_s: float) -> None:
         self._lr = lr
         self._waited_s += waited_s
 
-    def row(self, step: int) -> Step:
-        """The steps since then as one row."""
+    def row(self, step: int, losses: Sequence[float]) -> Step:
+        """The steps since the history's last row as one, with the mean of their `losses`."""
         seconds = max(time.monotonic() - self._since, 1e-9)
         return Step(
             step=step,
             time=time.time(),
-            loss=sum(self._losses) / len(self._losses),
+            loss=sum(losses) / len(losses),
             lr=self._lr,
             images_per_second=(step - self._first) * self._batch_size / seconds,
             wait_share=min(1.0, self._waited_s / seconds),

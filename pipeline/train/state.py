@@ -79,7 +79,7 @@ def take(state: TrainingState, facts: Mapping[str, Any]) -> Snapshot:
     return Snapshot(
         tensors={key: value.detach().cpu().clone().contiguous() for key, value in live.items()},
         step=state.step,
-        history=state.history.until(state.step),
+        history=state.history.copy(),
         facts=facts,
     )
 
@@ -122,7 +122,7 @@ def restore(state: TrainingState, snapshot: Snapshot) -> None:
             state.optimiser.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(
                 momentum
             )
-    state.step, state.history = snapshot.step, snapshot.history.until(snapshot.step)
+    state.step, state.history = snapshot.step, snapshot.history.copy()
 
 
 def _parameters(optimiser: torch.optim.SGD) -> list[torch.Tensor]:

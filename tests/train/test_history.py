@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from pipeline.train.history import History, Score, Step
@@ -16,23 +18,29 @@ def score(number: int, miou: float) -> Score:
 
 
 def test_json_gives_the_same_history_to_the_last_bit() -> None:
-    history = History(steps=[step(1), step(2)], scores=[score(2, 0.1 + 0.2)])
+    history = History(steps=[step(1), step(2)], losses=[0.1 + 0.7], scores=[score(2, 0.1 + 0.2)])
     again = History.from_json(history.to_json())
     assert again == history
     assert isinstance(again.scores[0].ious, tuple)
     assert History.from_json(History().to_json()) == History()
 
 
-def test_a_resume_keeps_what_its_step_has_seen_and_repeats_nothing() -> None:
-    history = History(
-        steps=[step(10), step(20), step(30)],
-        scores=[score(20, 0.5), score(30, 0.6)],
-    )
-    kept = history.until(20)
-    assert [each.step for each in kept.steps] == [10, 20]
-    assert [each.step for each in kept.scores] == [20]
-    kept.steps.append(step(30))
-    assert len(history.steps) == 3
+def test_a_history_of_before_the_losses_were_kept_is_read() -> None:
+    written = json.loads(History(steps=[step(1)], losses=[0.5]).to_json())
+    del written["losses"]
+    assert History.from_json(json.dumps(written)) == History(steps=[step(1)])
+
+
+def test_a_copy_keeps_what_was_seen_until_then() -> None:
+    history = History(steps=[step(10)], losses=[0.3], scores=[score(10, 0.5)])
+    kept = history.copy()
+    history.scores.append(score(20, 0.6))
+    history.losses.append(0.4)
+    assert kept.losses == [0.3]
+    history.add(step(20))
+    assert history.losses == []
+    assert [each.step for each in history.steps] == [10, 20]
+    assert kept == History(steps=[step(10)], losses=[0.3], scores=[score(10, 0.5)])
 
 
 def test_the_best_score_is_the_first_of_the_largest() -> None:

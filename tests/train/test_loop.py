@@ -101,6 +101,18 @@ def test_four_steps_are_two_a_death_and_two_to_the_last_bit(
     assert steps == [2, 4]
 
 
+def test_a_death_between_two_rows_of_the_history_changes_none_of_them(
+    root: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    task = tiny.task(root, tmp_path, tiny.experiment(), checkpoint_every=1)
+    with pytest.raises(Killed):
+        loop.train(task, Group(), Dies(4))
+    died = newest(tmp_path)
+    assert (died.step, [each.step for each in died.history.steps]) == (3, [2])
+    loop.train(task, Group(), Heard())
+    assert_same_end(tmp_path, undisturbed)
+
+
 def test_loader_processes_and_a_broken_checkpoint_change_no_bit_of_the_end(
     root: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
