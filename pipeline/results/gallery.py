@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import duckdb
@@ -114,37 +113,15 @@ def _rows(shard: str, uris: list[str]) -> list[dict[str, Any]]:
 
 
 def _photo(row: dict[str, Any], classes: Classes, right: float | None) -> Photo:
+    """A photo as the report shows it; over white where it cannot be read any more."""
     notes: list[str] = []
-    size = row["height"], row["width"]
-    within = max(_WITHIN, size[0] * size[1])
-
-    def photo() -> Pixels:
-        return images.decode(storage.read(row["uri"], row["etag"]), max_pixels=within)
-
-    def label() -> Pixels:
-        data = storage.read(row["label_uri"], row["label_etag"])
-        return masks.decode_label(data, classes, size=size, max_pixels=within)
-
-    pictures = {}
-    shown = _unless(notes, "photo", lambda: _resized(photo()))
-    if shown is None:
-        under = _resized(np.full((*size, 3), 255, dtype=np.uint8))
-    else:
-        pictures["photo"], under = _jpeg(shown), shown
-
-    def over(ids: Callable[[], Pixels]) -> Pixels:
-        return _over(under, ids(), classes)
-
-    reads = {"label": label, "mask": lambda: masks.decode(row["mask"], max_pixels=within)}
-    if row["label_uri"] is None or row["label_error"] is not None:
-        del reads["label"]
-    for what, read in reads.items():
-        drawn = _unless(notes, what, partial(over, read))
-        if drawn is not None:
-            pictures[what] = _jpeg(drawn)
+    shown = {"photo": _unless(notes, "photo", _small, row)}
+    under = _white(row) if shown["photo"] is None else shown["photo"]
+    for what, read in (("label", _label), ("mask", _mask)):
+        shown[what] = _unless(notes, what, _drawn, row, read, under, classes)
     return Photo(
         uri=row["uri"],
-        pictures=pictures,
+        pictures={what: _jpeg(picture) for what, picture in shown.items() if picture is not None},
         classes=_largest(row["classes"], classes),
         confidence=row["confidence"],
         right=right,
@@ -152,14 +129,53 @@ def _photo(row: dict[str, Any], classes: Classes, right: float | None) -> Photo:
     )
 
 
-def _unless(notes: list[str], what: str, read: Callable[[], Pixels]) -> Pixels | None:
+def _unless(
+    notes: list[str], what: str, read: Callable[..., Pixels | None], *given: Any
+) -> Pixels | None:
     """What `read` gives, or None and a note why it cannot be read any more."""
     try:
         # these bytes, by their etag, were decoded before, in a process made for that
-        return read()
+        return read(*given)
     except (StorageError, ImageError, LabelError) as error:
         notes.append(f"the {what} cannot be read: {error}")
         return None
+
+
+def _within(row: dict[str, Any]) -> int:
+    """How many pixels may be decoded."""
+    pixels: int = row["height"] * row["width"]
+    return max(_WITHIN, pixels)
+
+
+def _small(row: dict[str, Any]) -> Pixels:
+    data = storage.read(row["uri"], row["etag"])
+    return _resized(images.decode(data, max_pixels=_within(row)))
+
+
+def _white(row: dict[str, Any]) -> Pixels:
+    return _resized(np.full((row["height"], row["width"], 3), 255, dtype=np.uint8))
+
+
+def _label(row: dict[str, Any], classes: Classes) -> Pixels | None:
+    if row["label_uri"] is None or row["label_error"] is not None:
+        return None
+    data = storage.read(row["label_uri"], row["label_etag"])
+    size = row["height"], row["width"]
+    return masks.decode_label(data, classes, size=size, max_pixels=_within(row))
+
+
+def _mask(row: dict[str, Any], _: Classes) -> Pixels:
+    return masks.decode(row["mask"], max_pixels=_within(row))
+
+
+def _drawn(
+    row: dict[str, Any],
+    read: Callable[[dict[str, Any], Classes], Pixels | None],
+    under: Pixels,
+    classes: Classes,
+) -> Pixels | None:
+    ids = read(row, classes)
+    return None if ids is None else _over(under, ids, classes)
 
 
 def _resized(photo: Pixels) -> Pixels:

@@ -43,6 +43,11 @@ def connect(
     return con
 
 
+def records(results: str, run_id: str | None = None) -> list[storage.Object]:
+    """The files of finished runs, each one row of `runs`, or that of one run."""
+    return [item for item in _listed(results, "runs", run_id) if item.uri.endswith(".parquet")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Snapshot:
     """The files of one listing, and when each unfinished run started (None: its plan is gone)."""
@@ -60,8 +65,8 @@ class _Snapshot:
 
 def _look(results: str, run_id: str | None) -> _Snapshot:
     """What lies at `results`. Records come first: a run that has one has all of its other files."""
-    records = [item for item in _listed(results, "runs", run_id) if item.uri.endswith(".parquet")]
-    finished = {layout.run_of(results, item.uri) for item in records}
+    found = records(results, run_id)
+    finished = {layout.run_of(results, item.uri) for item in found}
     classes = [
         item
         for item in _listed(results, "classes", run_id)
@@ -72,12 +77,12 @@ def _look(results: str, run_id: str | None) -> _Snapshot:
         for item in _listed(results, "images", run_id)
         if layout.shard_number(item.uri) is not None
     ]
-    if not (records or images) and next(storage.list_objects(results), None) is None:
+    if not (found or images) and next(storage.list_objects(results), None) is None:
         raise FileNotFoundError(f"no results lie at {results}")
     unfinished = [item for item in images if layout.run_of(results, item.uri) not in finished]
     runs = sorted({run for item in unfinished if (run := layout.run_of(results, item.uri))})
     return _Snapshot(
-        records=records,
+        records=found,
         classes=classes,
         images=images,
         unfinished=unfinished,

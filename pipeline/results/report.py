@@ -14,10 +14,9 @@ import duckdb
 
 from pipeline.data import storage
 from pipeline.data.labels import Classes, Color
-from pipeline.results import files, tables
+from pipeline.results import files, query, tables
 from pipeline.results.gallery import Group, groups
 from pipeline.results.layout import RunLayout, shard_number
-from pipeline.results.query import connect
 
 BINS = 20
 """Of the histogram of confidence, from 0 to 1."""
@@ -76,7 +75,7 @@ def of_run(results: str, run_id: str, *, photos: int) -> Report:
     """
     results = storage.normalise(results)
     run = RunLayout(results=results, run_id=run_id)
-    con = connect(results, run_id=run_id, memory_limit=_MEMORY)
+    con = query.connect(results, run_id=run_id, memory_limit=_MEMORY)
     try:
         record = _record(con)
         classes = _described(con, run, record)
@@ -111,11 +110,10 @@ def newest(results: str) -> str:
     Raises LookupError where there is none, StorageError where storage refuses.
     """
     results = storage.normalise(results)
-    listed = storage.list_objects(storage.join(results, "runs"))
-    records = [item for item in listed if item.uri.endswith(".parquet")]
-    con = files.connect(results, records)
+    finished = query.records(results)
+    con = files.connect(results, finished)
     try:
-        rows = files.select(con, tables.RUNS, records, grown=True)
+        rows = files.select(con, tables.RUNS, finished, grown=True)
         found = con.execute(
             f"SELECT run_id FROM ({rows}) WHERE images > 0 ORDER BY started_at DESC LIMIT 1"
         ).fetchone()

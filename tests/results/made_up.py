@@ -64,8 +64,12 @@ def write_run(
     *,
     finished: bool = True,
     hour: int = 0,
+    hours: int = 0,
 ) -> list[Row]:
-    """Writes a run that started `hour` hours after `FIRST`, as the pipeline would; its rows."""
+    """Writes a run as the pipeline would; its rows.
+
+    It started `hour` hours after `FIRST` and took `hours`.
+    """
     run = RunLayout(results=results, run_id=run_id)
     shards = shards if shards is not None else [rows_of(run_id), rows_of(run_id, shard=1)]
     started = FIRST + timedelta(hours=hour)
@@ -77,11 +81,11 @@ def write_run(
         storage.write(run.shard(number), tables.to_parquet(rows, schema))
     every = [row for rows in shards for row in rows]
     if finished:
-        _finish(run, every, started)
+        _finish(run, every, started, started + timedelta(hours=hours))
     return every
 
 
-def _finish(run: RunLayout, rows: list[Row], started: datetime) -> None:
+def _finish(run: RunLayout, rows: list[Row], started: datetime, finished: datetime) -> None:
     classes = class_rows(rows)
     classes.sort(key=lambda row: (row["class_id"], -row["fraction"]))
     if classes:
@@ -89,7 +93,7 @@ def _finish(run: RunLayout, rows: list[Row], started: datetime) -> None:
     storage.write(run.done, tables.to_parquet([], tables.DONE))
     record: Row = dict.fromkeys(tables.RUNS.names, 0)
     record |= dict.fromkeys(("arguments", "checkpoint", "checkpoint_sha256"), "{}")
-    record |= {"run_id": run.run_id, "started_at": started, "finished_at": started}
+    record |= {"run_id": run.run_id, "started_at": started, "finished_at": finished}
     record |= {"model": "m", "settings": "s", "code_version": "0", "images": len(rows)}
     record |= {"errors_by_kind": [], "class_iou": [], "inventory": None, "inventory_etag": None}
     storage.write(run.record, tables.to_parquet([record], tables.RUNS))

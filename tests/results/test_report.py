@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections import Counter
 from dataclasses import replace
 from hashlib import md5
@@ -259,6 +260,23 @@ def test_the_page_says_what_a_run_came_to(prefix: str) -> None:
     assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in found
 
 
+def test_bars_are_as_wide_as_what_they_show(prefix: str) -> None:
+    results_of(prefix)
+    found = replace(made(prefix), confidence=(0,) * (BINS - 3) + (1, 0, 4))
+    share, iou = found.classes[0].share, found.classes[0].iou
+    assert iou is not None
+    text = page.html(found).decode()
+    widths = [float(each) for each in re.findall(r'class="bar" style="width:([0-9.]+)rem', text)]
+    assert widths[:2] == [pytest.approx(12 * share, abs=0.01), pytest.approx(12 * iou, abs=0.01)]
+    assert widths[-3:] == [3.0, 0.0, 12.0]
+
+
+def test_a_photo_that_is_sure_of_all_is_in_the_last_bin(prefix: str) -> None:
+    sure = [row(prefix, f"{i}.png", i) | {"confidence": at} for i, at in ((1, 1.0), (2, 0.97))]
+    write_run(f"{prefix}/results", "a", [sure])
+    assert made(prefix).confidence == (0,) * (BINS - 1) + (2,)
+
+
 def test_a_finished_run_says_what_it_cost(prefix: str) -> None:
     results_of(prefix)
     record = {"images_per_second": 12.34, "gpu_seconds": 5400.0, "cost": 3.5}
@@ -273,7 +291,7 @@ def test_a_finished_run_says_what_it_cost(prefix: str) -> None:
 def test_the_newest_run_is_the_finished_one_that_started_last(prefix: str) -> None:
     results = f"{prefix}/results"
     write_run(results, "b", hour=2)
-    write_run(results, "c", hour=1)
+    write_run(results, "c", hour=1, hours=8)
     write_run(results, "d", hour=3, finished=False)
     assert report.newest(results) == "b"
     write_run(results, "e", [], hour=4)  # a night in which nothing was new
