@@ -47,7 +47,14 @@ class Group:
         if self.world == 1:
             return module
         # buffers are broadcast before evaluation and checkpoints instead of at each step
-        return nn.parallel.DistributedDataParallel(module, forward_sync_buffers=False)
+        return nn.parallel.DistributedDataParallel(self._shared(module), forward_sync_buffers=False)
+
+    def _shared(self, module: nn.Module) -> nn.Module:
+        """`module`, normalising over all workers' batches, which torch does on GPUs alone."""
+        if self.device.type != "cuda" or self.world == 1:
+            return module
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+        return converted
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The elementwise sum of the workers' `values`, on every worker."""
@@ -87,10 +94,8 @@ class RayGroup(Group):
     def wrap(self, module: nn.Module) -> nn.Module:
         import ray.train.torch
 
-        if self.device.type == "cuda" and self.world > 1:
-            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
         wrapped: nn.Module = ray.train.torch.prepare_model(
-            module,
+            self._shared(module),
             parallel_strategy_kwargs={"forward_sync_buffers": False} if self.world > 1 else {},
         )
         return wrapped

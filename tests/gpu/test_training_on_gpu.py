@@ -1,0 +1,116 @@
+"""Training on a GPU against the CPU: the same steps, what a checkpoint keeps, shared statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from train import tiny
+from train.test_step import Case, assert_close, drawn, make, trained
+from train.tiny import Heard
+
+from pipeline.data import storage
+from pipeline.model import weights
+from pipeline.train import checkpoints, loop
+from pipeline.train.evaluate import evaluate
+from pipeline.train.group import Group
+from pipeline.train.state import read, restore, take
+from pipeline.train.task import Task
+
+pytestmark = pytest.mark.gpu
+
+
+def on_gpu(group: Group) -> Group:
+    """The same worker, on the GPU."""
+    return replace(group, device=torch.device("cuda", 0))
+
+
+CASES = {
+    "plain": Case(double=True),
+    "micro-batches": Case(optimiser={"micro_batch": 2}, double=True),
+    "hard pixels": Case(optimiser={"hard_share": 0.3}, double=True),
+    "class weights": Case(class_weights=(0.5, 2.0, 1.0, 7.0), double=True),
+    "an auxiliary head": Case(model=tiny.RESNET, double=True),
+    "normalisation trained": Case(optimiser={"freeze_bn": False}, double=True),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_four_steps_are_those_of_the_cpu(name: str) -> None:
+    case = CASES[name]
+    expected_losses, expected = trained(Group(), case)
+    losses, found = trained(on_gpu(Group()), case)
+    assert losses == pytest.approx(expected_losses, rel=1e-6)
+    assert_close(detached(found.items()), expected, make(case, Group())[0].model, share=1e-6)
+
+
+def detached(found: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {key: value.detach().cpu() for key, value in found}
+
+
+def trained_on_gpu(
+    group: Group, case: Case
+) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The losses, weights and buffers of a worker; all workers share one GPU."""
+    state, stepper = make(case, on_gpu(group))
+    losses = []
+    for number in range(case.config.max_steps):
+        images, labels = (each[group.rank :: group.world] for each in drawn(number))
+        losses.append(stepper.step(images, labels).loss)
+    model = state.model
+    return losses, detached(model.named_parameters()), detached(model.named_buffers())
+
+
+def test_two_workers_share_the_statistics_of_batch_normalisation(tmp_path: Path) -> None:
+    case = Case(optimiser={"freeze_bn": False, "max_steps": 2}, double=True)
+    expected_losses, expected, statistics = trained_on_gpu(Group(), case)
+    start = make(case, Group())[0].model
+    for losses, found, buffers in tiny.together(2, tmp_path, trained_on_gpu, case):
+        assert losses == pytest.approx(expected_losses, rel=1e-6)
+        assert_close(found, expected, start, share=1e-5)
+        for key, value in statistics.items():
+            assert torch.allclose(buffers[key].double(), value.double(), rtol=1e-6), key
+
+
+def run(task: Task) -> list[float]:
+    """The run's losses, on the GPU."""
+    heard = Heard()
+    loop.train(task, on_gpu(Group()), heard)
+    assert heard.failures == []
+    return [row.loss for row in heard.rows]
+
+
+def test_a_run_in_bf16_learns_and_its_checkpoint_scores_the_same_on_the_cpu(tmp_path: Path) -> None:
+    tiny.draw_set(tmp_path / "set")
+    what = tiny.experiment(bf16=True, max_steps=60, base_lr=0.05, ema_decay=0.9)
+    what = replace(what, evaluation=replace(what.evaluation, eval_every=30))
+    task = tiny.task(tmp_path / "set", tmp_path / "out", what, checkpoint_every=30)
+    losses = run(task)
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    last = checkpoints.latest(str(tmp_path / "out"))
+    assert last is not None
+    assert all(value.dtype != torch.bfloat16 for value in last.tensors.values())
+    model, _ = weights.load(str(tmp_path / "out" / "model.safetensors"))
+    on_cpu = evaluate(model, task.val, read=storage.read).miou
+    assert on_cpu == pytest.approx(last.history.scores[-1].miou, abs=0.01)
+
+
+def test_what_a_checkpoint_restores_goes_on_as_if_nothing_had_happened() -> None:
+    case = Case(optimiser={"freeze_bn": False}, double=True)
+    states = []
+    kept = b""
+    for begin in (0, 2):
+        state, stepper = make(case, on_gpu(Group()))
+        if kept:
+            restore(state, read(kept, "the checkpoint"))
+        for number in range(begin, 4):
+            stepper.step(*drawn(number))
+            if state.step == 2:
+                kept = take(state, {}).to_bytes()
+        states.append(state)
+    undisturbed, again = (detached(each.model.named_parameters()) for each in states)
+    assert_close(again, undisturbed, make(case, Group())[0].model, share=1e-6)
+    assert [each.step for each in states] == [4, 4]
