@@ -1,9 +1,11 @@
 """What a run writes at its end, from the committed `images` files alone: `classes`, `done`, record.
 
-Each is a pure function of those files (the record's times aside), so a run that was killed here
-is ended by the next driver with the same bytes. The files' rows, masks aside, are gathered once
-in a database on local disk, where sorts spill under a memory limit. The record comes last: a run
-with a record is finished.
+Each is a pure function of those files (the record's times aside), whatever the threads, so a run
+that was killed here is ended by the next driver with the same bytes. One with other versions of
+the libraries may write other bytes: it replaces what it finds, so that the parts are always of
+one driver. The files' rows, masks aside, are gathered once in a database on local disk, where
+sorts spill under a memory limit. The record comes last: a run with a record is finished, and of
+one without, nobody reads `classes`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -21,17 +22,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.bulk import parts
 from pipeline.bulk.plan import Plan
 from pipeline.data import storage
 from pipeline.data.labels import Classes
 from pipeline.results import files, tables
-from pipeline.results.layout import RunLayout
-
-PART_BYTES = 64 * 2**20
-"""Bytes of a file of `classes` or `done` from which on the next one is begun."""
+from pipeline.results.layout import RunLayout, is_part
+from pipeline.runs.cluster import RunStoppedError
 
 _MEMORY_LIMIT = "600MB"  # beside what Python and Arrow take
-_ROW_GROUP = 100_000  # rows; a class over a million photos lies in few of them
 
 _GATHERED = pa.schema(
     [
@@ -50,10 +49,12 @@ _KINDS = """
     select error_kind as kind, count(*) as images from images
     where status = 'error' group by all order by images desc, kind
 """
+# a total order: a uri is one row of a run, and has a class once
 _CLASSES = """
     with rows as (select uri, run_id, unnest(classes, max_depth := 2) from images)
     select * from rows order by class_id, fraction desc, uri
 """
+_CLASS_ROWS = "select coalesce(sum(len(classes)), 0)::bigint from images"
 _SCORES = """
     with scores as (select unnest(classes, max_depth := 2) from images)
     select class_id, any_value(class_name) as class_name, sum(tp)::bigint as tp,
@@ -122,21 +123,62 @@ class Finish:
         )
 
     def write_classes(self) -> None:
-        """`classes/`: a row an image and class, sorted by class and falling fraction."""
+        """`classes/`: a row an image and class, sorted by class and falling fraction.
+
+        What an earlier driver left there is replaced where it differs. Raises RunStoppedError
+        where another driver has ended the run, or the files do not hold the rows of `images`.
+        """
         schema = tables.with_footer(tables.CLASSES, self._classes)
-        reader = self._con.sql(_CLASSES).to_arrow_reader(_ROW_GROUP)
-        for number, part in enumerate(_files(reader, schema)):
-            storage.create(self._layout.class_part(number), part)
+        reader = self._con.sql(_CLASSES).to_arrow_reader(parts.ROW_GROUP)
+        written = []
+        for number, part in enumerate(parts.cut(reader, schema)):
+            written.append(self._layout.class_part(number))
+            self._put(written[-1], part)
+        self._delete_others(self._layout.classes, written)
+        self._check_classes()
 
     def write_done(self) -> None:
         """`done/`: the keys of what later runs may leave out; the last file makes all count."""
         found = self._con.sql(f"select {', '.join(tables.DONE.names)} from images order by uri")
-        parts = _files(found.to_arrow_reader(_ROW_GROUP), tables.DONE)
-        last = next(parts)
-        for number, part in enumerate(parts):
-            storage.write(self._layout.done_part(number), last)
+        files_of_done = parts.cut(found.to_arrow_reader(parts.ROW_GROUP), tables.DONE)
+        last, written = next(files_of_done), []
+        for number, part in enumerate(files_of_done):
+            written.append(self._layout.done_part(number))
+            storage.write(written[-1], last)
             last = part
+        self._delete_others(self._layout.done_parts, written)
         storage.write(self._layout.done, last)
+
+    def _put(self, uri: str, data: bytes) -> None:
+        """Creates the file; where one is there that differs, replaces it."""
+        if not storage.create(uri, data) and storage.read(uri) != data:
+            self._check_unfinished()
+            storage.write(uri, data)
+
+    def _delete_others(self, folder: str, written: list[str]) -> None:
+        """Deletes the parts in the folder that are none of those written."""
+        there = {item.uri for item in storage.list_objects(folder) if is_part(item.uri)}
+        if others := sorted(there.difference(written)):
+            self._check_unfinished()
+            storage.delete(others, within=self._layout.results)
+
+    def _check_unfinished(self) -> None:
+        """Before what is there is touched: a driver that lost its lease long ago may wake up."""
+        if storage.exists(self._layout.record):
+            raise RunStoppedError(f"another driver has ended run {self._layout.run_id}")
+
+    def _check_classes(self) -> None:
+        """Counts what a reader would find, by the files' footers."""
+        [(wanted,)] = self._con.execute(_CLASS_ROWS).fetchall()
+        there = [item for item in storage.list_objects(self._layout.classes) if is_part(item.uri)]
+        with files.connect(self._layout.results, there) as con:
+            rows = files.select(con, tables.CLASSES, there)
+            [(found,)] = con.execute(f"select count(*) from ({rows})").fetchall()
+        if found != wanted:
+            raise RunStoppedError(
+                f"{self._layout.classes} holds {found} rows for {wanted} classes of the photos: "
+                "did something else write or delete there? The same command writes it again"
+            )
 
     def write_record(self, outcome: Outcome, facts: dict[str, Any]) -> None:
         """`runs/`: the run's record. `facts` are those that the files do not hold."""
@@ -173,20 +215,3 @@ class Finish:
         sizes = sum(item.size for folder in folders for item in storage.list_objects(folder))
         last = storage.stat_object(layout.done)
         return sizes + (last.size if last else 0)
-
-
-def _files(reader: pa.RecordBatchReader, schema: pa.Schema) -> Iterator[bytes]:
-    """Parquet files of at least `PART_BYTES`, the last one smaller; none without rows."""
-    buffer = io.BytesIO()
-    writer = None
-    for batch in reader:
-        if writer is None:
-            writer = pq.ParquetWriter(buffer, schema, compression="zstd")
-        writer.write_table(pa.Table.from_batches([batch]).cast(schema))
-        if buffer.tell() >= PART_BYTES:
-            writer.close()
-            yield buffer.getvalue()
-            buffer, writer = io.BytesIO(), None
-    if writer is not None:
-        writer.close()
-        yield buffer.getvalue()

@@ -158,6 +158,7 @@ class _Run:
     def _finish(self, finish: Finish) -> Ended:
         outcome = finish.outcome()
         self._check_outcome(outcome)
+        self._check_held()
         if self._plan.counts.images:
             finish.write_classes()
             finish.write_done()
@@ -185,9 +186,12 @@ class _Run:
         self._progress.add(summary)
         self._usage.save_sometimes()
         self._watch(self._plan, self._progress)
+        self._check_held()
+        self._check_errors(self._progress.errors.total(), self._progress.errors.most_common(1))
+
+    def _check_held(self) -> None:
         if any(each.lost.is_set() for each in self._held):
             raise RunStoppedError("another driver took the run over")
-        self._check_errors(self._progress.errors.total(), self._progress.errors.most_common(1))
 
     def _check_outcome(self, outcome: Outcome) -> None:
         if outcome.images != self._plan.counts.images:

@@ -23,6 +23,7 @@ FOLDERS = ("images", "classes", "done", "runs", "plans", "singles", "usage", "le
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 _SHARD = re.compile(r"shard-(\d{6,})\.parquet\Z")
+_PART = re.compile(r"/run=[^/]+/part-\d{5,}\.parquet\Z")
 _RUN = re.compile(r"run=([A-Za-z0-9][A-Za-z0-9._-]{0,99}?)(?:\.parquet\Z|\.json\Z|/|\Z)")
 
 
@@ -111,6 +112,11 @@ def shard_number(uri: str) -> int | None:
     """The shard's number in the name of its file, None for other files."""
     found = _SHARD.search(uri)
     return int(found[1]) if found else None
+
+
+def is_part(uri: str) -> bool:
+    """Whether the name is that of a part of `classes` or `done`."""
+    return _PART.search(uri) is not None
 
 
 def run_of(results: str, uri: str) -> str | None:

@@ -20,13 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.bulk import finish
+from pipeline.bulk import parts
 from pipeline.bulk.finish import Finish, Outcome
 from pipeline.bulk.plan import Counts, Plan
 from pipeline.data import storage
 from pipeline.data.labels import VOC
 from pipeline.results import files, tables
 from pipeline.results.layout import RunLayout
+from pipeline.runs.cluster import RunStoppedError
 
 Rows = list[dict[str, Any]]
 
@@ -152,38 +153,132 @@ def test_classes_equal_a_plain_sort(finish_of: Made, prefix: str) -> None:
 def test_many_classes_become_several_parts_each_readable_and_sorted_over_all(
     finish_of: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finish, "PART_BYTES", 20_000)
-    monkeypatch.setattr(finish, "_ROW_GROUP", 1000)
+    monkeypatch.setattr(parts, "PART_BYTES", 20_000)
+    monkeypatch.setattr(parts, "ROW_GROUP", 1000)
     rows = _rows(900, classes=19)
     finishing, layout = finish_of(str(tmp_path), rows)
     finishing.write_classes()
-    parts = _parts(layout)
-    assert len(parts) > 2
-    assert all(len(part) >= 20_000 for part in parts[:-1])
-    assert [row for part in parts for row in _tuples(_table(part))] == _sorted_classes(rows)
+    found = _parts(layout)
+    assert len(found) > 2
+    assert all(len(part) >= 20_000 for part in found[:-1])
+    assert [row for part in found for row in _tuples(_table(part))] == _sorted_classes(rows)
     finishing.write_classes()
-    assert _parts(layout) == parts
+    assert _parts(layout) == found
 
 
-def test_classes_have_the_same_bytes_written_again_with_one_thread(
-    finish_of: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(finish, "PART_BYTES", 20_000)
-    rows = _rows(900, classes=19)
-    finishing, layout = finish_of(str(tmp_path), rows)
-    finishing.write_classes()
-    first = _parts(layout)
-    storage.delete([item.uri for item in storage.list_objects(layout.classes)])
+def _with_threads(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """From now on DuckDB has so many, as on another machine."""
     connect: Callable[..., Any] = files.connect
 
-    def with_one_thread(*args: Any, **how: Any) -> Any:
+    def connected(*args: Any, **how: Any) -> Any:
         con = connect(*args, **how)
-        con.execute("set threads = 1")
+        con.execute(f"set threads = {threads}")
         return con
 
-    monkeypatch.setattr(files, "connect", with_one_thread)
+    monkeypatch.setattr(files, "connect", connected)
+
+
+def _many_rows() -> Rows:
+    """More classes than two row groups of DuckDB's, in few photos and files."""
+    draw = random.Random(0)
+    rows = _rows(9000, errors="none", classes=2)
+    for row in rows:
+        found = [{"class_id": c, "fraction": draw.random()} for c in range(21)]
+        row |= {"shard": row["bytes"] // 1000, "classes": found}
+    return rows
+
+
+def _keys(rows: Rows) -> list[tuple[int, float, str]]:
+    """Class, falling fraction and uri of the `classes` table, by hand."""
+    flat = [(row["uri"], each) for row in rows for each in row["classes"]]
+    keys = [(each["class_id"], float(np.float32(each["fraction"])), uri) for uri, each in flat]
+    return sorted(keys, key=lambda key: (key[0], -key[1], key[2].encode()))
+
+
+def test_a_run_whose_driver_was_killed_among_the_parts_is_ended_with_other_threads(
+    finish_of: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "PART_BYTES", 100_000)
+    monkeypatch.setattr(parts, "ROW_GROUP", 11_000)
+    rows = _many_rows()
+    left, create = [8], storage.create
+
+    def until_killed(uri: str, data: bytes) -> bool:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return create(uri, data)
+
+    with monkeypatch.context() as patch:
+        _with_threads(patch, 1)
+        patch.setattr(storage, "create", until_killed)
+        finishing, layout = finish_of(str(tmp_path), rows)
+        with pytest.raises(KeyboardInterrupt):
+            finishing.write_classes()
+    killed = _parts(layout)
+    assert len(killed) == 8
+    _with_threads(monkeypatch, 4)
     finish_of(str(tmp_path), rows)[0].write_classes()
-    assert _parts(layout) == first
+    ended = _parts(layout)
+    assert ended[:8] == killed
+    columns = [_table(part).select(["class_id", "fraction", "uri"]).columns for part in ended]
+    found = [key for part in columns for key in zip(*(c.to_pylist() for c in part), strict=True)]
+    assert found == _keys(rows)
+
+
+def _classes_of(rows: Rows) -> bytes:
+    table = pa.Table.from_pylist(rows, schema=tables.CLASSES)
+    return tables.table_to_parquet(table)
+
+
+@pytest.mark.parametrize("errors", ["some", "all"])
+def test_parts_that_another_version_cut_elsewhere_are_replaced_and_those_beyond_the_last_go(
+    finish_of: Made, prefix: str, errors: str
+) -> None:
+    rows = _rows(60, errors=errors)
+    finishing, layout = finish_of(prefix, rows)
+    stale = _classes_of([{"uri": "s3://b/twice", "run_id": "r", "class_id": 1}])
+    for number in (0, 1, 7):
+        storage.write(layout.class_part(number), stale)
+    for number in (0, 3):
+        storage.write(layout.done_part(number), b"of one who cut the keys elsewhere")
+    finishing.write_classes()
+    finishing.write_done()
+    found = [row for part in _parts(layout) for row in _tuples(_table(part))]
+    assert found == _sorted_classes(rows)
+    assert list(storage.list_objects(layout.done_parts)) == []
+
+
+def test_a_driver_that_wakes_up_after_the_record_replaces_no_parts(
+    finish_of: Made, prefix: str
+) -> None:
+    finishing, layout = finish_of(prefix, _rows(30))
+    storage.write(layout.class_part(0), b"of another version")
+    storage.write(layout.record, b"of that one's driver")
+    with pytest.raises(RunStoppedError, match="another driver has ended run r"):
+        finishing.write_classes()
+    assert _parts(layout) == [b"of another version"]
+
+
+@pytest.mark.parametrize("lose", [True, False])
+def test_parts_that_do_not_hold_a_row_for_each_class_of_the_photos_stop_the_run(
+    finish_of: Made, prefix: str, monkeypatch: pytest.MonkeyPatch, lose: bool
+) -> None:
+    rows = _rows(30)
+    finishing, layout = finish_of(prefix, rows)
+    create = storage.create
+
+    def another_meddles(uri: str, data: bytes) -> bool:
+        if not lose:
+            create(f"{layout.classes}/part-99999.parquet", data)
+        return lose or create(uri, data)
+
+    monkeypatch.setattr(storage, "create", another_meddles)
+    monkeypatch.setattr(storage, "delete", lambda *_, **__: None)
+    wanted = len(_sorted_classes(rows))
+    found = 0 if lose else 2 * wanted
+    with pytest.raises(RunStoppedError, match=f"holds {found} rows for {wanted} classes"):
+        finishing.write_classes()
 
 
 def test_columns_that_are_all_null_keep_their_types(finish_of: Made, tmp_path: Path) -> None:
@@ -219,8 +314,8 @@ def test_done_of_many_photos_is_written_in_parts_of_which_the_last_comes_last(
 ) -> None:
     rows = _rows(300)
     finishing, layout = finish_of(prefix, rows)
-    monkeypatch.setattr(finish, "PART_BYTES", 1500)
-    monkeypatch.setattr(finish, "_ROW_GROUP", 50)
+    monkeypatch.setattr(parts, "PART_BYTES", 1500)
+    monkeypatch.setattr(parts, "ROW_GROUP", 50)
     written: list[str] = []
     write = storage.write
 
@@ -246,8 +341,8 @@ def test_a_run_that_was_killed_while_it_wrote_done_is_not_done_and_ends_with_the
     finish_of: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
 ) -> None:
     finishing, layout = finish_of(str(tmp_path), _rows(300))
-    monkeypatch.setattr(finish, "PART_BYTES", 1500)
-    monkeypatch.setattr(finish, "_ROW_GROUP", 50)
+    monkeypatch.setattr(parts, "PART_BYTES", 1500)
+    monkeypatch.setattr(parts, "ROW_GROUP", 50)
     finishing.write_done()
     whole = _done_files(layout)
     assert len(whole) > 2
