@@ -27,7 +27,7 @@ from pipeline.bulk.plan import Plan
 from pipeline.data import storage
 from pipeline.data.labels import Classes
 from pipeline.results import files, tables
-from pipeline.results.layout import RunLayout, is_part
+from pipeline.results.layout import RunLayout, parts_of, shards_of
 from pipeline.runs.cluster import RunStoppedError
 
 _MEMORY_LIMIT = "600MB"  # beside what Python and Arrow take
@@ -98,7 +98,8 @@ class Finish:
         self._classes = classes
 
     def __enter__(self) -> Finish:
-        results, shards = self._layout.results, storage.list_objects(self._layout.images)
+        results = self._layout.results
+        shards = shards_of(storage.list_objects(self._layout.images))
         with contextlib.ExitStack() as opened:
             folder = opened.enter_context(tempfile.TemporaryDirectory(prefix="deeplab-finish-"))
             database = os.path.join(folder, "images.duckdb")
@@ -157,7 +158,7 @@ class Finish:
 
     def _delete_others(self, folder: str, written: list[str]) -> None:
         """Deletes the parts in the folder that are none of those written."""
-        there = {item.uri for item in storage.list_objects(folder) if is_part(item.uri)}
+        there = {item.uri for item in parts_of(storage.list_objects(folder))}
         if others := sorted(there.difference(written)):
             self._check_unfinished()
             storage.delete(others, within=self._layout.results)
@@ -170,7 +171,7 @@ class Finish:
     def _check_classes(self) -> None:
         """Counts what a reader would find, by the files' footers."""
         [(wanted,)] = self._con.execute(_CLASS_ROWS).fetchall()
-        there = [item for item in storage.list_objects(self._layout.classes) if is_part(item.uri)]
+        there = list(parts_of(storage.list_objects(self._layout.classes)))
         with files.connect(self._layout.results, there) as con:
             rows = files.select(con, tables.CLASSES, there)
             [(found,)] = con.execute(f"select count(*) from ({rows})").fetchall()
@@ -211,7 +212,8 @@ class Finish:
 
     def _bytes_written(self) -> int:
         layout = self._layout
-        folders = (layout.images, layout.classes, layout.done_parts)
-        sizes = sum(item.size for folder in folders for item in storage.list_objects(folder))
+        sizes = sum(item.size for item in shards_of(storage.list_objects(layout.images)))
+        for folder in (layout.classes, layout.done_parts):
+            sizes += sum(item.size for item in parts_of(storage.list_objects(folder)))
         last = storage.stat_object(layout.done)
         return sizes + (last.size if last else 0)

@@ -19,7 +19,7 @@ from pipeline.bulk.settings import Settings
 from pipeline.data import storage
 from pipeline.data.pairs import stem
 from pipeline.results import files, tables
-from pipeline.results.layout import RunLayout, run_of
+from pipeline.results.layout import RunLayout, parts_of, run_of, shards_of
 
 MEMORY_LIMIT = "1GB"
 MAX_RUNS_TRIED = 3
@@ -221,16 +221,18 @@ class Listing:
         """The `done/` files of finished runs, then the shards of unfinished ones."""
         results = self._settings.results
         keys = list(storage.list_objects(storage.join(results, "done")))
-        runs = [run_of(results, item.uri) for item in keys]
-        finished = {
-            run
-            for run, item in zip(runs, keys, strict=True)
-            if run and item.uri == RunLayout(results=results, run_id=run).done
-        }
-        yield from (item for run, item in zip(runs, keys, strict=True) if run in finished)
-        for shard in storage.list_objects(storage.join(results, "images")):
-            if run_of(results, shard.uri) not in finished:
+        last = {run: item for item in keys if (run := _run_that_ends_in(results, item.uri))}
+        yield from last.values()
+        yield from (item for item in parts_of(keys) if run_of(results, item.uri) in last)
+        for shard in shards_of(storage.list_objects(storage.join(results, "images"))):
+            if run_of(results, shard.uri) not in last:
                 yield shard
+
+
+def _run_that_ends_in(results: str, uri: str) -> str | None:
+    """The run whose last file of `done/` this is, None for other files."""
+    run = run_of(results, uri)
+    return run if run and uri == RunLayout(results=results, run_id=run).done else None
 
 
 def _row(item: storage.Object) -> tuple[str, str, int]:

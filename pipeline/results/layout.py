@@ -15,6 +15,7 @@ leases/only-new-<fingerprint>.json     who does what is new of some photos, with
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from pipeline.data import storage
@@ -22,7 +23,7 @@ from pipeline.data import storage
 FOLDERS = ("images", "classes", "done", "runs", "plans", "singles", "usage", "leases")
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
-_SHARD = re.compile(r"shard-(\d{6,})\.parquet\Z")
+_SHARD = re.compile(r"/run=[^/]+/shard-(\d{6,})\.parquet\Z")
 _PART = re.compile(r"/run=[^/]+/part-\d{5,}\.parquet\Z")
 _RUN = re.compile(r"run=([A-Za-z0-9][A-Za-z0-9._-]{0,99}?)(?:\.parquet\Z|\.json\Z|/|\Z)")
 
@@ -109,14 +110,19 @@ def is_only_new_lease(results: str, uri: str) -> bool:
 
 
 def shard_number(uri: str) -> int | None:
-    """The shard's number in the name of its file, None for other files."""
+    """The shard's number in the name of its file in a run's folder, None for other files."""
     found = _SHARD.search(uri)
     return int(found[1]) if found else None
 
 
-def is_part(uri: str) -> bool:
-    """Whether the name is that of a part of `classes` or `done`."""
-    return _PART.search(uri) is not None
+def shards_of(objects: Iterable[storage.Object]) -> Iterator[storage.Object]:
+    """Those of the objects that are shards: people and tools put other files beside them."""
+    return (item for item in objects if shard_number(item.uri) is not None)
+
+
+def parts_of(objects: Iterable[storage.Object]) -> Iterator[storage.Object]:
+    """Those of the objects that are parts of `classes` or `done`."""
+    return (item for item in objects if _PART.search(item.uri))
 
 
 def run_of(results: str, uri: str) -> str | None:

@@ -69,14 +69,10 @@ def _look(results: str, run_id: str | None) -> _Snapshot:
     finished = {layout.run_of(results, item.uri) for item in found}
     classes = [
         item
-        for item in _listed(results, "classes", run_id)
-        if item.uri.endswith(".parquet") and layout.run_of(results, item.uri) in finished
+        for item in layout.parts_of(_listed(results, "classes", run_id))
+        if layout.run_of(results, item.uri) in finished
     ]
-    images = [
-        item
-        for item in _listed(results, "images", run_id)
-        if layout.shard_number(item.uri) is not None
-    ]
+    images = list(layout.shards_of(_listed(results, "images", run_id)))
     if not (found or images) and next(storage.list_objects(results), None) is None:
         raise FileNotFoundError(f"no results lie at {results}")
     unfinished = [item for item in images if layout.run_of(results, item.uri) not in finished]

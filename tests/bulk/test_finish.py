@@ -451,6 +451,30 @@ def test_files_are_gathered_some_at_a_time(
     assert _tuples(_table(part)) == _sorted_classes(rows)
 
 
+def test_a_run_ends_beside_files_that_are_not_its_own_and_leaves_them(
+    finish_of: Made, prefix: str
+) -> None:
+    rows = _rows(40)
+    layout = RunLayout(results=f"{prefix}/o'results [1]", run_id="r")
+    ours = (layout.images, layout.classes, layout.done_parts)
+    strays = [
+        f"{folder}/{name}"
+        for folder in ours
+        for name in ("_SUCCESS", "README.txt", "old/part-00000.parquet", "old/shard-000000.parquet")
+    ]
+    for stray in strays:
+        storage.write(stray, b"of a person")
+    finishing, _ = finish_of(prefix, rows)
+    finishing.write_classes()
+    finishing.write_done()
+    written = _record(finishing, layout)["bytes_written"]
+    there = [item for folder in ours for item in storage.list_objects(folder)]
+    last = len(storage.read(layout.done))
+    assert written == last + sum(item.size for item in there if item.uri not in strays)
+    assert {item.uri for item in there}.issuperset(strays)
+    assert _tuples(_table(storage.read(layout.class_part(0)))) == _sorted_classes(rows)
+
+
 def test_nothing_is_left_on_local_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
@@ -458,8 +482,8 @@ def test_nothing_is_left_on_local_disk(tmp_path: Path, monkeypatch: pytest.Monke
     with finishing:
         assert os.listdir(tmp_path / "temporary")
     assert os.listdir(tmp_path / "temporary") == []
-    storage.write(f"{layout.images}/shard=00000009.parquet", b"no Parquet")
-    with pytest.raises(Exception, match="shard=00000009"), finishing:
+    storage.write(f"{layout.images}/shard-00000009.parquet", b"no Parquet")
+    with pytest.raises(Exception, match="shard-00000009"), finishing:
         pass
     assert os.listdir(tmp_path / "temporary") == []
 

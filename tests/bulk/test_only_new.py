@@ -116,6 +116,33 @@ def test_parts_of_done_without_the_last_one_are_not_believed(
     assert _names(_new(settings)[0]) == ["01", "02", "03"]
 
 
+def test_what_people_and_tools_put_beside_the_files_of_runs_is_passed_over(
+    prefix: str, settings_for: SettingsFor
+) -> None:
+    settings = settings_for(prefix, only_new=True)
+    _put(prefix, 8)
+    photos, _ = _new(settings)
+    _finished_in_parts(settings.results, "a", [_row(photo, "a") for photo in photos[:3]])
+    _unfinished(settings.results, "b", [_row(photos[3], "b")])
+    _killed_while_it_wrote_done(settings.results, "c", [_row(photo, "c") for photo in photos[4:6]])
+    for stray in (
+        "images/_SUCCESS",
+        "images/README.txt",
+        "images/shard-000009.parquet",
+        "images/run=b/_SUCCESS",
+        "images/run=b/0001.jpg",
+        "images/run=b/old/shard-000000.parquet",
+        "images/run=a/_SUCCESS",
+        "done/_SUCCESS",
+        "done/run=a/_SUCCESS",
+        "done/run=a/notes.parquet",
+        "done/run=c/_SUCCESS",
+    ):
+        storage.write(f"{settings.results}/{stray}", b"of a person")
+    new, before = _new(settings)
+    assert (_names(new), before) == (["06", "07"], 6)
+
+
 def test_the_limit_counts_new_photos_alone(tmp_path: Path, settings_for: SettingsFor) -> None:
     settings = settings_for(str(tmp_path), only_new=True, limit=2)
     _put(str(tmp_path), 6)
