@@ -19,6 +19,7 @@ import ray
 
 from pipeline.bulk.listing import Listed
 from pipeline.bulk.progress import Summary
+from pipeline.bulk.read_back import read_back
 from pipeline.bulk.rows import RowMaker
 from pipeline.bulk.segmenter import Segmenter, Work
 from pipeline.bulk.waves import Pool
@@ -78,8 +79,7 @@ class Alone:
     def segment(self, shard: int, photos: Sequence[Listed]) -> Summary:
         """Creates the shard's file of its photos' rows, each segmented alone."""
         started = time.monotonic()
-        files = [self._single(shard, i, photo) for i, photo in enumerate(photos)]
-        table = pa.concat_tables(pq.read_table(io.BytesIO(file)) for file in files)
+        table = pa.concat_tables(self._single(shard, i, photo) for i, photo in enumerate(photos))
         data = tables.table_to_parquet(table.cast(self._schema))
         summary = Summary(shard=shard, images=len(photos), actor=f"alone with {shard}")
         summary.errors.update(kind for kind in table["error_kind"].to_pylist() if kind)
@@ -90,13 +90,15 @@ class Alone:
         storage.delete([layout.single(shard, i) for i in singles], within=layout.results)
         return summary
 
-    def _single(self, shard: int, position: int, photo: Listed) -> bytes:
+    def _single(self, shard: int, position: int, photo: Listed) -> pa.Table:
+        """The photo's row, kept until the shard has its file. Raises RunStoppedError."""
         uri = self._work.layout.single(shard, position)
         if storage.exists(uri):
-            return storage.read(uri)
+            again = "delete it, and the same command segments the photo again"
+            return read_back(uri, _table, way_out=again)
         data = self._file_of(shard, photo)
         storage.create(uri, data)
-        return data
+        return _table(data)
 
     def _file_of(self, shard: int, photo: Listed) -> bytes:
         deaths = 0
@@ -133,6 +135,10 @@ class Alone:
 
     def _condemned(self, shard: int, photo: Listed, kind: str, message: str) -> bytes:
         return tables.to_parquet([self._rows.error(shard, photo, kind, message)], self._schema)
+
+
+def _table(data: bytes) -> pa.Table:
+    return pq.read_table(io.BytesIO(data))
 
 
 def _is_alive(node: str) -> bool:

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from pipeline.bulk import parts
 from pipeline.bulk.plan import Plan
+from pipeline.bulk.read_back import read_back
 from pipeline.data import storage
 from pipeline.data.labels import Classes
 from pipeline.results import files, tables
@@ -78,8 +79,13 @@ class Outcome:
 
 
 def recorded(layout: RunLayout) -> Outcome:
-    """What the record of a finished run says that its files hold."""
-    [row] = pq.read_table(io.BytesIO(storage.read(layout.record))).to_pylist()
+    """What the record of a finished run says that its files hold. Raises RunStoppedError."""
+    again = "delete it, and the same command ends the run again"
+    return read_back(layout.record, _recorded, way_out=again)
+
+
+def _recorded(data: bytes) -> Outcome:
+    [row] = pq.read_table(io.BytesIO(data)).to_pylist()
     return Outcome(
         images=row["images"],
         ok=row["ok"],

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.bulk.listing import Listed, Listing
+from pipeline.bulk.read_back import read_back
 from pipeline.bulk.settings import Settings, fingerprint
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout
@@ -30,6 +31,8 @@ WAVE_SHARDS = 10_000
 
 WAVE_IMAGES = 500_000
 """Images a part at most: its file must fit one put."""
+
+_ANEW = "another --run-id begins anew, and jobs/clean.py deletes this run"
 
 _IMAGE = pa.struct(
     [
@@ -129,18 +132,14 @@ def _runs_planned(results: str) -> Iterator[str]:
 
 
 def load(layout: RunLayout) -> Plan | None:
-    """The run's plan, None where it has none yet. Raises ValueError where it cannot be read."""
+    """The run's plan, None where it has none yet. Raises RunStoppedError, StorageError."""
     uri = f"{layout.plan}/plan.json"
     try:
-        return Plan.from_json(storage.read(uri))
+        return read_back(uri, Plan.from_json, way_out=f"no plan of this version; {_ANEW}")
     except storage.StorageError as error:
         if error.kind == "vanished":
             return None
         raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{uri} is no plan of this version: {error!r}; take another --run-id"
-        ) from error
 
 
 def check_same(plan: Plan, identity: dict[str, Any]) -> None:
@@ -276,5 +275,6 @@ def _part_bytes(first: int, shards: list[list[Listed]]) -> bytes:
 
 
 def read_part(layout: RunLayout, part: Part) -> pa.Table:
-    """The part's shards, one row each."""
-    return pq.read_table(io.BytesIO(storage.read(f"{layout.plan}/{part.name}")))
+    """The part's shards, one row each. Raises RunStoppedError, StorageError."""
+    uri = f"{layout.plan}/{part.name}"
+    return read_back(uri, lambda data: pq.read_table(io.BytesIO(data)), way_out=_ANEW)

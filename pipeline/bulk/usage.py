@@ -8,10 +8,12 @@ import time
 from dataclasses import asdict, dataclass
 
 from pipeline.bulk.progress import Progress
+from pipeline.bulk.read_back import read_back
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout
 
 SAVE_EVERY_S = 60.0
+_LOST = "delete it, and the same command ends the run without what one driver had used"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +58,11 @@ class Usage:
             storage.write(self._uri, json.dumps(asdict(self._own())).encode())
 
     def total(self) -> Used:
-        """This driver's and all earlier ones'."""
+        """This driver's and all earlier ones'. Raises RunStoppedError, StorageError."""
         total = self._own()
         for item in storage.list_objects(self._layout.usage):
             if item.uri != self._uri:
-                total += Used(**json.loads(storage.read(item.uri)))
+                total += read_back(item.uri, _used, way_out=_LOST)
         return total
 
     def _own(self) -> Used:
@@ -70,6 +72,10 @@ class Usage:
             gpu_seconds=seconds * self._gpus,
             bytes_read=self._progress.bytes_read,
         )
+
+
+def _used(data: bytes) -> Used:
+    return Used(**json.loads(data))
 
 
 def forget(layout: RunLayout) -> None:

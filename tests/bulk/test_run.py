@@ -305,5 +305,18 @@ def test_a_broken_plan_is_said_in_one_line(tmp_path: Path, fill: Any, settings_f
     settings = settings_for(str(tmp_path))
     layout = RunLayout(results=settings.results, run_id="test")
     storage.write(f"{layout.plan}/plan.json", b"{}")
-    with pytest.raises(ValueError, match=r"plan\.json is no plan of this version"):
+    with pytest.raises(RunStoppedError, match=r"plan\.json is broken .* no plan of this version"):
         run(settings, quiet)
+
+
+def test_a_photos_row_that_is_broken_is_said_in_one_line(
+    tmp_path: Path, fill: Any, settings_for: Any, work_for: Any
+) -> None:
+    fill(str(tmp_path), 1)
+    work = work_for(settings_for(str(tmp_path)))
+    storage.write(work.layout.single(3, 0), b"PAR1 half a r")
+    rows = RowMaker(run_id="test", model=work.model, settings=work.settings, classes=VOC)
+    stage = Alone(work, Pool(min_actors=1, max_actors=1, cpus=1, gpus=0), rows)
+    photo = Listed(f"{tmp_path}/photos/1.jpg", "e", 1, None, None)
+    with pytest.raises(RunStoppedError, match=r"000003/00000\.parquet is broken .*: delete it"):
+        stage.segment(3, [photo])

@@ -1,0 +1,86 @@
+"""`jobs/segment.py` where the run's own files cannot be read: one line, exit code 1, a way out."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from small_photos import DEMO, photo
+
+from jobs.arguments import parse
+from jobs.segment import main
+from pipeline.bulk import begin, plan
+from pipeline.bulk.segmenter import Segmenter
+from pipeline.bulk.settings import Settings
+from pipeline.bulk.waves import photos_of
+from pipeline.data import storage
+from pipeline.results.layout import RunLayout
+
+Capture = pytest.CaptureFixture[str]
+
+
+def arguments(prefix: str) -> list[str]:
+    checkpoint = str(DEMO / "tfzoo-voc-mobilenetv2.safetensors")
+    return [
+        *("--images", f"{prefix}/photos", "--results", f"{prefix}/results", "--run-id", "a"),
+        *("--checkpoint", checkpoint, "--cpus-per-actor", "1"),
+    ]
+
+
+def segmented(prefix: str) -> RunLayout:
+    """A run of two photos whose driver was killed when all shards were done, without Ray."""
+    for number in range(2):
+        name, image, _ = photo(number)
+        storage.write(f"{prefix}/photos/{name}", image)
+    settings = parse(Settings, arguments(prefix), description="")
+    layout = RunLayout(results=settings.results, run_id="a")
+    identity = settings.identity(model=begin.look(settings).fingerprint)
+    made = plan.make(settings, layout, identity)
+    work = begin.work_of(settings, layout, made, begin.pool_of(settings))
+    with closing(Segmenter(work)) as segmenter:
+        for row in plan.read_part(layout, made.parts[0]).to_pylist():
+            data, _ = segmenter.rows_of(row["shard"], photos_of(row["images"]))
+            storage.create(layout.shard(row["shard"]), data)
+    return layout
+
+
+def failed(prefix: str, capsys: Capture) -> str:
+    """The one line of a job that ends with 1."""
+    capsys.readouterr()
+    code = main(arguments(prefix))
+    out, err = capsys.readouterr()
+    last = out.splitlines()[-1]
+    assert code == 1
+    assert "this should not happen" not in err
+    assert last.startswith("segment failed exit=1 reason=")
+    return last
+
+
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("plans/run=a/plan.json", "another --run-id begins anew"),
+        ("plans/run=a/part-*.parquet", "another --run-id begins anew"),
+        ("usage/run=a/0123.json", "delete it, and the same command ends the run"),
+        ("runs/run=a.parquet", "delete it, and the same command ends the run again"),
+    ],
+)
+def test_a_file_of_the_run_that_is_cut_off_is_named_with_a_way_out(
+    name: str, way_out: str, tmp_path: Path, capsys: Capture
+) -> None:
+    layout = segmented(str(tmp_path))
+    storage.write(f"{layout.usage}/0123.json", b'{"actor_seconds": 1.0, "gpu_')
+    if name.startswith("runs"):
+        storage.write(layout.record, b"PAR1 and no more")
+    if "part-" in name:
+        storage.delete([layout.shard(0)])  # only then it is read
+    [path] = (tmp_path / "results").glob(name)
+    path.write_bytes(path.read_bytes()[:20])
+    said = failed(str(tmp_path), capsys)
+    assert f"{path} is broken" in said
+    assert way_out in said
+    if "usage" in name or "runs" in name:
+        path.unlink()
+        storage.delete([f"{layout.usage}/0123.json"])
+        assert main(arguments(str(tmp_path))) == 0
