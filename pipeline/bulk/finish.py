@@ -178,7 +178,8 @@ class Finish:
         """Counts what a reader would find, by the files' footers."""
         [(wanted,)] = self._con.execute(_CLASS_ROWS).fetchall()
         there = list(parts_of(storage.list_objects(self._layout.classes)))
-        with files.connect(self._layout.results, there) as con:
+        results = self._layout.results
+        with files.readable(results), files.connect(results, there) as con:
             rows = files.select(con, tables.CLASSES, there)
             [(found,)] = con.execute(f"select count(*) from ({rows})").fetchall()
         if found != wanted:

@@ -65,6 +65,7 @@ def gather(
     """Fills a new table of a connection without files with the schema's columns of all their rows.
 
     It reads some files at a time, so that memory does not grow with their number.
+    Raises StorageError where one cannot be read.
     """
     con.execute("SET parquet_metadata_cache = false")  # footers are read once
     con.execute(f"CREATE TABLE {table} AS {select(con, schema, ())}")
@@ -72,7 +73,8 @@ def gather(
     while some := list(itertools.islice(left, _TOGETHER)):
         if listed is not None:
             listed.hold(some)
-        con.execute(f"INSERT INTO {table} {select(con, schema, some)}")
+        with readable(results):
+            con.execute(f"INSERT INTO {table} {select(con, schema, some)}")
 
 
 def select(
@@ -98,6 +100,29 @@ def select(
         return none
     rows = f"read_parquet([{listed}], hive_partitioning = false, union_by_name = true)"
     return f"SELECT {columns} FROM ({none} UNION ALL BY NAME FROM {rows})"
+
+
+@contextlib.contextmanager
+def readable(results: str) -> Iterator[None]:
+    """What DuckDB says of files that it cannot read is a StorageError, in one line."""
+    try:
+        yield
+    except duckdb.Error as error:
+        said = _gist(error)
+        if said.startswith("KeyboardInterrupt"):  # it came while the remote filesystem read
+            raise KeyboardInterrupt from None
+        raise storage.StorageError(
+            "access",
+            f"what lies below {results} could not be read: {said}; "
+            "the same command goes on once it can",
+        ) from error
+
+
+def _gist(error: duckdb.Error) -> str:
+    """The error without the query's text, and of one of Python's without the traceback."""
+    lines = str(error).partition("\n\nLINE ")[0].strip().splitlines()
+    traced = lines and lines[0].startswith("Traceback")
+    return (lines[-1] if traced else " ".join(lines)).rstrip(".")
 
 
 @contextlib.contextmanager

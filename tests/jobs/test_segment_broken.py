@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from proxy import Proxy, Rule
 from small_photos import DEMO, photo
 
 from jobs.arguments import parse
@@ -15,6 +17,7 @@ from pipeline.bulk.segmenter import Segmenter
 from pipeline.bulk.settings import Settings
 from pipeline.bulk.waves import photos_of
 from pipeline.data import storage
+from pipeline.data.storage import s3
 from pipeline.results.layout import RunLayout
 
 Capture = pytest.CaptureFixture[str]
@@ -84,3 +87,38 @@ def test_a_file_of_the_run_that_is_cut_off_is_named_with_a_way_out(
         path.unlink()
         storage.delete([f"{layout.usage}/0123.json"])
         assert main(arguments(str(tmp_path))) == 0
+
+
+def test_a_shard_that_is_cut_off_is_named(tmp_path: Path, capsys: Capture) -> None:
+    layout = segmented(str(tmp_path))
+    storage.write(layout.shard(0), storage.read(layout.shard(0))[:100])
+    said = failed(str(tmp_path), capsys)
+    assert f"what lies below {layout.results} could not be read: " in said
+    assert layout.shard(0) in said
+
+
+@pytest.fixture
+def proxy(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy that this process's clients go through."""
+    made = Proxy(s3_environment["AWS_ENDPOINT_URL"])
+    made.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", made.url)
+    clients = (s3.filesystem, s3.for_libraries)
+    for client in clients:
+        client.cache_clear()
+    yield made
+    made.stop()
+    for client in clients:
+        client.cache_clear()
+
+
+@pytest.mark.s3
+def test_storage_that_is_away_at_the_end_of_a_run_is_one_line_and_the_same_command_goes_on(
+    s3_prefix: str, proxy: Proxy, capsys: Capture
+) -> None:
+    layout = segmented(s3_prefix)
+    with proxy.ruled(Rule(fault="denied", path=r"/images/.*parquet$", in_a_row=1000)):
+        said = failed(s3_prefix, capsys)
+    assert f"what lies below {layout.results} could not be read: PermissionError: " in said
+    assert "; the same command goes on once it can" in said
+    assert main(arguments(s3_prefix)) == 0
