@@ -13,8 +13,8 @@ import tyro
 from jobs import ending
 from jobs.arguments import parse
 from pipeline.data import storage
-from pipeline.results import clean
 from pipeline.results.layout import check_run_id
+from pipeline.runs import clean, lease
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +39,15 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Deletes and says what; 0, or 1 where it failed, or 2 where the arguments are wrong."""
+    """Deletes and says what; 0, or 1 where it failed, or 2 where the arguments are wrong.
+
+    Who works on the run is told by a lease that changes: one that may be somebody's is watched,
+    which is said on stderr.
+    """
     return ending.answer(
         lambda: parse(Arguments, argv, description=__doc__),
         _clean,
-        stops=(OSError, LookupError, clean.RunInUseError),
+        stops=(OSError, LookupError, lease.HeldError),
     )
 
 

@@ -24,9 +24,7 @@ def run(
     It is 1 where one of `stops` is raised, where the job is interrupted (the last line then says
     `interrupted`), and for a bug; 2 for any other ValueError: arguments that cannot be right.
     """
-    to_stderr = logging.StreamHandler()
-    to_stderr.setFormatter(Formatter("%(levelname)s %(message)s"))
-    logging.basicConfig(handlers=[to_stderr], level=logging.WARNING)
+    _warnings_to_stderr()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` is an interruption
     try:
         said = work()
@@ -51,6 +49,7 @@ def answer(
     What goes wrong is one line on stderr: 2 where `arguments` raises ValueError, 1 where the work
     raises one of `stops` or is interrupted. Anything else is a bug, and is raised.
     """
+    _warnings_to_stderr()
     try:
         given = arguments()
     except ValueError as error:
@@ -62,6 +61,12 @@ def answer(
     except KeyboardInterrupt:
         return _complain(1, "interrupted")
     return 0
+
+
+def _warnings_to_stderr() -> None:
+    to_stderr = logging.StreamHandler()
+    to_stderr.setFormatter(Formatter("%(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[to_stderr], level=logging.WARNING)
 
 
 def _complain(code: int, line: str) -> int:

@@ -15,7 +15,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -60,30 +60,12 @@ class Lease:
                 storage.delete([self._uri], within=self._within)
 
     def _take_over(self) -> None:
-        holder = _read(self._uri)
-        if not _is_dead(holder):
-            held = self._said_of(holder)
-            logger.warning("%s; watching for %g s whether it still lives", held, STALE_S)
-            deadline = time.monotonic() + STALE_S
-            while time.monotonic() < deadline:
-                time.sleep(HEARTBEAT_S / 10)
-                now = _read(self._uri)
-                if now and now != holder:
-                    raise HeldError(self._said_of(now))
-                if not now:
-                    break  # it was given back
+        if living := watch([self._uri], self._run_id):
+            raise HeldError(said_of(living[self._uri], self._run_id))
         storage.write(self._uri, self._content())
         time.sleep(0.5)  # of several that take over at once, the last writer has it
         if _read(self._uri).get("token") != self._token:
             raise HeldError(f"run {self._run_id} was taken over by another driver")
-
-    def _said_of(self, holder: dict[str, Any]) -> str:
-        """Who holds the lease, since when, and for which run where that is another one."""
-        run = holder.get("run_id", self._run_id)
-        since = f" since {holder['since']}" if "since" in holder else ""
-        held = f"run {run} is being worked on by {holder.get('host')}:{holder.get('pid')}{since}"
-        other = f", and run {self._run_id} would do the same work" if run != self._run_id else ""
-        return held + other
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_S):
@@ -118,6 +100,38 @@ def held(uri: str, run_id: str, *, within: str | None = None) -> Iterator[Lease]
         yield lease
     finally:
         lease.release()
+
+
+def watch(uris: Iterable[str], run_id: str) -> dict[str, dict[str, Any]]:
+    """Those of the leases that somebody holds, with what they say; the others are nobody's.
+
+    One that is not there, or whose holder is known to be dead, is known at once. The others are
+    watched together, for `STALE_S` at most: a living holder writes another heartbeat meanwhile.
+    `run_id` is the run of which leases that do not say theirs are. Raises StorageError.
+    """
+    living: dict[str, dict[str, Any]] = {}
+    unknown = {uri: holder for uri in uris if not _is_dead(holder := _read(uri))}
+    for holder in unknown.values():
+        held = said_of(holder, run_id)
+        logger.warning("%s; watching for %g s whether it still lives", held, STALE_S)
+    deadline = time.monotonic() + STALE_S
+    while unknown and time.monotonic() < deadline:
+        time.sleep(HEARTBEAT_S / 10)
+        for uri, holder in list(unknown.items()):
+            if (now := _read(uri)) != holder:
+                del unknown[uri]
+                if now:  # else it was given back
+                    living[uri] = now
+    return living
+
+
+def said_of(holder: dict[str, Any], run_id: str) -> str:
+    """Who holds a lease that `run_id` wants, since when, and for which run where it is another."""
+    run = holder.get("run_id", run_id)
+    since = f" since {holder['since']}" if "since" in holder else ""
+    held = f"run {run} is being worked on by {holder.get('host')}:{holder.get('pid')}{since}"
+    other = f", and run {run_id} would do the same work" if run != run_id else ""
+    return held + other
 
 
 def clear(uri: str, *, within: str | None = None) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,9 @@ from results.made_up import write_run
 from jobs.clean import main
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout
+from pipeline.runs import lease
+
+ROOT = Path(__file__).parents[2]
 
 Capture = pytest.CaptureFixture[str]
 
@@ -48,20 +54,37 @@ def test_without_a_run_only_leftovers_go(prefix: str, capsys: Capture) -> None:
 
 
 def test_a_run_that_is_not_there_or_in_use_is_one_line_and_exit_1(
-    tmp_path: Path, capsys: Capture
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.2)
     results = str(tmp_path)
     write_run(results, "a", finished=False)
-    lease = {"host": "node7", "pid": 42, "heartbeat": datetime.now(UTC).isoformat()}
-    storage.write(RunLayout(results=results, run_id="a").lease, json.dumps(lease).encode())
-    before = names(results)
     assert main([results, "--run-id", "b"]) == 1
     assert capsys.readouterr() == ("", f"no run b lies at {results}\n")
-    assert main([results, "--run-id", "a"]) == 1
+    with lease.held(RunLayout(results=results, run_id="a").lease, "a"):
+        before = names(results)
+        assert main([results, "--run-id", "a"]) == 1
+        assert names(results) == before
     said = capsys.readouterr().err
-    assert said.startswith("run a is being worked on by node7:42")
+    assert said.startswith(f"run a is being worked on by {socket.gethostname()}:{os.getpid()}")
+    assert said.endswith("; stop it, and clean then\n")
     assert said.count("\n") == 1
-    assert names(results) == before
+
+
+def test_what_is_waited_for_is_said(tmp_path: Path) -> None:
+    write_run(str(tmp_path), "a", finished=False)
+    silent = {"run_id": "a", "host": "node7", "pid": 42}
+    storage.write(RunLayout(results=str(tmp_path), run_id="a").lease, json.dumps(silent).encode())
+    code = (
+        "import sys; from jobs.clean import main; from pipeline.runs import lease; "
+        "lease.STALE_S = 1.0; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), "--run-id", "a"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stderr == (
+        "WARNING run a is being worked on by node7:42; watching for 1 s whether it still lives\n"
+    )
+    assert names(str(tmp_path)) == set()
 
 
 @pytest.mark.parametrize("argv", [[], ["x", "--run-id", "../x"], ["gs://x"], ["x", "--runs"]])

@@ -13,41 +13,38 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from datetime import UTC, datetime
 from itertools import groupby
 
 from pipeline.data import storage
 from pipeline.results import layout
 from pipeline.results.layout import RunLayout
+from pipeline.runs import lease
 
 FRESH_S = 60.0
-"""A lease refreshed since is somebody's, and so is a temporary file written since."""
+"""A temporary file written since is somebody's."""
 
 _THREADS = 16
 _CHUNK_OBJECTS = 100
 
 
-class RunInUseError(RuntimeError):
-    """The run is being worked on: its lease was refreshed within the last `FRESH_S`."""
-
-
 def of_run(results: str, run_id: str) -> list[storage.Object]:
     """Every object of the run, in the order in which they are to be deleted.
 
+    The lease of an unfinished run is watched first, for `lease.STALE_S` at most.
     Raises ValueError where `run_id` could be none, LookupError where nothing is of that run,
-    RunInUseError where it is unfinished and somebody works on it.
+    HeldError where it is unfinished and somebody works on it.
     """
     run = RunLayout(results=storage.normalise(results), run_id=run_id)
-    record, lease = storage.stat_object(run.record), storage.stat_object(run.lease)
-    if lease and not record:
-        _refuse_if_held(run.lease, run_id)
+    record, held = storage.stat_object(run.record), storage.stat_object(run.lease)
+    if held and not record:
+        _refuse_if_held(run)
     found = [item for item in (record, storage.stat_object(run.done)) if item]
     # a plan that lost parts must not be taken up again: plan.json goes before them
     plan = storage.join(run.plan, "plan.json")
     for folder in (run.done_parts, run.classes, run.images, run.plan, run.singles, run.usage):
         found += sorted(storage.list_objects(folder), key=lambda item: (item.uri != plan, item))
         found += _temporary(folder)
-    found += [lease] if lease else []
+    found += [held] if held else []
     if not found:
         raise LookupError(f"no run {run_id} lies at {run.results}")
     return found
@@ -58,7 +55,8 @@ def leftovers(results: str) -> list[storage.Object]:
 
     Temporary files; leases, single rows and accounts of finished runs; files beside a plan that it
     does not name; leases and files of runs that died before they had a plan. A temporary file
-    younger than `FRESH_S` may be a living writer's and stays.
+    younger than `FRESH_S` may be a living writer's and stays. Leases that somebody may hold are
+    watched first, all together, for `lease.STALE_S` at most.
     Raises LookupError where nothing lies.
     """
     results = storage.normalise(results)
@@ -67,8 +65,8 @@ def leftovers(results: str) -> list[storage.Object]:
     found = _unplanned(results)
     for run in _finished(results):
         found += [*storage.list_objects(run.singles), *storage.list_objects(run.usage)]
-        if lease := storage.stat_object(run.lease):
-            found.append(lease)
+        if held := storage.stat_object(run.lease):
+            found.append(held)
     return [*found, *_unnamed_parts(results), *filter(_is_old, _temporary(results))]
 
 
@@ -91,20 +89,10 @@ def folder_of(results: str, item: storage.Object) -> str:
     return folder if slash else "."
 
 
-def _refuse_if_held(uri: str, run_id: str) -> None:
-    try:
-        lease = json.loads(storage.read(uri))
-        holder = f"{lease.get('host')}:{lease.get('pid')}"
-        beat = datetime.fromisoformat(lease["heartbeat"])
-    except (storage.StorageError, ValueError, KeyError, TypeError, AttributeError):
-        return  # gone, or nothing that a driver wrote
-    now = datetime.now(UTC) if beat.tzinfo else datetime.now()
-    age_s = (now - beat).total_seconds()
-    if age_s < FRESH_S:
-        raise RunInUseError(
-            f"run {run_id} is being worked on by {holder}, last seen {max(0.0, age_s):.0f} s "
-            f"ago; stop it, or if it was killed try again {FRESH_S:.0f} s after that"
-        )
+def _refuse_if_held(run: RunLayout) -> None:
+    if living := lease.watch([run.lease], run.run_id):
+        held = lease.said_of(living[run.lease], run.run_id)
+        raise lease.HeldError(f"{held}; stop it, and clean then")
 
 
 def _finished(results: str) -> list[RunLayout]:
@@ -115,22 +103,26 @@ def _finished(results: str) -> list[RunLayout]:
 
 def _unplanned(results: str) -> list[storage.Object]:
     """Leases that nobody holds, of --only-new and of runs without a plan; the files of those."""
-    found = []
-    for lease in storage.list_objects(storage.join(results, "leases")):
-        run_id = layout.run_of(results, lease.uri)
-        if layout.is_only_new_lease(results, lease.uri):
-            with suppress(RunInUseError):
-                _refuse_if_held(lease.uri, "")
-                found.append(lease)
-        if run_id is None:
-            continue
-        run = RunLayout(results=results, run_id=run_id)
-        if storage.exists(storage.join(run.plan, "plan.json")) or storage.exists(run.record):
-            continue
-        with suppress(RunInUseError):
-            _refuse_if_held(run.lease, run_id)
-            found += [*storage.list_objects(run.plan), lease]
+    leases = list(storage.list_objects(storage.join(results, "leases")))
+    new = [item for item in leases if layout.is_only_new_lease(results, item.uri)]
+    runs = {
+        item: RunLayout(results=results, run_id=run_id)
+        for item in leases
+        if (run_id := layout.run_of(results, item.uri))
+    }
+    unplanned = [item for item, run in runs.items() if _has_no_plan(run)]
+    living = lease.watch((item.uri for item in [*new, *unplanned]), "unknown")
+    found = [item for item in new if item.uri not in living]
+    for item in unplanned:
+        if item.uri not in living and _has_no_plan(runs[item]):
+            found += [*storage.list_objects(runs[item].plan), item]
     return found
+
+
+def _has_no_plan(run: RunLayout) -> bool:
+    """Whether it died, or is, before its plan; a finished run never is, whatever was deleted."""
+    plan = storage.join(run.plan, "plan.json")
+    return not (storage.exists(plan) or storage.exists(run.record))
 
 
 def _unnamed_parts(results: str) -> list[storage.Object]:

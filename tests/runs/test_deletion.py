@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import subprocess
+import sys
+import threading
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -12,9 +17,12 @@ import pytest
 from results.made_up import write_run
 
 from pipeline.data import storage
-from pipeline.results import clean
 from pipeline.results.layout import FOLDERS, RunLayout, only_new_lease
 from pipeline.results.query import connect
+from pipeline.runs import clean, lease
+from pipeline.runs.lease import HeldError
+
+HEARTBEAT_S, STALE_S = 0.2, 1.5
 
 
 def write_all(results: str, run_id: str, *, finished: bool = True) -> RunLayout:
@@ -28,10 +36,37 @@ def write_all(results: str, run_id: str, *, finished: bool = True) -> RunLayout:
     return run
 
 
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_S", HEARTBEAT_S)
+    monkeypatch.setattr(lease, "STALE_S", STALE_S)
+
+
 def write_lease(run: RunLayout, *, age_s: float) -> None:
+    storage.write(run.lease, lease_of(age_s))
+
+
+def lease_of(age_s: float) -> bytes:
+    """A lease of another machine, whose heartbeat is so old by this machine's clock."""
     beat = datetime.now(UTC) - timedelta(seconds=age_s)
-    lease = {"host": "node7", "pid": 42, "heartbeat": beat.isoformat()}
-    storage.write(run.lease, json.dumps(lease).encode())
+    return json.dumps({"host": "node7", "pid": 42, "heartbeat": beat.isoformat()}).encode()
+
+
+@contextlib.contextmanager
+def beating(uri: str, *, age_s: float = 0.0) -> Iterator[None]:
+    """A driver on another machine, whose clock is so far behind, holds the lease meanwhile."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(HEARTBEAT_S):
+            storage.write(uri, lease_of(age_s))
+
+    storage.write(uri, lease_of(age_s))
+    driver = threading.Thread(target=beat)
+    driver.start()
+    yield
+    ended.set()
+    driver.join()
 
 
 def names(results: str) -> set[str]:
@@ -63,8 +98,9 @@ def test_the_record_goes_first_and_the_plan_before_its_parts(prefix: str) -> Non
 
 
 def test_a_deletion_cut_off_anywhere_is_no_finished_run_and_is_ended_by_another(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(lease, "STALE_S", 0.0)
     results = str(tmp_path)
     write_all(results, "other")
     write_all(results, "a")
@@ -94,20 +130,44 @@ def test_many_objects_are_deleted(prefix: str) -> None:
     assert names(prefix) == set()
 
 
-def test_an_unfinished_run_is_not_deleted_while_somebody_works_on_it(prefix: str) -> None:
+@pytest.mark.parametrize("behind_s", [0, 90, 86_400, -90])
+def test_an_unfinished_run_is_not_deleted_while_somebody_works_on_it_whatever_their_clock_says(
+    prefix: str, behind_s: float
+) -> None:
     run = write_all(prefix, "a", finished=False)
-    write_lease(run, age_s=50)
-    with pytest.raises(clean.RunInUseError, match=r"run a is being worked on by node7:42"):
+    before = names(prefix)
+    with (
+        beating(run.lease, age_s=behind_s),
+        pytest.raises(HeldError, match=r"run a is being worked on by node7:42"),
+    ):
         clean.of_run(prefix, "a")
-    write_lease(run, age_s=-5)  # a clock that runs ahead
-    with pytest.raises(clean.RunInUseError):
-        clean.of_run(prefix, "a")
-    write_lease(run, age_s=70)
-    assert clean.of_run(prefix, "a")
-    write_lease(run, age_s=24 * 3600 + 5)  # not five seconds
-    assert clean.of_run(prefix, "a")
-    storage.write(run.lease, b"half a lea")
-    assert clean.of_run(prefix, "a")
+    assert names(prefix) == before
+
+
+@pytest.mark.parametrize("content", [lease_of(3600), lease_of(0), lease_of(-3600), b"half a lea"])
+def test_an_unfinished_run_whose_lease_does_not_change_while_watched_is_deleted(
+    prefix: str, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = write_all(prefix, "a", finished=False)
+    storage.write(run.lease, content)
+    started = time.monotonic()
+    assert set(found(prefix, clean.of_run(prefix, "a"))) == names(prefix)
+    assert time.monotonic() - started >= STALE_S
+    assert f"watching for {STALE_S:g} s whether it still lives" in caplog.text
+
+
+def test_where_there_is_no_lease_or_its_process_is_known_to_be_dead_nobody_waits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    results = str(tmp_path)
+    run = write_all(results, "a", finished=False)
+    storage.delete([run.lease])
+    assert clean.of_run(results, "a")
+    code = "import os, sys; from pipeline.runs.lease import Lease; Lease(*sys.argv[1:]).acquire()"
+    command = [sys.executable, "-c", f"{code}; os._exit(0)", run.lease, "a"]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
+    assert clean.of_run(results, "a")
+    assert caplog.text == ""
 
 
 def test_a_finished_run_is_deleted_whatever_its_lease_says(prefix: str) -> None:
@@ -129,13 +189,11 @@ def test_the_lease_of_what_is_new_is_a_leftover_once_nobody_holds_it(prefix: str
     write_run(prefix, "open", finished=False)
     run = RunLayout(results=prefix, run_id="open")
     write_lease(run, age_s=5)
-    held = only_new_lease(prefix, "held")
-    storage.write(held, storage.read(run.lease))
-    assert found(prefix, clean.leftovers(prefix)) == []
-    write_lease(run, age_s=3600)
-    storage.write(only_new_lease(prefix, "old"), storage.read(run.lease))
-    storage.write(f"{prefix}/leases/notes.txt", b"of a person")
-    assert found(prefix, clean.leftovers(prefix)) == ["leases/only-new-old.json"]
+    with beating(only_new_lease(prefix, "held")):
+        assert found(prefix, clean.leftovers(prefix)) == []
+        storage.write(only_new_lease(prefix, "old"), storage.read(run.lease))
+        storage.write(f"{prefix}/leases/notes.txt", b"of a person")
+        assert found(prefix, clean.leftovers(prefix)) == ["leases/only-new-old.json"]
 
 
 def test_parts_that_the_plan_does_not_name_are_leftovers_once_there_is_a_plan(prefix: str) -> None:
@@ -167,13 +225,14 @@ def test_a_run_id_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
 def test_what_a_run_left_that_died_before_it_had_a_plan_is_a_leftover(prefix: str) -> None:
     dead = RunLayout(results=prefix, run_id="dead")
     planning = RunLayout(results=prefix, run_id="planning")
-    for run, age_s in ((dead, 3600), (planning, 1)):
+    for run in (dead, planning):
         storage.write(f"{run.plan}/part-00000-0.parquet", b"part")
-        write_lease(run, age_s=age_s)
-    assert set(found(prefix, clean.leftovers(prefix))) == {
-        "leases/run=dead.json",
-        "plans/run=dead/part-00000-0.parquet",
-    }
+    write_lease(dead, age_s=-1)
+    with beating(planning.lease, age_s=3600):
+        assert set(found(prefix, clean.leftovers(prefix))) == {
+            "leases/run=dead.json",
+            "plans/run=dead/part-00000-0.parquet",
+        }
 
 
 def test_cleaning_where_nothing_lies_is_an_error(prefix: str) -> None:
