@@ -30,6 +30,10 @@ from pipeline.runs.cluster import RunStoppedError
 Watch = Callable[[Plan, Progress], None]
 """Is told how far the run is: once when it begins, and after every shard."""
 
+ERRORS_ALWAYS_ALLOWED = 10
+"""Errors that stop no run, however small: one broken photo of a night's three is over any fraction,
+and an unfinished run is what every following night takes up first."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
@@ -202,10 +206,10 @@ class _Run:
         self._check_errors(outcome.errors, outcome.errors_by_kind)
 
     def _check_errors(self, errors: int, kinds: Any) -> None:
-        allowed = self._settings.max_error_fraction * self._plan.counts.images
-        if errors > allowed:
+        fraction = self._settings.max_error_fraction
+        if errors > max(ERRORS_ALWAYS_ALLOWED, fraction * self._plan.counts.images):
             raise RunStoppedError(
                 f"{errors} of {self._plan.counts.images} photos are errors (mostly "
-                f"{kinds[0][0]}), over --max-error-fraction {self._settings.max_error_fraction:g}; "
+                f"{kinds[0][0]}), over --max-error-fraction {fraction:g}; "
                 "what is done stays: a larger fraction ends this run, another --run-id begins anew"
             )

@@ -101,7 +101,7 @@ class Settings:
     price_per_gpu_hour: float | None = None
     """What a GPU costs an hour, for the estimate of a dry run and the run's record."""
     max_error_fraction: float = 0.05
-    """The run stops when more than this part of its photos are errors."""
+    """The run stops when more than this part of its photos are errors; 10 errors never stop it."""
     dry_run: bool = False
     """Say what would be done and about what it takes, and do nothing."""
     calibration_images: int = 24

@@ -249,14 +249,32 @@ def test_too_many_errors_stop_the_run_and_a_larger_fraction_ends_it(
 ) -> None:
     fill(str(tmp_path), 4)
     fill_broken(str(tmp_path))
-    with pytest.raises(RunStoppedError, match=r"3 of 9 photos are errors .*--max-error-fraction"):
+    _put_letters(str(tmp_path), 8)
+    stops = r"11 of 17 photos are errors \(mostly not_an_image\), over --max-error-fraction"
+    with pytest.raises(RunStoppedError, match=stops):
         run(settings_for(str(tmp_path), max_error_fraction=0.2), quiet)
-    settings = settings_for(str(tmp_path), max_error_fraction=0.4)
+    settings = settings_for(str(tmp_path), max_error_fraction=0.7)
     layout = RunLayout(results=settings.results, run_id="test")
     assert not storage.exists(layout.record)
     assert not storage.exists(layout.lease)
     run(settings, quiet)
     assert storage.exists(layout.record)
+
+
+def _put_letters(prefix: str, count: int) -> None:
+    """Puts objects that are no images where the photos are."""
+    for number in range(count):
+        storage.write(f"{prefix}/photos/letter-{number}.jpg", b"a letter, not a photo")
+
+
+def test_ten_errors_stop_no_run_however_few_photos_it_has(
+    tmp_path: Path, fill: Any, settings_for: Any
+) -> None:
+    fill(str(tmp_path), 1)
+    _put_letters(str(tmp_path), 10)
+    ended = run(settings_for(str(tmp_path), max_error_fraction=0.05), quiet)
+    assert ended.outcome is not None
+    assert (ended.outcome.ok, ended.outcome.errors) == (1, 10)
 
 
 def test_a_second_driver_is_refused_while_the_first_works(
