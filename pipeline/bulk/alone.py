@@ -30,6 +30,9 @@ from pipeline.runs.cluster import RunStoppedError
 DEATHS = 2
 """Deaths of a process with the photo alone on it that condemn the photo."""
 
+_DIED = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
+"""What Ray says of a process that died; the latter where Ray itself killed it, for memory."""
+
 TRIES = 10
 """Processes that are started for one photo at most, those that nodes took with them included."""
 
@@ -111,14 +114,10 @@ class Alone:
             except ray.exceptions.GetTimeoutError:
                 self.close()
                 return self._condemned(shard, photo, "timeout", f"no mask within {DEADLINE_S:g} s")
-            except ray.exceptions.RayActorError as error:
-                self._actor, node, self._node = None, self._node, None
-                if node is not None and _is_alive(node):
-                    deaths += 1
-                    logger.warning("the process died with %r alone on it: %s", photo.uri, error)
+            except _DIED as error:
+                deaths += self._died_of(photo, error)
                 if deaths == DEATHS:
-                    message = f"its process died {DEATHS} times with nothing else on it"
-                    return self._condemned(shard, photo, "worker_died", message)
+                    return self._condemned(shard, photo, *_cause(error))
             except ray.exceptions.RayError as error:  # a bug, or a fault of the system
                 raise RunStoppedError(str(error).strip().splitlines()[-1]) from error
             else:
@@ -133,12 +132,28 @@ class Alone:
         node: str = ray.get(starting)
         return node
 
+    def _died_of(self, photo: Listed, error: Exception) -> bool:
+        """Whether the death was the photo's doing; the next try starts another process."""
+        self._actor, node, self._node = None, self._node, None
+        if node is None or not _is_alive(node):
+            return False
+        logger.warning("the process died with %r alone on it: %s", photo.uri, error)
+        return True
+
     def _condemned(self, shard: int, photo: Listed, kind: str, message: str) -> bytes:
         return tables.to_parquet([self._rows.error(shard, photo, kind, message)], self._schema)
 
 
 def _table(data: bytes) -> pa.Table:
     return pq.read_table(io.BytesIO(data))
+
+
+def _cause(error: Exception) -> tuple[str, str]:
+    """The kind of error, and words, of a photo with which the process died so."""
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        message = f"its process was killed {DEATHS} times to save the node's memory"
+        return "out_of_memory", f"{message}, with nothing else on it"
+    return "worker_died", f"its process died {DEATHS} times with nothing else on it"
 
 
 def _is_alive(node: str) -> bool:

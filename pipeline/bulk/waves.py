@@ -47,6 +47,7 @@ _LOST = (
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.NodeDiedError,
     ray.exceptions.ObjectLostError,
+    ray.exceptions.OutOfMemoryError,  # Ray itself killed the process, to save its node
 )
 """What Ray says of shards that died with a process or a node."""
 

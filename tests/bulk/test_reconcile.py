@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import pyarrow as pa
 import pytest
+import ray
 
 from pipeline.bulk import plan, waves
 from pipeline.bulk.progress import Summary
@@ -111,6 +112,19 @@ def test_a_node_that_alone_is_cut_off_from_storage_costs_its_wave_and_not_the_ru
     assert len(one_row("", False)) == 1
     with pytest.raises(RunStoppedError, match="a bug"):
         one_row("a bug", False)
+
+
+def test_processes_that_ray_kills_for_memory_cost_their_wave_and_not_the_run(
+    one_row: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(_: Any) -> Any:
+        raise ray.exceptions.OutOfMemoryError("the node runs out of memory")
+
+    one_row("", False)
+    monkeypatch.setattr(waves, "Watchdog", lambda *_: Mock(watched=killed))
+    pool = _NoRay(min_actors=1, max_actors=1, cpus=1, gpus=0)
+    with pytest.raises(WaveLostError, match="runs out of memory"):
+        list(waves.run(one_row.work, pa.table({"shard": [0]}), pool, Mock()))
 
 
 @pytest.mark.parametrize("refused", ["read", "write"])

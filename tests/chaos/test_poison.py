@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hooks.sitecustomize import DEADLY
+from hooks.sitecustomize import DEADLY, GREED_BYTES, GREEDY
+from nodes import Nodes
 from outcomes import check, watched
 from PIL import Image
 from small_photos import photo
@@ -41,9 +43,10 @@ def _noted(path: Path) -> list[int]:
     return [int(pid) for pid in path.read_text().split()]
 
 
-def _deadly_png() -> bytes:
+def _png(first_pixels: tuple[int, ...]) -> bytes:
+    """A photo that begins so."""
     pixels = np.asarray(Image.open(io.BytesIO(photo(3)[1])).convert("RGB")).copy()
-    pixels.reshape(-1)[: len(DEADLY)] = DEADLY
+    pixels.reshape(-1)[: len(first_pixels)] = first_pixels
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
@@ -72,7 +75,7 @@ def test_a_photo_whose_inference_kills_the_actor_with_shards_queued_on_it(
     world: World, control_s: float
 ) -> None:
     uri = f"{BUCKET}/deadly/0.png"
-    storage.write(uri, _deadly_png())
+    storage.write(uri, _png(DEADLY))
     killer = world.killer()
     photos = ("--images", BUCKET, "--include", "night/* deadly/*")
     with watched("an actor that dies during inference", results_of("deadly")) as line:
@@ -81,3 +84,40 @@ def test_a_photo_whose_inference_kills_the_actor_with_shards_queued_on_it(
     check(world, "deadly", line, kinds={uri: ["worker_died"]})
     assert line.injected == 4  # among others, beside nothing queued, and twice alone
     assert line.seconds < control_s + LONGER_S * world.crowd
+
+
+@pytest.fixture
+def small_node(world: World) -> Iterator[Nodes]:
+    """A node on which Ray kills who takes two thirds of what the greedy photo does."""
+    total, free = _memory("MemTotal"), _memory("MemAvailable")
+    if free < 1.5 * GREED_BYTES:
+        pytest.skip("the machine has too little memory to spare")
+    most = (total - free + 2 * GREED_BYTES / 3) / total
+    watch = {"RAY_memory_usage_threshold": f"{most:.3f}", "RAY_memory_monitor_refresh_ms": "100"}
+    nodes = Nodes(world.variables | watch)
+    nodes.add(cpus=4)
+    yield nodes
+    nodes.close()
+
+
+def _memory(name: str) -> int:
+    """Bytes, by the kernel."""
+    [line] = [line for line in Path("/proc/meminfo").read_text().splitlines() if name in line]
+    return int(line.split()[1]) << 10
+
+
+def test_a_photo_for_which_the_node_kills_the_actor_to_save_its_memory(
+    world: World, small_node: Nodes
+) -> None:
+    uri = f"{BUCKET}/greedy/0.png"
+    storage.write(uri, _png(GREEDY))
+    few = {name: row for name, row in world.rows.items() if "/night/0/000" in name}
+    killer = world.killer()
+    photos = ("--images", BUCKET, "--include", "night/0/000* greedy/*", "--shard-images", "4")
+    with watched("an actor that is killed for memory", results_of("greedy")) as line:
+        run = world.run("greedy", *photos, nodes=small_node)
+        assert run.wait() == 0, run.said
+        line.injected = len(_noted(killer.folder / "poisoned"))
+    check(world, "greedy", line, kinds={uri: ["out_of_memory"]}, rows=few)
+    assert line.injected >= 2  # alone; among others, others may have been killed in its place
+    assert line.seconds < 2 * LONGER_S * world.crowd

@@ -62,11 +62,26 @@ def _hang(_data):
         time.sleep(1)
 
 
+def _devour():
+    """Eats so much and no more: what does not kill it by then will not."""
+    eaten = []
+    for _ in range(GREED_BYTES // _GREED_STEP):
+        eaten.append(b"\1" * _GREED_STEP)
+        time.sleep(0.05)  # who watches the node's memory looks ten times a second
+    time.sleep(_WAIT_S)
+
+
 POISON = {b"faults:crash": _crash, b"faults:eat": _eat, b"faults:hang": _hang}
 """What a decoder does with a photo that holds these bytes."""
 
 DEADLY = (255, 0, 254, 1, 2, 3)
 """The first two pixels of a photo whose inference kills its process."""
+
+GREEDY = (255, 0, 254, 1, 2, 4)
+"""The first two pixels of a photo whose inference eats memory until its process is killed."""
+
+GREED_BYTES = 8 << 30
+_GREED_STEP = 256 << 20
 
 
 def _poisoned(stage, arguments):
@@ -86,6 +101,9 @@ def _poisoned(stage, arguments):
         if any(tuple(image.reshape(-1)[:6]) == DEADLY for image in images):
             _note("poisoned")
             os.kill(os.getpid(), signal.SIGKILL)
+        if any(tuple(image.reshape(-1)[:6]) == GREEDY for image in images):
+            _note("poisoned")
+            _devour()
 
 
 def _claimed(stage, place):
