@@ -13,8 +13,8 @@ from pipeline.bulk.begin import pool_of, progress_of, work_of
 from pipeline.bulk.estimate import Estimate, Spread
 from pipeline.bulk.plan import Plan
 from pipeline.bulk.progress import Progress
-from pipeline.bulk.segmenter import SystemicError
 from pipeline.bulk.settings import Settings
+from pipeline.bulk.source import SystemicError
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout
 

@@ -24,26 +24,12 @@ from pipeline.bulk.network import Network
 from pipeline.bulk.progress import Summary
 from pipeline.bulk.rows import RowMaker
 from pipeline.bulk.settings import Inference
+from pipeline.bulk.source import Source, Streak, SystemicError
 from pipeline.bulk.witness import Witness
 from pipeline.data import storage
 from pipeline.model import weights
 from pipeline.results import tables
 from pipeline.results.layout import RunLayout
-
-FAILURES_IN_A_ROW = 50
-"""So many photos in a row that fail in one way which is not theirs are a fault of the system."""
-
-
-_OBJECTS_OWN = ("vanished", "changed")
-"""What a healthy storage says of an object that was deleted or replaced after the plan."""
-
-
-class SystemicError(RuntimeError):
-    """Nothing is to be gained by going on: the run stops, and can be continued."""
-
-
-class CutOffError(SystemicError):
-    """Storage refuses this process everything; whether others too, the driver looks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +69,7 @@ class Segmenter:
             self.decoders, work.cpus, max_object_bytes=work.inference.max_object_bytes
         )
         self._network = Network(model, work.inference, gpu=work.gpu)
-        self._witness = Witness(work.images)
+        self._photos = Source(Witness(work.images, work.layout.results))
         self._rows = RowMaker(
             run_id=work.layout.run_id,
             model=work.model,
@@ -91,7 +77,7 @@ class Segmenter:
             classes=self.classes,
         )
         self._schema = tables.with_footer(tables.IMAGES, self.classes)
-        self._streak, self._network_streak = _Streak(), _Streak()
+        self._network_streak = Streak()
         self._turn = threading.Lock()
 
     def close(self) -> None:
@@ -119,9 +105,10 @@ class Segmenter:
         rows: dict[str, dict[str, Any]] = {}
         refused = self._look(shard, self._counted(self._loader.stream(photos)), summary, rows, tell)
         if refused:
-            self._check_storage(refused)
+            self._photos.check_refused({photo.uri for photo in refused})
             self._look(shard, self._loader.stream(refused), summary, rows, tell)
         ordered = [rows[photo.uri] for photo in photos]
+        self._check_vanished(ordered)
         summary.errors.update(row["error_kind"] for row in ordered if row["status"] == "error")
         summary.label_errors = sum(row.get("label_error") is not None for row in ordered)
         return tables.to_parquet(ordered, self._schema), summary
@@ -145,21 +132,21 @@ class Segmenter:
                     if loaded.refused:
                         refused.append(loaded.listed)
                     elif loaded.fetched_bytes:
-                        self._witness.saw(loaded.listed)
+                        self._photos.witness.saw(loaded.listed)
                 if tell is not None:
                     tell(len(rows))
         return refused
 
-    def _check_storage(self, refused: Sequence[Listed]) -> None:
-        """Raises CutOffError where storage refuses everything, and not these photos alone."""
-        refusal = self._witness.refusal({photo.uri for photo in refused})
-        if refusal is not None:
-            raise CutOffError(f"storage gives no photo any more: {refusal}")
+    def _check_vanished(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Raises CutOffError where a whole shard is gone with all other photos."""
+        gone = [row["uri"] for row in rows if row.get("error_kind") == "vanished"]
+        if gone and len(gone) == len(rows):
+            self._photos.check_vanished(gone)
 
     def _counted(self, stream: Iterator[Loaded]) -> Iterator[Loaded]:
         """The stream; raises SystemicError after too many failures in a row."""
         for loaded in stream:
-            self._streak.count(loaded.error_kind, loaded.error)
+            self._photos.count(loaded.listed.uri, loaded.error_kind, loaded.error)
             yield loaded
 
     def _batches(self, stream: Iterator[Loaded], summary: Summary) -> Iterator[list[Loaded]]:
@@ -197,29 +184,15 @@ class Segmenter:
         for loaded, result in zip(batch, results, strict=True):
             if result is None:
                 message = "the network does not fit into memory with this photo"
-                self._network_streak.count("out_of_memory", message)
+                if self._network_streak.count(loaded.listed.uri, "out_of_memory"):
+                    raise SystemicError(
+                        f"{len(self._network_streak)} photos in a row failed (out_of_memory): "
+                        f"{message}"
+                    )
                 yield self._rows.error(shard, loaded.listed, "out_of_memory", message)
             else:
-                self._network_streak.count(None)
+                self._network_streak.count(loaded.listed.uri, None)
                 yield self._rows.ok(shard, loaded, *result)
-
-
-class _Streak:
-    """Counts failures in a row of one kind that is not the photo's own fault."""
-
-    def __init__(self) -> None:
-        self._kind: str | None = None
-        self._length = 0
-
-    def count(self, kind: str | None, error: str | None = None) -> None:
-        """Raises SystemicError at `FAILURES_IN_A_ROW`."""
-        if kind is None or kind in tables.PERMANENT_ERRORS or kind in _OBJECTS_OWN:
-            self._kind, self._length = None, 0
-            return
-        self._length = self._length + 1 if kind == self._kind else 1
-        self._kind = kind
-        if self._length >= FAILURES_IN_A_ROW:
-            raise SystemicError(f"{self._length} photos in a row failed ({kind}): {error}")
 
 
 def _timed(stream: Iterator[Loaded], summary: Summary) -> Iterator[Loaded]:

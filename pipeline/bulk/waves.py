@@ -27,7 +27,8 @@ from ray.util.annotations import RayDeprecationWarning
 from pipeline.bulk import witness
 from pipeline.bulk.listing import Listed
 from pipeline.bulk.progress import Summary
-from pipeline.bulk.segmenter import CutOffError, Segmenter, SystemicError, Work
+from pipeline.bulk.segmenter import Segmenter, Work
+from pipeline.bulk.source import CutOffError, SystemicError
 from pipeline.bulk.watch import Teller, WatchCallback, Watchdog
 from pipeline.data.storage import StorageError
 from pipeline.runs import cluster

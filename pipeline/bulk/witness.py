@@ -1,24 +1,31 @@
-"""Does storage refuse one photo, or everything? A photo that it gave before is asked for again."""
+"""Does storage refuse one photo, or everything? A photo that it gave before is asked for again.
+
+And are photos that it does not find deleted, or gone with all that lay there? A listing tells.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from pipeline.bulk.listing import Listed
 from pipeline.data import storage
 from pipeline.data.storage import Object, StorageError
-from pipeline.results.layout import RunLayout
+from pipeline.results.layout import RunLayout, is_only_new_lease, run_of
 
 _OTHERS = 3
 """Photos of the listing that are tried by who was given none yet."""
 
 
 class Witness:
-    """Remembers a photo that could be read, for `refusal`; `images` is where photos lie."""
+    """Remembers a photo that could be read, for `refusal`; `images` is where photos lie.
 
-    def __init__(self, images: str) -> None:
+    `results` may lie below it: what is written there is no photo.
+    """
+
+    def __init__(self, images: str, results: str) -> None:
         self._images = images
+        self._results = results
         self._given: Object | None = None
 
     def saw(self, photo: Listed) -> None:
@@ -42,11 +49,43 @@ class Witness:
             return error
         return last
 
+    def loss(self, gone: Collection[str]) -> StorageError | None:
+        """Why the photos `gone`, which storage does not find, are no deleted ones.
+
+        None where a listing shows others, and none of them.
+        """
+        try:
+            for item in self._listed_among(gone):
+                if item.uri in gone:
+                    return StorageError("vanished", f"{item.uri} is listed, and yet not there")
+            if any(item.uri not in gone for item in self._listed()):
+                return None
+        except StorageError as error:
+            return error
+        return self._nothing_left()
+
+    def _listed_among(self, gone: Collection[str]) -> Iterator[Object]:
+        """What a listing shows from the first of `gone` to the last."""
+        return storage.list_objects(self._images, between=(min(gone), max(gone)))
+
+    def _listed(self) -> Iterator[Object]:
+        items = storage.list_objects(self._images)
+        return (item for item in items if not self._is_ours(item.uri))
+
+    def _is_ours(self, uri: str) -> bool:
+        """Whether a run wrote it."""
+        return run_of(self._results, uri) is not None or is_only_new_lease(self._results, uri)
+
+    def _nothing_left(self) -> StorageError:
+        return StorageError("vanished", f"nothing else lies below {self._images} any more")
+
     def _asked(self, refused: Collection[str]) -> list[Object]:
         """The photo that storage gave, or the smallest of a page that it has not refused."""
         if self._given is not None:
             return [self._given]
-        page = next(storage.list_pages(self._images))
+        page = list(itertools.islice(self._listed(), storage.PAGE_OBJECTS))
+        if not page:
+            raise self._nothing_left()
         others = (item for item in page if item.uri not in refused and item.size)
         return list(itertools.islice(sorted(others, key=lambda item: item.size), _OTHERS))
 
@@ -59,4 +98,4 @@ def refusal_here(layout: RunLayout, images: str) -> StorageError | None:
         storage.delete([probe], within=layout.results)
     except StorageError as error:
         return error
-    return Witness(images).refusal(())
+    return Witness(images, layout.results).refusal(())

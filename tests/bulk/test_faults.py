@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.bulk import witness
 from pipeline.bulk.listing import Listed
-from pipeline.bulk.segmenter import FAILURES_IN_A_ROW, Segmenter, SystemicError, Work
+from pipeline.bulk.segmenter import Segmenter, Work
 from pipeline.bulk.settings import Settings
+from pipeline.bulk.source import FAILURES_IN_A_ROW, CutOffError, SystemicError
 from pipeline.data import storage
 from pipeline.data.storage import StorageError
 
@@ -208,6 +211,60 @@ def test_photos_that_change_or_vanish_after_planning_are_rows_of_that_kind(
         data, _ = segmenter.rows_of(0, photos[:3])
     table = pq.read_table(io.BytesIO(data))
     assert table["error_kind"].to_pylist() == ["changed", "vanished", None]
+
+
+@pytest.mark.parametrize("shard_images", [60, 10])
+def test_photos_that_are_gone_with_all_that_lay_there_stop_the_run_and_are_no_rows(
+    many: tuple[Settings, list[Listed]], work_for: WorkFor, shard_images: int
+) -> None:
+    settings, photos = many
+    work = work_for(settings)
+    storage.delete([photo.uri for photo in photos])
+    for ours in ("images/run=other/shard-000000.parquet", "leases/only-new-0123.json"):
+        storage.write(f"{settings.images}/results/{ours}", b"ours")
+    work = replace(work, layout=replace(work.layout, results=f"{settings.images}/results"))
+    nothing = rf"{FAILURES_IN_A_ROW if shard_images > 50 else 10} photos .*nothing else lies below"
+    with closing(Segmenter(work)) as segmenter, pytest.raises(CutOffError, match=nothing):
+        segmenter.segment(0, photos[:shard_images])
+    assert _shards(work) == []
+    gone = witness.refusal_here(work.layout, settings.images)  # what the driver is told
+    assert gone is not None
+    assert gone.kind == "vanished"
+
+
+def test_photos_that_are_listed_and_yet_not_there_stop_the_run(
+    many: tuple[Settings, list[Listed]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, photos = many
+    _refuse(monkeypatch, lambda _: True, kind="vanished")
+    stops = pytest.raises(CutOffError, match=r"50 photos in a row vanished: .* is listed")
+    with closing(Segmenter(work_for(settings))) as segmenter, stops:
+        segmenter.segment(0, photos)
+
+
+def test_a_photo_is_deleted_where_a_listing_shows_others_and_not_it(prefix: str) -> None:
+    names = [f"{prefix}/photos/{name}.jpg" for name in ("a/1", "b/c/2", "b/d", "e/3")]
+    for name in names[1:3]:
+        storage.write(name, b"a photo")
+    asked = witness.Witness(f"{prefix}/photos", f"{prefix}/results")
+    assert asked.loss({names[0], names[3]}) is None
+    for gone in (names[:2], names[2:], names):
+        assert f"{gone[0] if gone[0] != names[0] else names[1]} is listed" in str(asked.loss(gone))
+    storage.delete(names[1:3])
+    assert "nothing else lies below" in str(asked.loss(names[:1]))
+
+
+def test_photos_in_a_row_that_somebody_deleted_are_rows_where_others_are_still_listed(
+    prefix: str, settings_for: SettingsFor, work_for: WorkFor, photo_of: PhotoOf, listed: ListedBy
+) -> None:
+    settings = settings_for(prefix, labels=None)
+    for i in range(130):
+        storage.write(f"{settings.images}/{i // 120}/{i:03d}.jpg", photo_of(11)[1])
+    photos = listed(settings)
+    storage.delete([photo.uri for photo in photos[:120]])
+    with closing(Segmenter(work_for(settings))) as segmenter:
+        assert segmenter.segment(0, photos[:60]).errors == {"vanished": 60}
+        assert segmenter.segment(1, photos[60:]).errors == {"vanished": 60}
 
 
 def test_a_segmenter_that_is_closed_leaves_no_process(

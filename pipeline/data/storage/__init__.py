@@ -84,7 +84,7 @@ def list_pages(prefix: str, *, between: tuple[str, str] | None = None) -> Iterat
     """The objects below `prefix`, a page at a time, in an order that differs between servers.
 
     With `between`, those whose URIs are from its first to its last in the order of their bytes,
-    which costs S3 no more than these; `prefix` is a folder without folders then.
+    which costs S3 no more than these.
     """
     pages: Iterator[list[Object]] = _backend(prefix).list_pages(prefix, between)
     return pages
