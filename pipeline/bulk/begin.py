@@ -98,6 +98,7 @@ def work_of(settings: Settings, layout: RunLayout, known: Plan, pool: Pool) -> W
     return Work(
         layout=layout,
         images=settings.images,
+        labels=settings.labels,
         checkpoint=settings.checkpoint,
         model=known.model,
         settings=known.settings,

@@ -19,10 +19,13 @@ from pipeline.data import storage
 AHEAD_BYTES = 256 * 2**20
 """Decoded pixels that may wait to be consumed."""
 
-Fetched = tuple[bytes, bytes | storage.StorageError | None]
+Fetched = tuple[bytes, bytes | storage.StorageError | DecodeError | None]
 """A photo's bytes, and its label's, or why there are none, or None where it has no label."""
 
 Fetching = Future[Fetched]
+
+_PASSING = ("access", "timeout")
+"""What storage says that it may not say the next time."""
 
 _FETCHERS = 16
 _FIRST_GUESS_BYTES = 3_000_000  # of a photo's pixels, until some were seen
@@ -36,10 +39,16 @@ class Loaded:
     image: Pixels | None = None  # (h, w, 3)
     label: Pixels | None = None  # (h, w)
     label_error: str | None = None
+    label_error_kind: str | None = None  # of storage; None too where the label's bytes are bad
     error_kind: str | None = None
     error: str | None = None
-    refused: bool = False  # by storage, of photo or label, for a reason that may pass
+    refused: bool = False  # by storage, for a reason that may pass
     fetched_bytes: int = 0
+
+    @property
+    def label_refused(self) -> bool:
+        """Whether storage gave the photo, and not its label, for a reason that may pass."""
+        return self.label_error_kind in _PASSING
 
 
 class Loader:
@@ -76,7 +85,7 @@ class Loader:
             return image, None
         if (photo.label_bytes or 0) > self._max_object_bytes:
             limit = f"{photo.label_bytes} bytes are over the limit of {self._max_object_bytes}"
-            return image, storage.StorageError("access", f"label {photo.label_uri}: {limit}")
+            return image, DecodeError("too_large", f"label {photo.label_uri}: {limit}")
         try:
             return image, storage.read(photo.label_uri, photo.label_etag)
         except storage.StorageError as error:
@@ -96,7 +105,7 @@ class Loader:
                 listed=photo,
                 error_kind=error.kind,
                 error=str(error),
-                refused=_is_refusal(error),
+                refused=_kind_of_storage(error) in _PASSING,
                 fetched_bytes=fetched_bytes,
             )
         label, label_error = self._label(label_data, (image.shape[0], image.shape[1]))
@@ -105,14 +114,14 @@ class Loader:
             image=image,
             label=label,
             label_error=label_error,
-            refused=_is_refusal(label_data),
+            label_error_kind=_kind_of_storage(label_data),
             fetched_bytes=fetched_bytes,
         )
 
     def _label(
-        self, data: bytes | storage.StorageError | None, size: tuple[int, int]
+        self, data: bytes | storage.StorageError | DecodeError | None, size: tuple[int, int]
     ) -> tuple[Pixels | None, str | None]:
-        if isinstance(data, storage.StorageError):
+        if isinstance(data, storage.StorageError | DecodeError):
             return None, str(data)
         try:
             return (None if data is None else self._decoders.label(data, size)), None
@@ -169,8 +178,8 @@ class _Ahead:
         return in_work < 2 * self._fewest and held <= AHEAD_BYTES
 
 
-def _is_refusal(found: object) -> bool:
-    return isinstance(found, storage.StorageError) and found.kind in ("access", "timeout")
+def _kind_of_storage(found: object) -> str | None:
+    return found.kind if isinstance(found, storage.StorageError) else None
 
 
 def _has_pixels(each: Future[Loaded]) -> bool:

@@ -38,6 +38,7 @@ class Work:
 
     layout: RunLayout
     images: str  # where the photos lie
+    labels: str | None = None  # where their labels do
     checkpoint: str
     model: str  # fingerprint that the checkpoint must have
     settings: str  # fingerprint of `inference`
@@ -69,7 +70,8 @@ class Segmenter:
             self.decoders, work.cpus, max_object_bytes=work.inference.max_object_bytes
         )
         self._network = Network(model, work.inference, gpu=work.gpu)
-        self._photos = Source(Witness(work.images, work.layout.results))
+        self._photos = Source("photo", Witness(work.images, work.layout.results))
+        self._labels = Source("label", Witness(work.labels or work.images, work.layout.results))
         self._rows = RowMaker(
             run_id=work.layout.run_id,
             model=work.model,
@@ -103,9 +105,10 @@ class Segmenter:
         """The bytes of the shard's file, not written anywhere, and their summary."""
         summary = Summary(shard=shard, images=len(photos))
         rows: dict[str, dict[str, Any]] = {}
-        refused = self._look(shard, self._counted(self._loader.stream(photos)), summary, rows, tell)
+        refused: list[Listed] = []
+        given = self._given(self._loader.stream(photos), summary, refused)
+        self._look(shard, given, summary, rows, tell)
         if refused:
-            self._photos.check_refused({photo.uri for photo in refused})
             self._look(shard, self._loader.stream(refused), summary, rows, tell)
         ordered = [rows[photo.uri] for photo in photos]
         self._check_vanished(ordered)
@@ -120,22 +123,16 @@ class Segmenter:
         summary: Summary,
         rows: dict[str, dict[str, Any]],
         tell: Callable[[int], None] | None,
-    ) -> list[Listed]:
-        """Adds the photos' rows to `rows`, by URI; those that storage refused for now."""
-        refused = []
+    ) -> None:
+        """Adds the photos' rows to `rows`, by URI."""
         # one shard at a time is in the network, so that it is soon done and committed
         with self._turn:
             for batch in self._batches(_timed(stream, summary), summary):
                 of_batch = self._rows_of_batch(shard, batch, summary)
                 for loaded, row in zip(batch, of_batch, strict=True):
                     rows[loaded.listed.uri] = row
-                    if loaded.refused:
-                        refused.append(loaded.listed)
-                    elif loaded.fetched_bytes:
-                        self._photos.witness.saw(loaded.listed)
                 if tell is not None:
                     tell(len(rows))
-        return refused
 
     def _check_vanished(self, rows: Sequence[dict[str, Any]]) -> None:
         """Raises CutOffError where a whole shard is gone with all other photos."""
@@ -143,11 +140,43 @@ class Segmenter:
         if gone and len(gone) == len(rows):
             self._photos.check_vanished(gone)
 
-    def _counted(self, stream: Iterator[Loaded]) -> Iterator[Loaded]:
-        """The stream; raises SystemicError after too many failures in a row."""
+    def _given(
+        self, stream: Iterator[Loaded], summary: Summary, refused: list[Listed]
+    ) -> Iterator[Loaded]:
+        """The stream without what storage refused for now, itself or its label: added to `refused`.
+
+        Raises SystemicError after too many failures in a row, and CutOffError at the end where
+        storage refuses everything.
+        """
+        photos, labels = set(), set()
         for loaded in stream:
-            self._photos.count(loaded.listed.uri, loaded.error_kind, loaded.error)
-            yield loaded
+            self._count(loaded)
+            if not (loaded.refused or loaded.label_refused):
+                yield loaded
+                continue
+            refused.append(loaded.listed)
+            summary.bytes_read += loaded.fetched_bytes
+            if loaded.refused:
+                photos.add(loaded.listed.uri)
+            else:
+                labels.add(loaded.listed.label_uri or "")
+        for source, uris in ((self._photos, photos), (self._labels, labels)):
+            if uris:
+                source.check_refused(uris)
+
+    def _count(self, loaded: Loaded) -> None:
+        """Tells those who watch photos and labels. Raises SystemicError after too many failures."""
+        photo = loaded.listed
+        self._photos.count(photo.uri, loaded.error_kind, loaded.error)
+        if loaded.fetched_bytes:
+            self._photos.witness.saw(storage.Object(photo.uri, photo.etag, photo.bytes))
+        if photo.label_uri is None or loaded.image is None:
+            return
+        self._labels.count(photo.label_uri, loaded.label_error_kind, loaded.label_error)
+        if loaded.label is not None:
+            size = photo.label_bytes or 0
+            label = storage.Object(photo.label_uri, photo.label_etag or "", size)
+            self._labels.witness.saw(label)
 
     def _batches(self, stream: Iterator[Loaded], summary: Summary) -> Iterator[list[Loaded]]:
         """Photos of one size together, failed ones alone; a function of the plan's order only."""

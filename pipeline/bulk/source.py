@@ -1,7 +1,8 @@
 """Are failures the photos' own, or those of what they lie in? Too many in a row are the latter.
 
 A photo that was deleted is a row, and so is one that storage refuses; a storage that refuses
-everything, or a prefix or a mount that is gone, stops the run before it becomes so many rows.
+everything, or a prefix or a mount that is gone, stops the run before it becomes so many rows. What
+holds for photos holds for their labels, which may lie elsewhere.
 """
 
 from __future__ import annotations
@@ -44,29 +45,31 @@ class Streak:
 
 
 class Source:
-    """What photos lie in, as one process sees it."""
+    """What photos lie in, or labels (`what` says which), as one process sees it."""
 
-    def __init__(self, witness: Witness) -> None:
+    def __init__(self, what: str, witness: Witness) -> None:
+        self._what = what
         self.witness = witness
         self._streak = Streak()
 
     def count(self, uri: str, kind: str | None, error: str | None) -> None:
-        """Counts a photo, `kind` None where it is whole. Raises SystemicError after too many."""
+        """Counts an object, `kind` None where it is whole. Raises SystemicError after too many."""
         if not self._streak.count(uri, kind):
             return
         if kind == "vanished":
             self.check_vanished(self._streak.uris)
         else:
-            raise SystemicError(f"{len(self._streak)} photos in a row failed ({kind}): {error}")
+            failed = f"{len(self._streak)} {self._what}s in a row failed"
+            raise SystemicError(f"{failed} ({kind}): {error}")
 
     def check_vanished(self, gone: Collection[str]) -> None:
-        """Raises CutOffError where these photos are gone with all others: nobody deleted them."""
+        """Raises CutOffError where these are gone with all others: nobody deleted them."""
         loss = self.witness.loss(gone)
         if loss is not None:
-            raise CutOffError(f"{len(gone)} photos in a row vanished: {loss}")
+            raise CutOffError(f"{len(gone)} {self._what}s in a row vanished: {loss}")
 
     def check_refused(self, refused: Collection[str]) -> None:
-        """Raises CutOffError where storage refuses everything, and not these photos alone."""
+        """Raises CutOffError where storage refuses everything, and not these alone."""
         refusal = self.witness.refusal(refused)
         if refusal is not None:
-            raise CutOffError(f"storage gives no photo any more: {refusal}")
+            raise CutOffError(f"storage gives no {self._what} any more: {refusal}")

@@ -164,7 +164,7 @@ def run(
     try:
         for row in watchdog.watched(summaries):
             fatal, cut_off = row.pop("fatal"), row.pop("cut_off")
-            if fatal and cut_off and witness.refusal_here(work.layout, work.images) is None:
+            if fatal and cut_off and not _refusal_here(work):
                 raise WaveLostError(f"a node is cut off from storage: {fatal}")
             if fatal:
                 raise RunStoppedError(fatal)
@@ -178,6 +178,10 @@ def run(
     else:
         return
     raise WaveLostError(lost)
+
+
+def _refusal_here(work: Work) -> StorageError | None:
+    return witness.refusal_here(work.layout, work.images, work.labels)
 
 
 def _let_go(error: BaseException | None) -> None:

@@ -1,6 +1,7 @@
 """Does storage refuse one photo, or everything? A photo that it gave before is asked for again.
 
 And are photos that it does not find deleted, or gone with all that lay there? A listing tells.
+Labels are asked about in the same way, where they lie.
 """
 
 from __future__ import annotations
@@ -8,37 +9,36 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator
 
-from pipeline.bulk.listing import Listed
 from pipeline.data import storage
 from pipeline.data.storage import Object, StorageError
 from pipeline.results.layout import RunLayout, is_only_new_lease, run_of
 
 _OTHERS = 3
-"""Photos of the listing that are tried by who was given none yet."""
+"""Objects of the listing that are tried by who was given none yet."""
 
 
 class Witness:
-    """Remembers a photo that could be read, for `refusal`; `images` is where photos lie.
+    """Remembers an object that could be read, for `refusal`; `place` is where they lie.
 
-    `results` may lie below it: what is written there is no photo.
+    `results` may lie below it: what is written there is none of them.
     """
 
-    def __init__(self, images: str, results: str) -> None:
-        self._images = images
+    def __init__(self, place: str, results: str) -> None:
+        self._place = place
         self._results = results
         self._given: Object | None = None
 
-    def saw(self, photo: Listed) -> None:
-        """Storage gave this photo."""
-        self._given = Object(photo.uri, photo.etag, photo.bytes)
+    def saw(self, item: Object) -> None:
+        """Storage gave this one."""
+        self._given = item
 
     def refusal(self, refused: Collection[str]) -> StorageError | None:
-        """What storage says where it refuses others than the photos `refused` too."""
+        """What storage says where it refuses others than those `refused` too."""
         last = None
         try:
-            for photo in self._asked(refused):
+            for item in self._asked(refused):
                 try:
-                    storage.read(photo.uri, photo.etag)
+                    storage.read(item.uri, item.etag)
                 except StorageError as error:
                     if error.kind in ("vanished", "changed"):  # it answers, as a healthy one does
                         return None
@@ -50,7 +50,7 @@ class Witness:
         return last
 
     def loss(self, gone: Collection[str]) -> StorageError | None:
-        """Why the photos `gone`, which storage does not find, are no deleted ones.
+        """Why the objects `gone`, which storage does not find, are no deleted ones.
 
         None where a listing shows others, and none of them.
         """
@@ -66,10 +66,10 @@ class Witness:
 
     def _listed_among(self, gone: Collection[str]) -> Iterator[Object]:
         """What a listing shows from the first of `gone` to the last."""
-        return storage.list_objects(self._images, between=(min(gone), max(gone)))
+        return storage.list_objects(self._place, between=(min(gone), max(gone)))
 
     def _listed(self) -> Iterator[Object]:
-        items = storage.list_objects(self._images)
+        items = storage.list_objects(self._place)
         return (item for item in items if not self._is_ours(item.uri))
 
     def _is_ours(self, uri: str) -> bool:
@@ -77,10 +77,10 @@ class Witness:
         return run_of(self._results, uri) is not None or is_only_new_lease(self._results, uri)
 
     def _nothing_left(self) -> StorageError:
-        return StorageError("vanished", f"nothing else lies below {self._images} any more")
+        return StorageError("vanished", f"nothing else lies below {self._place} any more")
 
     def _asked(self, refused: Collection[str]) -> list[Object]:
-        """The photo that storage gave, or the smallest of a page that it has not refused."""
+        """The one that storage gave, or the smallest of a page that it has not refused."""
         if self._given is not None:
             return [self._given]
         page = list(itertools.islice(self._listed(), storage.PAGE_OBJECTS))
@@ -90,12 +90,16 @@ class Witness:
         return list(itertools.islice(sorted(others, key=lambda item: item.size), _OTHERS))
 
 
-def refusal_here(layout: RunLayout, images: str) -> StorageError | None:
-    """What storage says where it refuses this process too: photos, or a write of results."""
+def refusal_here(layout: RunLayout, *places: str | None) -> StorageError | None:
+    """What storage says where it refuses this process too: to write results, or to read a place.
+
+    A place that is None is none.
+    """
     probe = f"{layout.singles}/probe"
     try:
         storage.write(probe, b"")
         storage.delete([probe], within=layout.results)
     except StorageError as error:
         return error
-    return Witness(images, layout.results).refusal(())
+    refusals = (Witness(place, layout.results).refusal(()) for place in places if place)
+    return next(filter(None, refusals), None)

@@ -117,6 +117,7 @@ def work_for() -> Callable[..., Work]:
         values = {
             "layout": RunLayout(results=settings.results, run_id=settings.run_id or "test"),
             "images": settings.images,
+            "labels": settings.labels,
             "checkpoint": settings.checkpoint,
             "model": checkpoint_fingerprint(storage.read(settings.checkpoint)),
             "settings": fingerprint(asdict(settings.inference)),

@@ -141,6 +141,7 @@ def test_a_label_over_the_limit_is_an_error_of_the_label_and_never_fetched(
         [found] = loader.stream(photos)
     assert (found.error_kind, found.label) == (None, None)
     assert "101" in str(found.label_error)
+    assert not found.label_refused
     assert reads == [photos[0].uri]
 
 

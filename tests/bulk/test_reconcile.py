@@ -137,3 +137,18 @@ def test_storage_that_refuses_the_driver_too_ends_the_run(
     monkeypatch.setattr(storage, refused, refuse)
     with pytest.raises(RunStoppedError, match=r"^no route$"):
         one_row("no route", True)
+
+
+def test_labels_that_storage_refuses_the_driver_too_end_the_run(
+    one_row: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = storage.read
+
+    def refuse_labels(uri: str, *given: Any) -> bytes:
+        if "/labels/" in uri:
+            raise storage.StorageError("access", f"{uri}: denied")
+        return read(uri, *given)
+
+    monkeypatch.setattr(storage, "read", refuse_labels)
+    with pytest.raises(RunStoppedError, match=r"^no label$"):
+        one_row("no label", True)

@@ -277,6 +277,28 @@ def test_ten_errors_stop_no_run_however_few_photos_it_has(
     assert (ended.outcome.ok, ended.outcome.errors) == (1, 10)
 
 
+@pytest.mark.parametrize("folder", ["photos", "labels"])
+def test_what_is_gone_stops_the_run_which_is_continued_once_it_is_back(
+    tmp_path: Path, fill: Any, settings_for: Any, folder: str
+) -> None:
+    fill(str(tmp_path), 60)
+    settings = settings_for(str(tmp_path))
+    layout = RunLayout(results=settings.results, run_id="test")
+    place, elsewhere = tmp_path / folder, tmp_path / "elsewhere"
+
+    def unmount(*_: object) -> None:
+        if place.exists():
+            place.rename(elsewhere)
+
+    with pytest.raises(RunStoppedError, match=f"50 {folder} in a row vanished: nothing else lies"):
+        run(settings, unmount)
+    assert not list(storage.list_objects(layout.images))
+    elsewhere.rename(place)
+    ended = run(settings, quiet)
+    assert ended.outcome is not None
+    assert (ended.outcome.ok, ended.outcome.label_errors) == (60, 0)
+
+
 def test_a_second_driver_is_refused_while_the_first_works(
     tmp_path: Path, fill: Any, settings_for: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,150 @@
+"""Labels that storage refuses stop a run as photos do, or cost a photo its scores and no more."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.bulk.listing import Listed
+from pipeline.bulk.segmenter import Segmenter, Work
+from pipeline.bulk.settings import Inference, Settings
+from pipeline.bulk.source import CutOffError, SystemicError
+from pipeline.data import storage
+from pipeline.data.storage import StorageError
+from pipeline.model import predict
+
+Labelled = tuple[Settings, list[Listed]]
+Refuse = Callable[..., Counter[str]]
+
+
+@pytest.fixture
+def labelled(
+    tmp_path: Path, photo_of: Any, settings_for: Callable[..., Settings], listed: Any
+) -> Labelled:
+    """More photos with labels than make a streak."""
+    settings = settings_for(str(tmp_path))
+    _, image, label = photo_of(11)
+    for i in range(60):
+        storage.write(f"{settings.images}/{i:03d}.jpg", image)
+        storage.write(f"{settings.labels}/{i:03d}.png", label)
+    return settings, listed(settings)
+
+
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch) -> Refuse:
+    """`refuse(which, kind)` lets storage refuse some labels; how often each object was asked for.
+
+    `which` is given the label's URI, and how often it was asked for by now.
+    """
+    read, asked = storage.read, Counter[str]()
+
+    def refusing(which: Callable[[str, int], bool], kind: Any = "access") -> Counter[str]:
+        def reading(uri: str, etag: str | None = None) -> bytes:
+            asked[uri] += 1
+            if uri.endswith(".png") and which(uri, asked[uri]):
+                raise StorageError(kind, f"{uri}: access denied")
+            return read(uri, etag)
+
+        monkeypatch.setattr(storage, "read", reading)
+        return asked
+
+    return refusing
+
+
+@pytest.fixture
+def networked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Photos that went through the network, by the batch."""
+    segment, seen = predict.segment, []
+
+    def noted(model: Any, images: Any, **how: Any) -> Any:
+        seen.append(len(images))
+        return segment(model, images, **how)
+
+    monkeypatch.setattr(predict, "segment", noted)
+    return seen
+
+
+def _rows(data: bytes) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data)).to_pylist()
+    return rows
+
+
+@pytest.mark.parametrize("given_before", [True, False])
+def test_labels_that_are_all_refused_stop_the_run_before_their_photos_are_committed(
+    labelled: Labelled, work_for: Callable[..., Work], refuse: Refuse, given_before: bool
+) -> None:
+    settings, photos = labelled
+    work = work_for(settings)
+    with closing(Segmenter(work)) as segmenter:
+        if given_before:
+            segmenter.rows_of(0, photos[:3])
+        refuse(lambda *_: True)
+        with pytest.raises(CutOffError, match=r"gives no label any more: .*\.png: access denied"):
+            segmenter.segment(1, photos[3:10])
+        with pytest.raises(SystemicError, match=r"50 labels in a row failed \(access\): .*denied"):
+            segmenter.segment(2, photos[3:])
+    assert not storage.exists(work.layout.shard(1))
+    assert not storage.exists(work.layout.shard(2))
+
+
+def test_a_label_that_is_refused_once_is_fetched_again_and_the_network_sees_its_photo_once(
+    labelled: Labelled, work_for: Callable[..., Work], refuse: Refuse, networked: list[int]
+) -> None:
+    settings, photos = labelled
+    with closing(Segmenter(work_for(settings))) as segmenter:
+        undisturbed, _ = segmenter.rows_of(0, photos[:6])
+        networked.clear()
+        asked = refuse(lambda uri, times: uri.endswith("3.png") and times == 1, kind="timeout")
+        data, summary = segmenter.rows_of(0, photos[:6])
+    assert _rows(data) == _rows(undisturbed)
+    assert summary.label_errors == 0
+    assert asked[str(photos[3].label_uri)] == 2
+    assert sum(networked) == 6
+
+
+def test_a_label_that_stays_refused_costs_its_photo_the_scores_and_no_second_look(
+    labelled: Labelled, work_for: Callable[..., Work], refuse: Refuse, networked: list[int]
+) -> None:
+    settings, photos = labelled
+    refuse(lambda uri, _: not uri.endswith("30.png"))
+    with closing(Segmenter(work_for(settings))) as segmenter:
+        data, summary = segmenter.rows_of(0, photos[:45])
+    rows = _rows(data)
+    assert {row["status"] for row in rows} == {"ok"}
+    assert [row["uri"] for row in rows if row["label_error"] is None] == [photos[30].uri]
+    assert summary.label_errors == 44
+    assert sum(networked) == 45
+
+
+def test_a_label_over_the_size_limit_is_no_refusal(
+    labelled: Labelled, work_for: Callable[..., Work], refuse: Refuse
+) -> None:
+    settings, photos = labelled
+    large = [photo._replace(label_bytes=10**9) for photo in photos]
+    small = replace(settings, inference=Inference(max_object_bytes=10**8))
+    asked = refuse(lambda *_: False)
+    with closing(Segmenter(work_for(small))) as segmenter:
+        data, summary = segmenter.rows_of(0, large)
+    assert summary.label_errors == 60
+    assert all("over the limit" in row["label_error"] for row in _rows(data))
+    assert {times for uri, times in asked.items() if uri.startswith(settings.images)} == {1}
+
+
+def test_labels_that_are_gone_with_all_that_lay_there_stop_the_run_and_deleted_ones_do_not(
+    labelled: Labelled, work_for: Callable[..., Work]
+) -> None:
+    settings, photos = labelled
+    storage.delete([str(photo.label_uri) for photo in photos[:55]])
+    with closing(Segmenter(work_for(settings))) as segmenter:
+        assert segmenter.rows_of(0, photos)[1].label_errors == 55
+        storage.delete([str(photo.label_uri) for photo in photos[55:]])
+        with pytest.raises(CutOffError, match=r"50 labels in a row vanished: nothing else lies"):
+            segmenter.rows_of(0, photos)
