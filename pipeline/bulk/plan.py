@@ -227,14 +227,11 @@ def _write_parts(
 
 
 def cut(images: Iterator[Listed], settings: Settings) -> Iterator[list[Listed]]:
-    """Shards of at most `shard_images` images and `shard_bytes` bytes, in order.
-
-    An object over `max_object_bytes` is never fetched, so it counts as no bytes.
-    """
+    """Shards of at most `shard_images` images and, with labels, `shard_bytes` bytes, in order."""
     shard: list[Listed] = []
     held = 0
     for image in images:
-        size = image.bytes if image.bytes <= settings.inference.max_object_bytes else 0
+        size = _fetched_bytes(image, settings.inference.max_object_bytes)
         full = len(shard) == settings.shard_images or held + size > settings.shard_bytes
         if shard and full:
             yield shard
@@ -243,6 +240,17 @@ def cut(images: Iterator[Listed], settings: Settings) -> Iterator[list[Listed]]:
         held += size
     if shard:
         yield shard
+
+
+def _fetched_bytes(image: Listed, max_object_bytes: int) -> int:
+    """Bytes of the photo and its label.
+
+    What is over the limit is never fetched, and with a photo its label is not either.
+    """
+    if image.bytes > max_object_bytes:
+        return 0
+    label_bytes = image.label_bytes or 0
+    return image.bytes + (label_bytes if label_bytes <= max_object_bytes else 0)
 
 
 def _waves(shards: Iterator[list[Listed]]) -> Iterator[tuple[int, list[list[Listed]]]]:

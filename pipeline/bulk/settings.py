@@ -84,7 +84,7 @@ class Settings:
     shard_images: int = 64
     """Photos a shard, which is one file of results and the unit that is done again."""
     shard_bytes: int = 64 * 2**20
-    """Bytes of photos a shard, at most."""
+    """Bytes of photos and their labels a shard, at most."""
     actors: tuple[int, int] = (1, 1)
     """How many processes segment at once: MIN and MAX."""
     gpus_per_actor: float = 0.0

@@ -84,6 +84,16 @@ def test_an_object_that_is_never_fetched_counts_as_no_bytes(settings_for: Settin
     assert list(plan.cut(iter([]), settings)) == []
 
 
+def test_the_bytes_of_labels_count_as_those_of_photos_do(settings_for: SettingsFor) -> None:
+    settings = settings_for("/x", shard_bytes=100, inference=Inference(max_object_bytes=80))
+    sizes = [(10, 40), (10, 40), (10, None), (60, 30), (10, 0), (81, 80), (10, 81)]
+    photos = [_photo(i, size)._replace(label_bytes=label) for i, (size, label) in enumerate(sizes)]
+    # 81 are not fetched, and a photo of 81 is one whose label is not either
+    expected = [sizes[:2], sizes[2:4], sizes[4:]]
+    shards = plan.cut(iter(photos), settings)
+    assert [[(each.bytes, each.label_bytes) for each in shard] for shard in shards] == expected
+
+
 def test_the_plan_holds_every_photo_once_in_parts_of_a_wave(
     prefix: str, settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
