@@ -6,23 +6,23 @@ Enters: `Settings`. Leaves: a `Task` for the workers, with all that decides the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pipeline.data import labels, storage
 from pipeline.data.datasets import Split, open_split
+from pipeline.data.samples import Read
 from pipeline.data.survey import Survey, median_frequency_weights, repeated, survey
 from pipeline.model import devices, weights
 from pipeline.model.deeplab import DeepLabV3
 from pipeline.runs import cluster
-from pipeline.train import checkpoints
-from pipeline.train.config import Experiment, differences
+from pipeline.train import checkpoints, identity
+from pipeline.train.config import Experiment
 from pipeline.train.settings import Settings
 from pipeline.train.state import Snapshot
 from pipeline.train.task import Task, node_cache
@@ -34,14 +34,16 @@ SAY_EVERY_S = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Looked:
-    """The splits of a run, what the labels to train on hold, and the network to start from.
+    """The splits of a run, what their labels hold, and the network to start from.
 
-    `first` is None where the run has begun before, with a network of its own.
+    `survey` is of the labels to train on, `survey_val` of val's. `first` is None where the run has
+    begun before, with a network of its own.
     """
 
     train: Split
     val: Split
     survey: Survey
+    survey_val: Survey
     indices: tuple[int, ...]
     class_weights: tuple[float, ...] | None
     first: DeepLabV3 | None
@@ -94,25 +96,27 @@ def look(settings: Settings, say: Say) -> Looked:
         open_split(settings.data, split, layout=data.layout, classes=classes)
         for split in (data.train_split, data.val_split)
     )
-    identity = _identity(settings, train, val)
-    _check_same(settings.out, identity)
+    known = identity.of_lists(settings, train, val)
+    identity.check_same(settings.out, known)
     begun = storage.exists(storage.join(settings.out, checkpoints.INITIAL))
     first = None if begun else first_model(settings.experiment, say)
-    found = _surveyed(settings, train, val, say)
+    read = node_cache(train, val, max_bytes=settings.cache_bytes)
+    found_val = _surveyed(settings, val, checkpoints.SURVEY_VAL, read, say)
+    _check_labelled(found_val, val)
+    found = _surveyed(settings, train, checkpoints.SURVEY, read, say)
     chosen = repeated(found, classes, data.repeat_classes, data.repeats)
     balanced = settings.experiment.optimiser.class_weights == "median_frequency"
-    # the training list and the weights of classes follow from it
-    held = replace(found, fingerprint="").to_json()
-    identity["labels"] = hashlib.sha256(held.encode()).hexdigest()[:16]
-    _check_same(settings.out, identity)
+    known |= identity.of_contents(found, found_val)
+    identity.check_same(settings.out, known)
     return Looked(
         train=train,
         val=val,
         survey=found,
+        survey_val=found_val,
         indices=tuple(chosen),
         class_weights=tuple(map(float, median_frequency_weights(found))) if balanced else None,
         first=first,
-        identity=identity,
+        identity=known,
     )
 
 
@@ -120,8 +124,10 @@ def begin(settings: Settings, looked: Looked, say: Say) -> Begun:
     """Writes what the run is, and the network that it starts from, unless it has begun before."""
     out = settings.out
     storage.create(storage.join(out, checkpoints.RUN), json.dumps(looked.identity).encode())
-    _check_same(out, looked.identity)
-    storage.write(storage.join(out, checkpoints.SURVEY), looked.survey.to_json().encode())
+    identity.check_same(out, looked.identity)
+    surveys = {checkpoints.SURVEY: looked.survey, checkpoints.SURVEY_VAL: looked.survey_val}
+    for name, found in surveys.items():
+        storage.write(storage.join(out, name), found.to_json().encode())
     initial = storage.join(out, checkpoints.INITIAL)
     if looked.first is not None:
         # under the lease, and the same for the same run: a large network is over `create`'s limit
@@ -171,19 +177,6 @@ def first_model(experiment: Experiment, say: Say) -> DeepLabV3:
     return model
 
 
-def _identity(settings: Settings, train: Split, val: Split) -> dict[str, Any]:
-    """What makes two runs the same: the experiment, and which photos it is made on."""
-    known = hashlib.sha256()
-    for split in (train, val):
-        for pair in split.pairs:
-            known.update(storage.relative(settings.data, pair.image).encode() + b"\0")
-        known.update(b"\n")
-    return {
-        "experiment": json.loads(settings.experiment.to_json()),
-        "photos": known.hexdigest()[:16],
-    }
-
-
 def _check_gpus(settings: Settings, say: Say) -> None:
     if cluster.has_cluster():
         return
@@ -193,49 +186,30 @@ def _check_gpus(settings: Settings, say: Say) -> None:
         say("this machine has GPUs, and training is on its CPU: --gpus-per-worker 1 uses one")
 
 
-def check_experiment(settings: Settings) -> None:
-    """Raises ValueError where --out holds a run of another experiment, on whatever photos."""
-    _check_same(settings.out, {"experiment": json.loads(settings.experiment.to_json())})
-
-
-def _check_same(out: str, identity: dict[str, Any]) -> None:
-    """Raises ValueError where `out` holds another run, as far as both say what they are."""
-    uri = storage.join(out, checkpoints.RUN)
-    if not storage.exists(uri):
-        # nothing exists in a bucket that is not there, but only a listing says so
-        next(iter(storage.list_pages(out)), None)
-        return
-    before = json.loads(storage.read(uri))
-    both = identity.keys() & before.keys()
-    mine, theirs = ({name: each[name] for name in both} for each in (identity, before))
-    found = differences(json.dumps(mine), json.dumps(theirs))
-    if found:
-        raise ValueError(
-            f"{out} holds another run ({'; '.join(found[:3])}): give it another --out, or the "
-            "arguments that it was begun with"
-        )
-
-
-def _surveyed(settings: Settings, train: Split, val: Split, say: Say) -> Survey:
-    """What an earlier driver found in the labels to train on, or a look at them and at val's.
-
-    Raises ValueError where val has no labelled pixel: a run would end without a score.
-    """
-    uri = storage.join(settings.out, checkpoints.SURVEY)
-    if storage.exists(uri):
-        before = Survey.from_json(storage.read(uri).decode())
-        if before.fingerprint == train.fingerprint:
-            return before
-    if not settings.dry_run:
-        _check_writable(settings.out)
-    say(f"looking at the labels of {len(train) + len(val)} photos")
-    read = node_cache(train, val, max_bytes=settings.cache_bytes)
-    if not survey(val, read, progress=_Progress(val, say)).pixels.any():
+def _check_labelled(found: Survey, val: Split) -> None:
+    """Raises ValueError where val has no labelled pixel: a run would end without a score."""
+    if not found.pixels.any():
         raise ValueError(
             f"no pixel of the {len(val)} photos of {val.name} is labelled, so there is no score: "
             "are --val-split and the classes' ignore_index the right ones?"
         )
-    return survey(train, read, progress=_Progress(train, say))
+
+
+def _surveyed(settings: Settings, split: Split, name: str, read: Read, say: Say) -> Survey:
+    """What an earlier driver found in the labels of `split` and kept as `name`, or a look at them.
+
+    Raises SampleError where one of them, or its photo's header, is not as it must be.
+    """
+    uri = storage.join(settings.out, name)
+    if storage.exists(uri):
+        before = Survey.from_json(storage.read(uri).decode())
+        # an older one knows no digest
+        if before.fingerprint == split.fingerprint and before.labels_sha256:
+            return before
+    if not settings.dry_run:
+        _check_writable(settings.out)
+    say(f"looking at the labels of {len(split)} photos of {split.name}")
+    return survey(split, read, progress=_Progress(split, say))
 
 
 def _check_writable(out: str) -> None:

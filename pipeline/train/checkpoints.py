@@ -1,7 +1,7 @@
 """Where a training run keeps what it has come to, below its --out URI.
 
     run.json                              what the run is; written once, put-if-absent
-    survey.json                           what the labels of the training split hold
+    survey.json, survey-val.json          what the labels of the splits hold
     initial.safetensors                   the network before the first step
     checkpoints/step-00001200/state.safetensors    the last two, to go on from
     best.safetensors, model.safetensors   the network at its best val mIoU, and at the end
@@ -27,7 +27,8 @@ from pipeline.train.state import Snapshot
 
 logger = logging.getLogger(__name__)
 
-RUN, SURVEY, RECORD = "run.json", "survey.json", "record.json"
+RUN, RECORD = "run.json", "record.json"
+SURVEY, SURVEY_VAL = "survey.json", "survey-val.json"
 INITIAL = "initial.safetensors"
 BEST, MODEL = "best.safetensors", "model.safetensors"
 CURVES, SAMPLES, EVENTS = "curves.png", "samples.png", "tensorboard/events.out.tfevents.0"

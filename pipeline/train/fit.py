@@ -25,8 +25,9 @@ from pipeline.runs.cluster import RunStoppedError
 from pipeline.runs.lease import Lease
 from pipeline.runs.patience import Patience
 from pipeline.train import checkpoints
-from pipeline.train.begin import Begun, begin, check_experiment, look
+from pipeline.train.begin import Begun, begin, look
 from pipeline.train.board import Board, Watched
+from pipeline.train.identity import check_experiment
 from pipeline.train.settings import Settings
 from pipeline.train.trainer import trainer
 

@@ -1,5 +1,6 @@
 """The survey agrees with counting pixels one by one, and stops at the first bad label."""
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -69,6 +70,23 @@ def test_a_survey_is_the_same_after_json(tmp_path):
         one, other = getattr(found, name), getattr(again, name)
         assert (one.dtype, one.tolist()) == (other.dtype, other.tolist())
     assert (again.ignored, again.fingerprint) == (found.ignored, split.fingerprint)
+    assert (again.photos_sha256, again.labels_sha256) == (found.photos_sha256, found.labels_sha256)
+    older = {k: v for k, v in json.loads(found.to_json()).items() if not k.endswith("_sha256")}
+    assert Survey.from_json(json.dumps(older)).labels_sha256 == ""
+
+
+def test_a_copy_of_a_split_has_its_digests_and_other_bytes_of_the_same_size_have_not(tmp_path):
+    def digests(name, replaced=None):
+        found = survey(voc(str(tmp_path / name), replaced=replaced), storage.read)
+        return found.photos_sha256, found.labels_sha256
+
+    photos, labels = digests("first")
+    assert digests("copy") == (photos, labels)
+    other = photo(3)[:-3] + bytes([photo(3)[-3] ^ 1]) + photo(3)[-2:]
+    found = digests("photo", {"JPEGImages/0003.jpg": other})
+    assert (found[0] != photos, found[1]) == (True, labels)
+    mirrored = digests("label", {"SegmentationClass/0003.png": encoded(ids(3)[:, ::-1].copy())})
+    assert (mirrored[0], mirrored[1] != labels) == (photos, True)
 
 
 def test_the_first_bad_file_in_the_splits_order_ends_it(prefix):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -211,16 +212,61 @@ def test_labels_that_changed_since_the_run_began_are_refused(
     run = tmp_path / "out" / "run.json"
     if not known:  # a run that was begun when labels were not looked at so closely
         before = json.loads(run.read_text())
-        del before["labels"]
+        for name in ("labels", "train_photos", "train_labels", "val_photos", "val_labels"):
+            del before[name]
         run.write_text(json.dumps(before))
     look(settings, print)
     path = root / "train/labels/02.png"
     Image.fromarray(np.zeros_like(np.array(Image.open(path)))).save(path)
     if known:
-        with pytest.raises(ValueError, match=r"out holds another run \(labels: "):
+        with pytest.raises(ValueError, match=r"out holds another run \(labels: .*; train_labels: "):
             look(settings, print)
     else:
         look(settings, print)
+
+
+def mirror(path: Path) -> None:
+    Image.fromarray(np.array(Image.open(path))[:, ::-1].copy()).save(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("train/labels/02.png", "train_labels: "),  # the same counts
+        ("train/images/02.jpg", "train_photos: "),
+        ("val/labels/01.png", "val_labels: "),
+        ("val/images/01.jpg", "val_photos: "),
+    ],
+)
+def test_files_that_were_replaced_since_the_run_began_are_refused(
+    root: Path, tmp_path: Path, name: str, said: str
+) -> None:
+    looked(root, tmp_path / "out", tiny.experiment())
+    mirror(root / name)
+    with pytest.raises(ValueError, match=rf"another run \({said}.*arguments and files that"):
+        looked(root, tmp_path / "out", tiny.experiment())
+
+
+def test_a_copy_of_the_photos_with_other_times_is_the_same_run_and_is_looked_at_once(
+    root: Path, tmp_path: Path
+) -> None:
+    looked(root, tmp_path / "out", tiny.experiment())
+    copy = shutil.copytree(root, tmp_path / "copy", copy_function=shutil.copyfile)
+    settings, lines = tiny.settings(copy, tmp_path / "out", tiny.experiment()), []
+    for _ in range(2):
+        begin(settings, look(settings, lines.append), lines.append)
+    assert [line.rpartition(" ")[2] for line in lines] == ["val", "train"]
+
+
+def test_a_label_of_val_that_was_spoilt_between_two_drivers_is_named_at_once(
+    root: Path, tmp_path: Path
+) -> None:
+    looked(root, tmp_path / "out", tiny.experiment())
+    label = root / "val" / "labels" / "01.png"
+    Image.new("L", Image.open(label).size, 37).save(label)
+    with pytest.raises(SampleError, match="class 37, but num_classes is 4") as error:
+        looked(root, tmp_path / "out", tiny.experiment())
+    assert error.value.uri == str(label)
 
 
 def test_a_network_over_the_limit_of_a_create_begins_too(
