@@ -16,7 +16,7 @@ from pipeline.data import storage
 from pipeline.data.datasets import Split
 from pipeline.data.survey import Survey
 from pipeline.train import checkpoints
-from pipeline.train.config import differences
+from pipeline.train.config import Experiment, differences
 from pipeline.train.settings import Settings
 
 Identity = dict[str, Any]
@@ -64,7 +64,7 @@ def check_same(out: str, identity: Identity) -> None:
         # nothing exists in a bucket that is not there, but only a listing says so
         next(iter(storage.list_pages(out)), None)
         return
-    before = json.loads(storage.read(uri))
+    before = _before(uri)
     both = identity.keys() & before.keys()
     mine, theirs = ({name: each[name] for name in both} for each in (identity, before))
     found = differences(json.dumps(mine), json.dumps(theirs))
@@ -73,3 +73,16 @@ def check_same(out: str, identity: Identity) -> None:
             f"{out} holds another run ({'; '.join(found[:3])}): give it another --out, or the "
             "arguments and files that it was begun with"
         )
+
+
+def _before(uri: str) -> Identity:
+    """What the run at `uri` says it is; fields that its version did not have are their defaults.
+
+    Raises ValueError where its experiment is none that this version knows.
+    """
+    before: Identity = json.loads(storage.read(uri))
+    try:
+        experiment = Experiment.from_json(json.dumps(before["experiment"]))
+    except ValueError as error:
+        raise ValueError(f"{uri} cannot be gone on with: {error}") from None
+    return before | {"experiment": json.loads(experiment.to_json())}

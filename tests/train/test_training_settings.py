@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,36 @@ def test_labels_that_changed_since_the_run_began_are_refused(
             look(settings, print)
     else:
         look(settings, print)
+
+
+def rewritten(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Changes the experiment that run.json says."""
+    before = json.loads(run.read_text())
+    change(before["experiment"])
+    run.write_text(json.dumps(before))
+
+
+def test_a_run_of_a_version_that_had_fewer_fields_goes_on_where_the_new_ones_are_at_their_default(
+    root: Path, tmp_path: Path
+) -> None:
+    def older(experiment: dict[str, Any]) -> None:
+        del experiment["optimiser"]["hard_share"], experiment["model"]["dropout"]
+        del experiment["seed"], experiment["augment"]["late_crop_size"]
+
+    looked(root, tmp_path / "out", tiny.experiment())
+    rewritten(tmp_path / "out" / "run.json", older)
+    looked(root, tmp_path / "out", tiny.experiment())
+    with pytest.raises(ValueError, match=r"another run \(.*hard_share: 0.5 here, 1.0 there\)"):
+        looked(root, tmp_path / "out", tiny.experiment(hard_share=0.5))
+
+
+def test_a_run_of_a_newer_version_is_refused_by_its_unknown_field(
+    root: Path, tmp_path: Path
+) -> None:
+    looked(root, tmp_path / "out", tiny.experiment())
+    rewritten(tmp_path / "out" / "run.json", lambda experiment: experiment.update(warp=9))
+    with pytest.raises(ValueError, match=r"run.json cannot be gone on with: .*\['warp'\]"):
+        looked(root, tmp_path / "out", tiny.experiment())
 
 
 def mirror(path: Path) -> None:
