@@ -76,15 +76,18 @@ def fit(settings: Settings, say: Callable[[str], None], watch: Watch) -> Ended:
 
 
 def _fitted(settings: Settings, say: Callable[[str], None]) -> Settings:
-    """The settings, with as many CPUs a worker as the cluster's nodes have, unless they are given.
+    """The settings, with the CPUs a worker, unless they are given, that give the most workers.
 
-    Where it has no room for the workers, that is said: it may grow.
+    Among these it is the most that the cluster's nodes have. Where it has no room for the workers,
+    that is said: it may grow.
     """
-    wanted, gpus = settings.workers_range[0], settings.gpus_per_worker
+    (wanted, most), gpus = settings.workers_range, settings.gpus_per_worker
     if settings.cpus_per_worker is None and cluster.has_cluster():
-        for cpus in range(GPU_CPUS if gpus else settings.cpus, 0, -1):
-            if cluster.room(cpus, gpus) >= wanted:
-                return replace(settings, cpus_per_worker=cpus)
+        # the largest first: of those that give as many workers, max takes the first
+        sizes = range(GPU_CPUS if gpus else settings.cpus, 0, -1)
+        cpus = max(sizes, key=lambda each: min(cluster.room(each, gpus), most))
+        if cluster.room(cpus, gpus) >= wanted:
+            return replace(settings, cpus_per_worker=cpus)
     room = cluster.room(settings.cpus, gpus)
     if room >= wanted:
         return settings

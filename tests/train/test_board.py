@@ -186,3 +186,31 @@ def test_workers_have_as_many_cpus_as_the_cluster_has_room_for(
     few = cluster.room(cpus, gpus) < 2
     assert len(lines) == few
     assert all("--cpus-per-worker" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("workers", "nodes", "gpus", "cpus"),
+    [
+        ((1, 2), [(16, 2)], 1.0, 8),  # one of 16 would leave a GPU idle
+        ((1, 2), [(16, 1)], 1.0, 16),  # no size has room for a second
+        ((1, 2), [(16, 1), (16, 1)], 1.0, 16),
+        ((1, 4), [(32, 8)], 1.0, 8),  # more than four are not wanted
+        ((1, 3), [(6, 0)], 0.0, 2),
+        ((2, 3), [(1, 0)], 0.0, 4),  # it may grow
+    ],
+)
+def test_of_a_range_as_many_workers_train_as_the_cluster_has_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+    workers: tuple[int, int],
+    nodes: list[tuple[int, int]],
+    gpus: float,
+    cpus: int,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    found = [{"Alive": True, "Resources": {"CPU": c, "GPU": g}} for c, g in nodes]
+    monkeypatch.setattr("ray.nodes", lambda: found)
+    settings = Settings(
+        data="d", out="o", experiment=tiny.experiment(batch_size=4), workers=workers,
+        gpus_per_worker=gpus,
+    )  # fmt: skip
+    assert fit._fitted(settings, print).cpus == cpus
