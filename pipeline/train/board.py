@@ -16,7 +16,7 @@ class Watched:
     """The newest step, the scores and the warnings so far; None and () before the first.
 
     `best` is the best score of the whole run, earlier drivers' included. `workers` train since the
-    newest start, 0 before the first, and `signs` grows with whatever they do.
+    newest start, 0 before the first and after a death, and `signs` grows with whatever they do.
     """
 
     row: Step | None
@@ -41,6 +41,10 @@ class Board:
     def begins(self, workers: int, best: Score | None) -> None:
         self._workers, self._best = workers, best
         self._signs += 1
+
+    def died(self) -> None:
+        """None trains until a new group begins: what is waited for is a start, not a step."""
+        self._workers = 0
 
     def lives(self) -> None:
         self._signs += 1

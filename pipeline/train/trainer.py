@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 
@@ -44,9 +44,20 @@ def trainer(begun: Begun, board: Any) -> TorchTrainer:
             storage_path=where.path,
             storage_filesystem=where.filesystem,
             failure_config=FailureConfig(max_failures=settings.max_failures),
+            callbacks=[_Deaths(board)],  # type: ignore[list-item]  # V1's types
             logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
         ),
     )
+
+
+class _Deaths(UserCallback):
+    """Tells the board of the death of a worker, after which Ray Train ends the whole group."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        self._board.died.remote()
 
 
 class _OnOurOwnRay(TorchTrainer):

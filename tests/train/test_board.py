@@ -142,6 +142,35 @@ def test_a_run_that_does_not_move_ends_and_says_what_it_waited_for(
         signal.signal(signal.SIGINT, before)
 
 
+def test_after_a_death_a_run_waits_as_long_as_for_its_first_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ray.nodes", list)
+    now = 0.0
+    settings = Settings(data="d", out="o", experiment=tiny.experiment(), cpus_per_worker=4)
+    patience = fit._patience(settings)
+    patience._clock = lambda: now
+    patience._since = patience._said = now
+    board = Board()
+
+    def looks() -> None:
+        seen = board.watched()
+        patience.look(seen.workers, seen.signs)
+
+    board.begins(2, None)
+    looks()
+    board.died()
+    board.lives()  # what the dead one's group still had to say
+    looks()
+    now = settings.max_wait - 1.0  # far longer than --max-stall
+    looks()
+    board.begins(2, None)
+    looks()
+    now += settings.max_stall
+    with pytest.raises(cluster.RunStoppedError, match="2 processes run, and for 1800 s"):
+        looks()
+
+
 @contextmanager
 def watching(
     lost: threading.Event, board: Board | None = None, *, seconds: float = 60.0

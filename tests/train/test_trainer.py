@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
-from ray.train import ScalingConfig
-from ray.train.torch import TorchTrainer
+import os
+from pathlib import Path
+from typing import Any
 
+import pytest
+import ray
+from ray.train import ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer
+from train import tiny
+
+from pipeline.train import trainer
+from pipeline.train.begin import begin, look
+from pipeline.train.board import Board
 from pipeline.train.trainer import _OnOurOwnRay
 
 
@@ -21,3 +30,26 @@ def test_a_ray_that_ends_with_its_driver_has_nobody_who_frees_its_cpus() -> None
     here = callbacks(_OnOurOwnRay)
     assert set(everywhere) - set(here) == {"PlacementGroupCleanerCallback"}
     assert len(here) == len(everywhere) - 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_worker_that_dies_leaves_a_board_on_which_none_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(config: dict[str, Any]) -> None:
+        ray.get(config["board"].begins.remote(2, None))
+        os._exit(1)
+
+    monkeypatch.setattr(trainer, "_worker", dies)
+    tiny.draw_set(tmp_path / "set", train=2, val=1)
+    settings = tiny.settings(
+        tmp_path / "set", tmp_path / "out", tiny.experiment(batch_size=2), max_failures=0
+    )
+    board: Any = ray.remote(Board).options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    begun = begin(settings, look(settings, print), print)
+    with pytest.raises(TrainingFailedError):
+        trainer.trainer(begun, board).fit()
+    assert ray.get(board.watched.remote()).signs == 1
+    assert ray.get(board.watched.remote()).workers == 0
