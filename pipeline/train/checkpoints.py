@@ -48,6 +48,11 @@ def put(out: str, snapshot: Snapshot) -> None:
     storage.delete([uri for _, uri in older[:-1]], within=storage.join(out, FOLDER))
 
 
+def put_best(out: str, data: bytes) -> None:
+    """Puts the network at its best score, which a checkpoint has in its history."""
+    storage.write(storage.join(out, BEST), data)
+
+
 def latest(out: str) -> Snapshot | None:
     """The newest checkpoint that can be read, None where there is none.
 

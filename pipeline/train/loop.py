@@ -15,7 +15,6 @@ from typing import Protocol
 
 import torch
 
-from pipeline.data import storage
 from pipeline.data.samples import SampleError
 from pipeline.model import weights
 from pipeline.model.deeplab import DeepLabV3
@@ -70,7 +69,9 @@ class _Run:
         self._state = _begin(task, group)
         self._stepper = stepper_of(task, self._state, group)
         self._window = _Window(self._state.step, task.experiment.optimiser.batch_size)
+        self._best: bytes | None = None  # to be put with the next checkpoint
         if group.first:
+            self._remake_best()
             listener.begins(group.world, self._state.history.best)
 
     def trains(self) -> bool:
@@ -134,8 +135,7 @@ class _Run:
         return False
 
     def _score(self) -> Score | None:
-        """How good the network is on val now, None where someone failed; the best one is kept."""
-        task = self._task
+        """How good the network is on val now, None where someone failed; the best is to be put."""
         before = self._state.history.best
         self._group.share_buffers(self._state.best_model)
         found = self._evaluate()
@@ -148,9 +148,22 @@ class _Run:
         score = total.score(step=self._state.step, time=time.time())
         self._state.history.scores.append(score)
         if self._group.first and self._state.history.best is not before:
-            data = weights.to_bytes(self._state.best_model, task.train.classes)
-            storage.write(storage.join(task.out, checkpoints.BEST), data)
+            self._best = self._best_bytes()
         return score
+
+    def _best_bytes(self) -> bytes:
+        """The network as it is now: a copy, which may be written while training goes on."""
+        return weights.to_bytes(self._state.best_model, self._task.train.classes)
+
+    def _remake_best(self) -> None:
+        """Puts the best network again where the run goes on from the step that made it.
+
+        A death may have come between that step's checkpoint and the network. It is put after the
+        checkpoint, so that it is never of a score that only a dead worker knew.
+        """
+        best = self._state.history.best
+        if best is not None and best.step == self._state.step:
+            checkpoints.put_best(self._task.out, self._best_bytes())
 
     def _evaluate(self) -> Evaluation | SampleError:
         """This worker's share of val."""
@@ -178,9 +191,12 @@ class _Run:
         if self._group.first:
             snapshot = state.take(self._state, facts)
             out, names = self._task.out, self._task.val.classes.names
+            best, self._best = self._best, None
 
             def save() -> None:
                 checkpoints.put(out, snapshot)
+                if best is not None:
+                    checkpoints.put_best(out, best)
                 write_history(out, snapshot.history, names)
 
         newest = self._state.history.scores[-1:]
