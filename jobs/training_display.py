@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 
@@ -31,7 +32,8 @@ class TrainingDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        sys.stderr.flush()
+        with contextlib.suppress(BrokenPipeError):  # nobody reads it any more
+            sys.stderr.flush()
 
     def __call__(self, watched: Watched) -> None:
         for warning in watched.warnings[self._warned :]:

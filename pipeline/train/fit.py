@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import signal
 import threading
 import time
@@ -35,6 +36,8 @@ LOOK_EVERY_S = 2.0
 
 GPU_CPUS = 16
 """CPUs for a worker with a GPU, at most: half of them read and augment photos."""
+
+logger = logging.getLogger(__name__)
 
 Watch = Callable[[Watched], None]
 """Is told how far the run is, every few seconds."""
@@ -181,6 +184,7 @@ class _Watching:
     def __init__(self, board: Any, watch: Watch, lost: threading.Event, patience: Patience) -> None:
         self.stopped = ""
         self._board, self._watch, self._lost, self._patience = board, watch, lost, patience
+        self._unshown = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
 
@@ -210,7 +214,16 @@ class _Watching:
     def _once(self) -> None:
         try:
             seen: Watched = ray.get(self._board.watched.remote(), timeout=LOOK_EVERY_S)
-            self._watch(seen)
+            self._show(seen)
             self._patience.look(seen.workers, seen.signs)
         except ray.exceptions.RayError:  # only a display is poorer
             return
+
+    def _show(self, seen: Watched) -> None:
+        """Tells who watches, whose errors (a terminal that is gone) are no reason to look away."""
+        try:
+            self._watch(seen)
+        except Exception as error:  # whatever it prints to
+            if not self._unshown:
+                logger.warning("how the run goes cannot be shown: %s", error)
+            self._unshown = True

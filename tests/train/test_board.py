@@ -116,6 +116,31 @@ def test_a_driver_whose_run_was_taken_over_is_interrupted(monkeypatch: pytest.Mo
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_display_that_fails_does_not_keep_the_watch_from_its_work(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fit, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr("ray.get", lambda value, **_: value)
+    shown: list[Watched] = []
+
+    def broken(seen: Watched) -> None:
+        shown.append(seen)
+        raise BrokenPipeError("nobody reads")
+
+    board = Board()
+    board.begins(2, None)
+    raised = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: raised.set())
+    try:
+        with watching(threading.Event(), board, seconds=0.3, watch=broken) as told:
+            assert raised.wait(10)
+        assert told.stopped.startswith("nothing moves: 2 processes run")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(shown) > 2
+    assert caplog.text.count("how the run goes cannot be shown: nobody reads") == 1
+
+
 @pytest.mark.parametrize(
     ("workers", "said"),
     [(2, "2 processes run, and for .* no step was done"), (0, "waiting for a node with 4 CPUs")],
@@ -173,14 +198,18 @@ def test_after_a_death_a_run_waits_as_long_as_for_its_first_start(
 
 @contextmanager
 def watching(
-    lost: threading.Event, board: Board | None = None, *, seconds: float = 60.0
+    lost: threading.Event,
+    board: Board | None = None,
+    *,
+    seconds: float = 60.0,
+    watch: fit.Watch = lambda _: None,
 ) -> Iterator[fit._Watching]:
     settings = Settings(data="d", out="o", experiment=tiny.experiment(), cpus_per_worker=4)
     patience = fit._patience(settings)
     patience._max_wait_s = patience._max_stall_s = seconds
-    watch = fit._Watching(Called(board or Board()), lambda _: None, lost, patience)
-    with watch:
-        yield watch
+    watches = fit._Watching(Called(board or Board()), watch, lost, patience)
+    with watches:
+        yield watches
 
 
 @pytest.mark.parametrize(
