@@ -18,6 +18,9 @@ from pipeline.model.config import ModelConfig
 
 ClassWeights = Literal["none", "median_frequency"]
 
+MAX_SCALE = 8.0
+"""Of a photo, in training and in looking at it (ours): memory goes with its square."""
+
 PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
@@ -64,10 +67,10 @@ class AugmentConfig:
             sizes = getattr(self, name)
             if sizes is not None and min(sizes) < 1:
                 raise ValueError(f"{name} is {sizes}; give height and width, each at least 1")
-        if not 0 < self.min_scale <= self.max_scale:
+        if not 0 < self.min_scale <= self.max_scale <= MAX_SCALE:
             raise ValueError(
                 f"min_scale {self.min_scale} and max_scale {self.max_scale}: give "
-                "0 < min_scale <= max_scale"
+                f"0 < min_scale <= max_scale <= {MAX_SCALE:g}"
             )
         _share("late_from", self.late_from)
 
@@ -125,8 +128,13 @@ class OptimiserConfig:
         if self.micro_batch is not None:
             _at_least("micro_batch", self.micro_batch, 1, "leave it out to take a whole batch")
         for name in ("base_lr", "power", "head_lr_factor"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be over 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be over 0 and finite")
+        for name in ("weight_decay", "auxiliary_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be finite and at least 0: 0 is none"
+                )
         if not 0 < self.hard_share <= 1:
             raise ValueError(f"hard_share is {self.hard_share}; give a share over 0, 1 keeps all")
         for name in ("momentum", "bn_momentum", "ema_decay"):
@@ -148,8 +156,11 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         _at_least("eval_every", self.eval_every, 0, "0 evaluates at the end alone")
-        if not self.eval_scales or not all(scale > 0 for scale in self.eval_scales):
-            raise ValueError(f"eval_scales is {self.eval_scales}; give some, each over 0")
+        if not self.eval_scales or not all(0 < scale <= MAX_SCALE for scale in self.eval_scales):
+            raise ValueError(
+                f"eval_scales is {self.eval_scales}; give some, each over 0 and at most "
+                f"{MAX_SCALE:g}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ from which an interval is drawn.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,12 +17,11 @@ from pipeline.data import storage
 from pipeline.data.datasets import Split
 from pipeline.metrics import Int64s
 from pipeline.model import speed, weights
+from pipeline.train.config import MAX_SCALE
 from pipeline.train.evaluate import Evaluation, evaluate
 from pipeline.train.interval import photo_counts
 
 Tell = Callable[[int], None]
-
-MAX_SCALE = 8.0
 
 
 class WorkersError(RuntimeError):
@@ -42,10 +40,7 @@ class Look:
     output_stride: int | None = None
 
     def __post_init__(self) -> None:
-        wrong = [
-            each for each in self.scales if not (math.isfinite(each) and 0 < each <= MAX_SCALE)
-        ]
-        if wrong or not self.scales:
+        if not self.scales or not all(0 < each <= MAX_SCALE for each in self.scales):
             given = " ".join(f"{each:g}" for each in self.scales) or "none"
             raise ValueError(
                 f"scales are {given}; give one or more over 0 and at most {MAX_SCALE:g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -47,6 +48,15 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("data", "out"):
             object.__setattr__(self, name, storage.normalise(getattr(self, name)))
+        if self.out.count("/") < 3 and self.out.startswith("s3://"):
+            raise ValueError(
+                f"--out {self.out}: give a prefix below the bucket, for this run alone"
+            )
+        self._check_workers()
+        self._check_limits()
+        self._check_batch()
+
+    def _check_workers(self) -> None:
         if len(self.workers) not in (1, 2) or not 1 <= self.workers[0] <= self.workers[-1]:
             raise ValueError(f"--workers {_words(self.workers)}: give a number, or MIN MAX")
         if self.cpus_per_worker is not None and self.cpus_per_worker < 1:
@@ -63,15 +73,22 @@ class Settings:
                 f"--gpus-per-worker {self.gpus_per_worker:g} on {self.most_workers} workers: two "
                 "of them would share a GPU, over which they cannot talk: give 1"
             )
+
+    def _check_limits(self) -> None:
         for name in ("checkpoint_every", "max_wait", "max_stall"):
             if getattr(self, name) < 1:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag} {getattr(self, name)}: it must be at least 1")
-        if self.out.count("/") < 3 and self.out.startswith("s3://"):
+        if self.max_failures < 0:
             raise ValueError(
-                f"--out {self.out}: give a prefix below the bucket, for this run alone"
+                f"--max-failures {self.max_failures}: it must be at least 0, which stops the run "
+                "at the first death"
             )
-        self._check_batch()
+        if not 0 <= self.cache_gb < math.inf:
+            raise ValueError(
+                f"--cache-gb {self.cache_gb:g}: it must be finite and at least 0, which keeps no "
+                "photo"
+            )
 
     def _check_batch(self) -> None:
         batch_size = self.experiment.optimiser.batch_size
