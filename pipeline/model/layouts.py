@@ -16,6 +16,9 @@ from pipeline.model.formats import CheckpointError, TensorFile, shorten
 
 State = dict[str, torch.Tensor]
 
+TRAINING_KEY = "deeplab-training"
+"""In the metadata of what a training run goes on from, which holds more than a network."""
+
 RATES = (6, 12, 18)
 """At output stride 16, so 12, 24, 36 at 8: what all of them train with."""
 
@@ -73,6 +76,11 @@ def recognise(
 
     `atrous_rates` (at output stride 16) replace the layout's own. Raises CheckpointError.
     """
+    if TRAINING_KEY in file.metadata:
+        raise CheckpointError(
+            f"{name} is what a training run goes on from, not a network: give the run's "
+            "model.safetensors, or best.safetensors, which lie beside its checkpoints folder"
+        )
     if file.npz:
         if atrous_rates:
             raise CheckpointError(

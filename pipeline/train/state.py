@@ -19,10 +19,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from pipeline.model.deeplab import DeepLabV3
 from pipeline.model.formats import CheckpointError, parse
+from pipeline.model.layouts import TRAINING_KEY
 from pipeline.train.history import History
 
 VERSION = 1
-KEY = "deeplab-training"
 
 
 @dataclass(kw_only=True)
@@ -63,7 +63,7 @@ class Snapshot:
         said["history"] = json.loads(self.history.to_json())
         said["digest"] = _digest(said, self.tensors)
         return safetensors.torch.save(
-            dict(self.tensors), metadata={KEY: json.dumps(said, sort_keys=True)}
+            dict(self.tensors), metadata={TRAINING_KEY: json.dumps(said, sort_keys=True)}
         )
 
 
@@ -91,7 +91,7 @@ def read(data: bytes, name: str) -> Snapshot:
     """
     file = parse(data, name=name)
     try:
-        said: Any = json.loads(file.metadata[KEY])
+        said: Any = json.loads(file.metadata[TRAINING_KEY])
         if said["version"] != VERSION:
             raise ValueError(f"version {said['version']!r}, known is {VERSION}")
         digest = said.pop("digest", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from train import tiny
 from pipeline.model import weights
 from pipeline.model.formats import CheckpointError
 from pipeline.train import state
+from pipeline.train.begin import first_model
 from pipeline.train.config import OptimiserConfig
 from pipeline.train.group import Group
 from pipeline.train.history import History, Step
@@ -135,3 +137,14 @@ def test_another_file_or_another_network_is_refused(tmp_path: Path) -> None:
     made, _ = begun()
     with pytest.raises(CheckpointError, match="of another network"):
         state.restore(made, small())
+
+
+def test_who_takes_it_for_a_network_is_led_to_those(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(state.take(begun()[0], FACTS).to_bytes())
+    for takes in (
+        lambda: weights.load(str(path)),
+        lambda: first_model(replace(tiny.experiment(), init=str(path)), print),
+    ):
+        with pytest.raises(CheckpointError, match=r"goes on from, .*model.safetensors, or best"):
+            takes()
