@@ -32,6 +32,10 @@ class SampleError(ValueError):
         return f"{self.args[0]}: {self.args[1]}"
 
 
+class BrokenFileError(SampleError):
+    """A file that was read and cannot be trained on: only another one can."""
+
+
 def load(pair: Labelled, split: Split, read: Read) -> tuple[Pixels, Pixels]:
     """The photo (h, w, 3) uint8 RGB and its label (h, w) uint8, ids and ignore_index.
 
@@ -65,9 +69,9 @@ def decode_image(uri: str, data: bytes) -> Pixels:
         raise broken_image(uri, error) from error
 
 
-def broken_image(uri: str, error: ImageError) -> SampleError:
+def broken_image(uri: str, error: ImageError) -> BrokenFileError:
     """The error for a photo whose bytes cannot be decoded."""
-    return SampleError(uri, f"image cannot be read ({error.kind}): {error}; {_REPLACE}")
+    return BrokenFileError(uri, f"image cannot be read ({error.kind}): {error}; {_REPLACE}")
 
 
 def decode_label(uri: str, data: bytes, split: Split, size: tuple[int, int]) -> Pixels:
@@ -75,4 +79,4 @@ def decode_label(uri: str, data: bytes, split: Split, size: tuple[int, int]) -> 
     try:
         return masks.decode_label(data, split.classes, size=size, lookup=split.lookup)
     except LabelError as error:
-        raise SampleError(uri, f"{error}; {_REPLACE}") from error
+        raise BrokenFileError(uri, f"{error}; {_REPLACE}") from error

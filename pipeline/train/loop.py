@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from pipeline.data.samples import SampleError
+from pipeline.data.samples import BrokenFileError, SampleError
 from pipeline.model import weights
 from pipeline.model.deeplab import DeepLabV3
 from pipeline.train import checkpoints, normalisation, state
@@ -29,6 +29,8 @@ from pipeline.train.task import Task, node_cache, source_of, state_of, stepper_o
 
 LOOK_EVERY = 10
 """Steps between two rows of the history."""
+
+_OTHER_FILES = "; with other photos or labels it is another run: give that a new --out"
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +99,8 @@ class _Run:
         if not math.isfinite(came_to.own_loss):  # the others' photos are not to blame
             self._listener.fail(
                 f"the loss is {came_to.loss} at step {self._state.step}; this worker's photos were "
-                f"{', '.join(batch.uris)}: give a lower --base-lr, or look at these labels"
+                f"{', '.join(batch.uris)}: give a lower --base-lr, or mend these labels, under a "
+                "new --out"
             )
         return False
 
@@ -130,7 +133,7 @@ class _Run:
         if self._group.first:
             self._listener.fail(
                 f"weights are no longer numbers after step {self._state.step}: give a lower "
-                "--base-lr; no checkpoint was made of them"
+                "--base-lr and a new --out; no checkpoint was made of them"
             )
         return False
 
@@ -239,7 +242,7 @@ class _Window:
 def _someone_failed(made: object, group: Group, listener: Listener) -> bool:
     """Whether a worker has an error in hand instead of what it was to make."""
     if isinstance(made, SampleError):
-        listener.fail(str(made))
+        listener.fail(f"{made}{_OTHER_FILES if isinstance(made, BrokenFileError) else ''}")
     failed = torch.tensor(float(isinstance(made, SampleError)))
     return bool(group.sum(failed) > 0)
 

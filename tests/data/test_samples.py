@@ -9,7 +9,7 @@ from data.drawn import cityscapes_files, encoded, ids, photo, put_all, voc_files
 from pipeline.data import storage
 from pipeline.data.datasets import open_split
 from pipeline.data.labels import CITYSCAPES, VOC
-from pipeline.data.samples import SampleError, load
+from pipeline.data.samples import BrokenFileError, SampleError, load
 
 
 def voc(prefix, **replaced):
@@ -70,7 +70,7 @@ def test_a_bad_file_is_named_with_the_way_out(tmp_path, replaced, name, message)
     assert caught.value.uri.endswith(name)
     again = pickle.loads(pickle.dumps(caught.value))
     assert (type(again), str(again), again.uri) == (
-        *(SampleError, str(caught.value), caught.value.uri),
+        *(BrokenFileError, str(caught.value), caught.value.uri),
     )
     assert "\n" not in str(again)
 

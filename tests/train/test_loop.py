@@ -274,6 +274,7 @@ def test_a_loss_that_is_no_number_ends_all_workers_and_names_the_photos(
     assert first.failures == []  # its photos are not to blame
     [message] = second.failures
     assert "the loss is nan at step 3" in message
+    assert "give a lower --base-lr, or mend these labels, under a new --out" in message
     assert sum(f"images/{number:02d}.jpg" in message for number in range(6)) == 2
     assert [row.step for row in first.rows] == [1, 2]
     assert newest(out).step == 2  # what is broken is not put away
@@ -291,6 +292,7 @@ def test_a_file_that_one_worker_cannot_read_ends_all_of_them(name: str, tmp_path
     messages = [message for each in heard for message in each.failures]
     assert len(messages) == 1
     assert messages[0].startswith(f"{path}: ")
+    assert "with other photos or labels it is another run: give that a new --out" in messages[0]
     assert not (out / "model.safetensors").exists()
 
 
@@ -310,6 +312,7 @@ def test_a_worker_that_does_not_find_what_it_needs_says_so_and_none_trains(
     assert heard.rows == []
     assert "/not/here: it is not on node" in heard.failures[0]
     assert f"give --{'out' if what == 'initial' else 'data'} as s3://" in heard.failures[0]
+    assert "another run" not in heard.failures[0]  # it is where these photos are
 
 
 @pytest.mark.parametrize("at", [3, 4])  # in mid-run, and at its end
@@ -329,6 +332,7 @@ def test_weights_that_are_no_numbers_are_never_put_away(
     task = tiny.task(root, tmp_path, tiny.experiment(), checkpoint_every=1)
     heard = worker(Group(), task)
     assert f"weights are no longer numbers after step {at}" in heard.failures[0]
+    assert "give a lower --base-lr and a new --out" in heard.failures[0]
     assert newest(tmp_path).step == at - 1
     assert not (tmp_path / "model.safetensors").exists()
 
