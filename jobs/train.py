@@ -3,8 +3,12 @@
     python jobs/train.py --recipe voc-mobilenetv2 --data s3://sets/voc --out s3://models/voc
     python jobs/train.py --list
 
-Exits 0 when the network is trained, 1 when the run stopped (the same command goes on with it), 2 on
-arguments that cannot be right. Any value of the recipe can be given as a flag. The last line is for
+--recipe NAME is needed: its values are the defaults of all flags but the first few, and any of them
+can be given as a flag. --list prints the recipes with their scores. --resume is a word for who
+expects it: every run goes on where it stopped.
+
+Exits 0 when the network is trained, 1 when the run stopped (the same command goes on with it,
+unless the last line asks for another), 2 on arguments that cannot be right. The last line is for
 log readers: `key=value` pairs.
 """
 

@@ -143,15 +143,20 @@ def repeated(
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}; it must be at least 1: 1 repeats nothing")
+    check_repeated(classes, repeat_classes)
+    ids = [classes.names.index(name) for name in repeat_classes]
+    hard = np.flatnonzero(survey.holds[:, ids].any(axis=1)).tolist()
+    return [*range(len(survey.holds)), *(hard * (repeats - 1))]
+
+
+def check_repeated(classes: Classes, repeat_classes: Sequence[str]) -> None:
+    """Raises ValueError where one of the classes to be repeated is unknown."""
     for name in repeat_classes:
         if name not in classes.names:
             raise ValueError(
                 f"repeat_classes has {name!r}, which is no class; give some of "
-                f"{', '.join(classes.names)}"
+                f"{', '.join(classes.names)}, or none to repeat nothing"
             )
-    ids = [classes.names.index(name) for name in repeat_classes]
-    hard = np.flatnonzero(survey.holds[:, ids].any(axis=1)).tolist()
-    return [*range(len(survey.holds)), *(hard * (repeats - 1))]
 
 
 def _fetched(split: Split, read: Read) -> Iterator[tuple[bytes, bytes]]:

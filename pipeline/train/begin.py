@@ -17,7 +17,7 @@ import torch
 from pipeline.data import labels, storage
 from pipeline.data.datasets import Split, open_split
 from pipeline.data.samples import Read
-from pipeline.data.survey import Survey, median_frequency_weights, repeated, survey
+from pipeline.data.survey import Survey, check_repeated, median_frequency_weights, repeated, survey
 from pipeline.model import devices, weights
 from pipeline.model.deeplab import DeepLabV3
 from pipeline.runs import cluster
@@ -92,6 +92,7 @@ def look(settings: Settings, say: Say) -> Looked:
             f"--classes {data.classes} are {classes.num_classes}, but the network has {wanted}: "
             f"give --num-classes {classes.num_classes}"
         )
+    check_repeated(classes, data.repeat_classes)  # not after a look at a million labels
     train, val = (
         open_split(settings.data, split, layout=data.layout, classes=classes)
         for split in (data.train_split, data.val_split)

@@ -107,6 +107,17 @@ def test_bad_use_is_one_line_an_exit_code_and_nothing_left_behind(
     assert message.replace("{root}", str(tmp_path)) in line
 
 
+def test_a_class_to_repeat_is_refused_before_labels_are_looked_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_set(f"{tmp_path}/set", train=2, val=1)
+    assert main([*arguments(str(tmp_path)), "--repeat-classes", "gold"]) == 2
+    said = capsys.readouterr().out
+    assert "repeat_classes has 'gold'" in said
+    assert "or none to repeat nothing" in said
+    assert "looking at the labels" not in said
+
+
 def test_what_has_to_be_said_is_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
