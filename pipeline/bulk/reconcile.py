@@ -2,8 +2,9 @@
 
 Waves first; what came back from no process goes again with nothing queued beside it; and what
 then still kills its process goes photo by photo. A wave that is abandoned because too many
-processes died, or one is cut off from storage, is begun again as long as each gets shards done.
-The results' listing, not anyone's word, says what is missing.
+processes died, or one is cut off from storage, is begun again as long as each gets shards done;
+one that gets none done is followed by waves in which a death costs one shard alone. The results'
+listing, not anyone's word, says what is missing.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ class Reconciler:
             while missing and (lost := self._lost(shards.take(missing), one_at_a_time)):
                 before, missing = missing, self._missing(part)
                 if len(missing) == len(before):
-                    raise RunStoppedError(f"processes get no shard done: {lost}")
+                    if one_at_a_time:
+                        raise RunStoppedError(f"processes get no shard done: {lost}")
+                    break  # each death took those along that were in work beside it
                 logger.warning("%s; %d shards are missing, again", lost, len(missing))
         if missing := self._missing(part):
             logger.warning("%d shards kill their process; photo by photo now", len(missing))

@@ -73,11 +73,17 @@ def test_an_abandoned_wave_is_begun_again_with_what_is_missing(
     assert reconciled([2, 1, 4]) == [(7, False), (5, False), (4, False)]
 
 
-def test_abandoned_waves_that_get_nothing_done_end_the_run(
+def test_a_wave_that_gets_nothing_done_is_followed_by_one_in_which_deaths_cost_less(
+    reconciled: Callable[[list[int]], list[tuple[int, bool]]],
+) -> None:
+    assert reconciled([2, 0, 3, 2]) == [(7, False), (5, False), (5, True), (2, True)]
+
+
+def test_such_waves_that_get_nothing_done_end_the_run(
     reconciled: Callable[[list[int]], list[tuple[int, bool]]],
 ) -> None:
     with pytest.raises(RunStoppedError, match="processes get no shard done: the actor died"):
-        reconciled([2, 0, 5])
+        reconciled([2, 0, 0, 5])
 
 
 @pytest.fixture
