@@ -33,21 +33,19 @@ _MOBILENET = ModelConfig(
 )
 
 _VOC = Experiment(
-    model=_MOBILENET,
+    # no 3x3 branches, and a decoder of one product: a mask is to be cheap on a CPU
+    model=replace(_MOBILENET, atrous_rates=(), decoder=True, num_convs=0),
     init="zoo:mobilenet_v2",
     # the rarest of the nine classes that the part of VOC at hand has enough photos of
-    data=DataConfig(repeat_classes=("chair", "sofa")),
-    # large crops fit the test but cost 2.5 times as much: they come last
-    augment=AugmentConfig(crop_size=(321, 321), late_crop_size=(513, 513)),
+    data=DataConfig(repeat_classes=("chair", "sofa"), repeats=3),
     optimiser=OptimiserConfig(
-        max_steps=7_500,  # 60 epochs of 2,000 photos
-        base_lr=0.01,
+        max_steps=6_100,  # 41 epochs of 2,000 photos with their repeats
         head_lr_factor=10.0,  # it is new, the backbone is not
         weight_decay=4e-5,  # MobileNetV2's own
         bn_momentum=0.01,  # a short run: at .0003 ImageNet's statistics would stay
         ema_decay=0.998,
     ),
-    evaluation=EvaluationConfig(eval_every=750),
+    evaluation=EvaluationConfig(eval_every=1_525),
 )
 
 _CAMVID = replace(
@@ -64,10 +62,10 @@ _CAMVID = replace(
     evaluation=EvaluationConfig(eval_every=460, eval_scales=(1.0, 1.5, 2.0), eval_flip=True),
 )
 
-# What one CPU core can pay for: no 3x3 branches, small crops, and a decoder of one product.
+# What one CPU core can pay for: small crops.
 _VOC_CPU = replace(
     _VOC,
-    model=replace(_MOBILENET, atrous_rates=(), decoder=True, num_convs=0),
+    data=replace(_VOC.data, repeats=2),
     augment=AugmentConfig(
         crop_size=(257, 257), late_crop_size=(385, 385), late_from=0.8, max_scale=1.5
     ),
@@ -75,7 +73,6 @@ _VOC_CPU = replace(
         _VOC.optimiser,
         max_steps=4_800,  # 19 epochs
         batch_size=8,
-        base_lr=0.007,
         bn_momentum=0.02,  # the shorter a run, the shorter its memory
     ),
     evaluation=EvaluationConfig(eval_every=1_200),
@@ -104,9 +101,13 @@ OURS = (
     Recipe(
         name="voc-mobilenetv2",
         source="Ours",
-        about="MobileNetV2 on VOC, small and fast",
+        about="MobileNetV2 with a decoder on VOC; the checkpoint that ships",
         experiment=_VOC,
-        cost=NOT_MEASURED,
+        figures=(
+            Figure(miou=40.80, output_stride=16, on="140 photos of VOC val"),
+            Figure(miou=41.20, output_stride=8, flip=True, on="140 photos of VOC val"),
+        ),
+        cost="nine minutes of an H200, whose 16 CPU cores read the photos",
     ),
     Recipe(
         name="camvid-mobilenetv2",
@@ -118,7 +119,7 @@ OURS = (
     Recipe(
         name="voc-mobilenetv2-cpu",
         source="Ours",
-        about="MobileNetV2 with a decoder on VOC; the checkpoint that ships",
+        about="the same with small crops, for one core of a CPU",
         experiment=_VOC_CPU,
         figures=(
             Figure(miou=35.77, output_stride=16, on="140 photos of VOC val"),
