@@ -122,7 +122,7 @@ def test_the_event_file_holds_every_value_of_the_history_at_its_time() -> None:
 
 
 def test_the_event_file_depends_on_the_history_alone() -> None:
-    again = History.from_json(HISTORY.to_json()).until(10_000)
+    again = History.from_json(HISTORY.to_json()).copy()
     assert pictures.event_file(again, NAMES) == pictures.event_file(HISTORY, NAMES)
     assert events(pictures.event_file(History(), NAMES)) == []
 
