@@ -212,6 +212,13 @@ def watching(
         yield watches
 
 
+def a_cluster_of(monkeypatch: pytest.MonkeyPatch, nodes: list[tuple[int, int]]) -> None:
+    """A cluster, as Ray tells of it, whose nodes have so many CPUs and GPUs."""
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    found = [{"Alive": True, "Resources": {"CPU": c, "GPU": g}} for c, g in nodes]
+    monkeypatch.setattr("ray.nodes", lambda: found)
+
+
 @pytest.mark.parametrize(
     ("given", "nodes", "gpus", "cpus"),
     [
@@ -232,9 +239,7 @@ def test_workers_have_as_many_cpus_as_the_cluster_has_room_for(
     gpus: float,
     cpus: int,
 ) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    found = [{"Alive": True, "Resources": {"CPU": c, "GPU": g}} for c, g in nodes]
-    monkeypatch.setattr("ray.nodes", lambda: found)
+    a_cluster_of(monkeypatch, nodes)
     lines: list[str] = []
     settings = Settings(
         data="d", out="o", experiment=tiny.experiment(), workers=(2,),
@@ -264,9 +269,7 @@ def test_of_a_range_as_many_workers_train_as_the_cluster_has_room_for(
     gpus: float,
     cpus: int,
 ) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    found = [{"Alive": True, "Resources": {"CPU": c, "GPU": g}} for c, g in nodes]
-    monkeypatch.setattr("ray.nodes", lambda: found)
+    a_cluster_of(monkeypatch, nodes)
     settings = Settings(
         data="d", out="o", experiment=tiny.experiment(batch_size=4), workers=workers,
         gpus_per_worker=gpus,
