@@ -194,8 +194,9 @@ def test_a_pool_grows_from_its_least_to_its_most_actors(
 
     monkeypatch.setattr(Watchdog, "look", noted)
     run(settings, quiet)
-    grown = seen[seen.index(0, seen.index(1)) :]  # after the first shard, which one actor does
-    assert list(dict.fromkeys(grown)) == [0, 1, 2, 3]
+    grown = [n for n in seen[seen.index(0, seen.index(1)) :] if n]  # after the first shard's one
+    # two may have come between two looks, and the last ones go when their work is done
+    assert (grown[0], max(grown)) == (1, 3)
 
 
 def _actor_processes() -> list[int]:

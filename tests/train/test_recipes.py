@@ -301,6 +301,23 @@ def test_the_final_model_is_trained_as_in_section_4_1():
     assert (optimiser.ema_decay, optimiser.hard_share, optimiser.head_lr_factor) == (0, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "base_lr", "max_steps", "batch_size"),
+    [
+        ("voc-mobilenetv2", 0.007, 6_100, 16),
+        ("voc-mobilenetv2-cpu", 0.007, 4_800, 8),
+        ("camvid-mobilenetv2", 0.01, 4_600, 16),
+        ("camvid-mobilenetv2-cpu", 0.007, 3_600, 8),
+        ("camvid-resnet50", 0.01, 4_600, 16),
+    ],
+)
+def test_ours_stay_as_they_were_run(name, base_lr, max_steps, batch_size):
+    """A rate that changed with another recipe's would refuse the resume of a run begun before."""
+    optimiser = RECIPES[name].experiment.optimiser
+    assert (optimiser.base_lr, optimiser.max_steps) == (base_lr, max_steps)
+    assert optimiser.batch_size == batch_size
+
+
 def test_ours_have_a_cost_and_a_score_or_say_that_nobody_measured_them():
     for recipe in OURS:
         assert recipe.cost
