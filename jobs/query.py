@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
@@ -14,9 +15,9 @@ import duckdb
 import pyarrow as pa
 import tyro
 
+from jobs import ending
 from jobs.answers import WRITERS, write_parquet
 from jobs.arguments import parse
-from jobs.escape import in_one_line
 from pipeline.data import storage
 from pipeline.results.query import connect
 
@@ -51,43 +52,57 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the answer; 0, or 1 where it failed, or 2 where the arguments are wrong."""
-    try:
-        arguments = parse(Arguments, argv, description=Arguments.__doc__)
-    except ValueError as error:
-        print(in_one_line(error), file=sys.stderr)
-        return 2
+    return ending.answer(
+        lambda: _arguments(argv),
+        _print_answer,
+        stops=(duckdb.Error, OSError, ValueError, pa.ArrowException),
+    )
+
+
+def _arguments(argv: Sequence[str] | None) -> Arguments:
+    arguments = parse(Arguments, argv, description=Arguments.__doc__)
     if arguments.format == "parquet" and arguments.output is None and sys.stdout.isatty():
-        print("parquet is not for a terminal: give --output, or pipe it", file=sys.stderr)
-        return 2
+        raise ValueError("parquet is not for a terminal: give --output, or pipe it")
+    return arguments
+
+
+def _print_answer(arguments: Arguments) -> None:
     try:
         _answer(arguments)
     except BrokenPipeError:  # who reads has seen enough; nothing more may be flushed there
         with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
-    except (duckdb.Error, OSError, ValueError, pa.ArrowException) as error:
-        print(in_one_line(error), file=sys.stderr)
-        return 1
-    return 0
 
 
 def _answer(arguments: Arguments) -> None:
     con = connect(arguments.results)
     try:
         con.execute("SET python_enable_replacements = false")  # our variables are no tables
-        result = con.sql(arguments.sql)
-        if result is None:
-            return
-        reader = result.to_arrow_reader(_BATCH_ROWS)
-        to_terminal = arguments.output is None and sys.stdout.isatty()
-        with _opened(arguments.output) as file:
-            if arguments.format == "parquet":
-                write_parquet(reader, file)
-            else:
-                for text in WRITERS[arguments.format](reader, to_terminal):
-                    file.write(text.encode())
-            file.flush()
+        # DuckDB may not come back to Python for minutes: this thread waits for who interrupts
+        with ThreadPoolExecutor(1) as asker:
+            asked = asker.submit(_ask, con, arguments)
+            try:
+                asked.result()
+            except KeyboardInterrupt:
+                con.interrupt()
+                raise
     finally:
         con.close()
+
+
+def _ask(con: duckdb.DuckDBPyConnection, arguments: Arguments) -> None:
+    result = con.sql(arguments.sql)
+    if result is None:
+        return
+    reader = result.to_arrow_reader(_BATCH_ROWS)
+    to_terminal = arguments.output is None and sys.stdout.isatty()
+    with _opened(arguments.output) as file:
+        if arguments.format == "parquet":
+            write_parquet(reader, file)
+        else:
+            for text in WRITERS[arguments.format](reader, to_terminal):
+                file.write(text.encode())
+        file.flush()
 
 
 @contextlib.contextmanager

@@ -8,8 +8,11 @@ import io
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from results.made_up import image_row, write_run
 
+from jobs import query
 from jobs.query import main
 from pipeline.results.query import connect
 
@@ -223,3 +227,31 @@ def test_results_on_s3_are_asked_alike(s3_prefix: str, capsysbinary: Capture) ->
     sql = "SELECT run_id, count(*) AS n FROM latest GROUP BY ALL"
     out = answer(capsysbinary, s3_prefix, sql, "--format", "json")
     assert json.loads(out) == [{"run_id": "a", "n": 10}]
+
+
+def test_ctrl_c_ends_a_question_of_hours_at_once_in_one_line(
+    results: str, capsysbinary: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, ask = threading.Event(), query._ask
+
+    def noted(*how: Any) -> None:
+        asked.set()
+        ask(*how)
+
+    def ctrl_c() -> None:
+        asked.wait()
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(query, "_ask", noted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    typed = threading.Thread(target=ctrl_c)
+    typed.start()
+    try:
+        started = time.monotonic()
+        assert main([results, "SELECT count(*) FROM range(300000000000) t(i) WHERE i % 7 = 3"]) == 1
+    finally:
+        typed.join()
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - started < 20  # the whole of it takes minutes
+    assert capsysbinary.readouterr() == (b"", b"interrupted\n")
