@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,7 +12,7 @@ from pipeline.model.config import ModelConfig
 from pipeline.train.begin import Looked
 from pipeline.train.config import EvaluationConfig, Experiment, OptimiserConfig
 from pipeline.train.estimate import Estimate
-from pipeline.train.recipe import Recipe
+from pipeline.train.recipe import WIDTH, Recipe
 from pipeline.train.settings import Settings
 
 
@@ -28,10 +30,28 @@ def dry_run(recipe: Recipe, settings: Settings, found: Estimate) -> str:
             "",
             *_frequencies(found.looked),
             "",
+            "every value of the experiment, as flags:",
+            *_wrapped(flags(experiment)),
+            "",
             f"about {duration(found.seconds)}, evaluation apart: {steps},",
             "as ten of them took here on one worker's part of the batch",
         ]
     )
+
+
+def flags(part: Any) -> list[str]:
+    """Every value of the dataclass `part` and those in it, each as the flag that gives it."""
+    found = []
+    for entry in dataclasses.fields(part):
+        value, name = getattr(part, entry.name), entry.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            found += flags(value)
+        elif isinstance(value, bool):
+            found.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words = map(str, value) if isinstance(value, tuple) else [str(value)]
+            found.append(shlex.join([f"--{name}", *words]))
+    return found
 
 
 def class_table(record: Mapping[str, Any]) -> str:
@@ -120,6 +140,17 @@ def _frequencies(looked: Looked) -> Iterator[str]:
     yield f"{'class':<{width}}  pixels, %  photos"
     for name, pixels, photos in zip(names, survey.pixels, survey.holds.sum(axis=0), strict=True):
         yield f"{name:<{width}}  {100 * pixels / total:>9.2f}  {photos:>6}"
+
+
+def _wrapped(words: list[str]) -> Iterator[str]:
+    """Lines of at most 100 columns, none of which ends within a word."""
+    line = " "
+    for word in words:
+        if len(line) + 1 + len(word) > WIDTH and line != " ":
+            yield line
+            line = " "
+        line += f" {word}"
+    yield line
 
 
 def _size(size: tuple[int, int]) -> str:

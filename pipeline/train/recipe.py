@@ -10,16 +10,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, zip_longest
 
-from pipeline.train.config import EvaluationConfig, Experiment
+from pipeline.train.config import PAPER_SCALES, EvaluationConfig, Experiment
 
 WIDTH = 100
 """Columns of a terminal that the list is made for."""
 
 _LEGEND = (
-    "mIoU in percent and how it is measured: at output stride OS, MS as the mean over several "
-    "scales, flip and over mirrored copies. jobs/evaluate.py measures the same."
+    "mIoU in percent and how it is measured: at output stride OS, MS as the mean over the scales "
+    "0.5 to 1.75 or those named (a range is in steps of 0.25), flip and over mirrored copies. "
+    "jobs/evaluate.py measures the same."
 )
-_HOW_WIDTH = len("OS16 + MS + flip")
+_HOW_WIDTH = len("OS8 + MS 0.75 1 1.25 + flip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +35,19 @@ class Figure:
 
     @property
     def how(self) -> str:
-        """The evaluation in a few characters: OS8 + MS + flip."""
+        """The evaluation in a few characters: OS8 + MS + flip; scales not the paper's are named."""
         parts = [f"OS{self.output_stride}"]
-        parts += ["MS"] if len(self.scales) > 1 else []
+        if len(self.scales) > 1:
+            parts.append(" ".join(["MS", *self._named_scales()]))
         parts += ["flip"] if self.flip else []
         return " + ".join(parts)
+
+    def _named_scales(self) -> list[str]:
+        """None of the paper's usual ones, the ends of another long list, or a short one whole."""
+        if self.scales == PAPER_SCALES:
+            return []
+        named = [f"{scale:g}" for scale in self.scales]
+        return named if len(named) < 4 else [named[0], "to", named[-1]]
 
     @property
     def evaluation(self) -> EvaluationConfig:

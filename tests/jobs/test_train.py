@@ -24,11 +24,13 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 from tiny_training import arguments, draw, encoded, keys, put_set
 
-from jobs import evaluate, segment
+from jobs import evaluate, segment, train
 from jobs.train import main
+from jobs.training_tables import flags
 from pipeline.data import samples, storage
 from pipeline.model import predict, weights
 from pipeline.train import checkpoints
+from pipeline.train.recipes import by_name
 
 STEPS = ("--max-steps", "6", "--eval-every", "3", "--checkpoint-every", "2", "--workers", "2")
 
@@ -235,7 +237,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert said["steps"] == "6 of 4 photos (1.3 epochs)"
     assert said["lr"].startswith("0.003,")
     assert said["crop"].startswith("33 x 35,")
-    assert not re.search(r"[{}\[\]]|None|True|False", out)
+    assert not re.search(r"[{}\[\]]|None|True|False", out.split("as flags:")[0])
     assert max(map(len, out.splitlines())) <= 120
     labels = np.concatenate([draw(number)[1].ravel() for number in range(6)])
     labelled = labels[labels != 255]
@@ -244,6 +246,23 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
         assert float(share) == pytest.approx(100 * (labelled == k).mean(), abs=0.0051)
         assert photos == ("6" if k < 3 else "0")
     assert re.search(r"^about .*: 6 steps of \d+\.\d\d s", out, re.MULTILINE)
+
+
+def test_the_flags_of_a_dry_run_give_its_experiment_to_another_recipe(tmp_path: Path) -> None:
+    given = train._settings(by_name("camvid-resnet50"), arguments(str(tmp_path), *STEPS)[2:])
+    said = shlex.split(" ".join(flags(given.experiment)))
+    where = ["--data", f"{tmp_path}/set", "--out", f"{tmp_path}/out"]
+    again = train._settings(by_name("table8-small-labels"), [*where, *said])
+    assert again.experiment == given.experiment
+    assert len(flags(given.experiment)) == len(_leaves(json.loads(given.experiment.to_json())))
+
+
+def _leaves(values: dict[str, Any]) -> list[Any]:
+    """Every value of nested objects that is no object."""
+    found: list[Any] = []
+    for value in values.values():
+        found += _leaves(value) if isinstance(value, dict) else [value]
+    return found
 
 
 def test_a_dry_run_says_how_much_of_a_step_waits_for_photos(

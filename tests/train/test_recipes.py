@@ -334,6 +334,9 @@ def test_the_list_shows_every_recipe_and_figure_in_a_hundred_columns():
     for _, stride, _, _, miou in published():
         assert any(f"{miou:.2f}" in row and f"OS{stride}" in row for row in rows)
     assert len([line for line in lines if line.startswith("Table ")]) == 13
+    assert " 79.30 OS8 + MS 0.75 1 1.25 + flip" in text
+    assert " 81.30 OS4 + MS 0.75 to 2 + flip " in text
+    assert " 79.77 OS8 + MS + flip" in text
 
 
 def test_an_unknown_recipe_is_answered_with_its_neighbours():
