@@ -5,15 +5,18 @@ Below a prefix: `photos/` (what `fill` and `fill_broken` put), `labels/`, `resul
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 import pytest
+from finishing import Made, Rows, opened_finish
 from PIL import Image
 from small_photos import DEMO, encoded, photo
 
+from pipeline.bulk.finish import Finish
 from pipeline.bulk.listing import Listed, Listing
 from pipeline.bulk.segmenter import Work, checkpoint_fingerprint
 from pipeline.bulk.settings import Settings, fingerprint
@@ -140,3 +143,15 @@ def listed() -> Callable[..., list[Listed]]:
             return list(listing.images())
 
     return images
+
+
+@pytest.fixture
+def finish_of() -> Iterator[Made]:
+    """Makes the files of a run of these rows below a prefix; the end of that run, opened."""
+    with contextlib.ExitStack() as opened:
+
+        def made(prefix: str, rows: Rows) -> tuple[Finish, RunLayout]:
+            finishing, layout = opened_finish(prefix, rows)
+            return opened.enter_context(finishing), layout
+
+        yield made

@@ -1,0 +1,90 @@
+"""What `done` says of each photo, in parts of which the last comes last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from finishing import (
+    Made,
+    rows_of,
+    table_of,
+    tuples_of,
+)
+
+from pipeline.bulk import parts
+from pipeline.data import storage
+from pipeline.results import tables
+from pipeline.results.layout import RunLayout
+
+
+def test_done_holds_the_key_of_every_row(finish_of: Made, prefix: str) -> None:
+    rows = rows_of(40)
+    finishing, layout = finish_of(prefix, rows)
+    finishing.write_done()
+    names = tables.DONE.names
+    in_order = sorted(rows, key=lambda row: str(row["uri"]))
+    wanted = [tuple(row.get(name) for name in names) for row in in_order]
+    assert tuples_of(table_of(storage.read(layout.done))) == wanted
+
+
+def _done_files(layout: RunLayout) -> list[bytes]:
+    """The files of `done` in their order: the parts, then the last one."""
+    parts = sorted(item.uri for item in storage.list_objects(layout.done_parts))
+    return [storage.read(uri) for uri in [*parts, layout.done]]
+
+
+def test_done_of_many_photos_is_written_in_parts_of_which_the_last_comes_last(
+    finish_of: Made, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of(300)
+    finishing, layout = finish_of(prefix, rows)
+    monkeypatch.setattr(parts, "PART_BYTES", 1500)
+    monkeypatch.setattr(parts, "ROW_GROUP", 50)
+    written: list[str] = []
+    write = storage.write
+
+    def noted(uri: str, data: bytes) -> None:
+        written.append(uri)
+        write(uri, data)
+
+    monkeypatch.setattr(storage, "write", noted)
+    finishing.write_done()
+    assert len(written) > 2
+    assert written == [*map(layout.done_part, range(len(written) - 1)), layout.done]
+    found = _done_files(layout)
+    assert all(len(part) >= 1500 for part in found[:-1])
+    in_order = sorted(rows, key=lambda row: str(row["uri"]).encode())
+    wanted = [tuple(row.get(name) for name in tables.DONE.names) for row in in_order]
+    assert [row for part in found for row in tuples_of(table_of(part))] == wanted
+    finishing.write_done()
+    assert _done_files(layout) == found
+
+
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_a_run_that_was_killed_while_it_wrote_done_is_not_done_and_ends_with_the_same_bytes(
+    finish_of: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    finishing, layout = finish_of(str(tmp_path), rows_of(300))
+    monkeypatch.setattr(parts, "PART_BYTES", 1500)
+    monkeypatch.setattr(parts, "ROW_GROUP", 50)
+    finishing.write_done()
+    whole = _done_files(layout)
+    assert len(whole) > 2
+    storage.delete([item.uri for item in storage.list_objects(f"{layout.results}/done")])
+    left, write = [written], storage.write
+
+    def until_killed(uri: str, data: bytes) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        write(uri, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write", until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            finishing.write_done()
+    assert not storage.exists(layout.done)
+    assert len(list(storage.list_objects(layout.done_parts))) == written
+    finishing.write_done()
+    assert _done_files(layout) == whole
