@@ -1,9 +1,15 @@
-"""What the tests of training share: one thread."""
+"""What the tests of training share: one thread, a small set, and a run that ended on it."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from train import tiny
+from train.tiny import Heard
+
+from pipeline.train import loop
+from pipeline.train.group import Group
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -13,3 +19,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six photos to train on and five of val."""
+    root = tmp_path_factory.mktemp("set")
+    tiny.draw_set(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def undisturbed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a run of four steps has ended."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    heard = Heard()
+    loop.train(tiny.task(root, out, tiny.experiment()), Group(), heard)
+    assert [row.step for row in heard.rows] == [1, 2, 3, 4]
+    assert heard.failures == []
+    return out
