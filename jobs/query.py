@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
@@ -18,6 +18,7 @@ import tyro
 from jobs import ending
 from jobs.answers import WRITERS, write_parquet
 from jobs.arguments import parse
+from jobs.waiting import wait_for
 from pipeline.data import storage
 from pipeline.results.query import connect
 
@@ -69,32 +70,46 @@ def _arguments(argv: Sequence[str] | None) -> Arguments:
 def _print_answer(arguments: Arguments) -> None:
     try:
         _answer(arguments)
-    except BrokenPipeError:  # who reads has seen enough; nothing more may be flushed there
-        with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+    except (BrokenPipeError, KeyboardInterrupt) as ended:
+        # who reads has seen enough, or does not read: nothing more may be flushed there
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        if isinstance(ended, KeyboardInterrupt):
+            raise
 
 
 def _answer(arguments: Arguments) -> None:
-    con = connect(arguments.results)
+    con = wait_for(lambda: connect(arguments.results))
+    con.execute("SET python_enable_replacements = false")  # our variables are no tables
+    [spilled] = con.execute("SELECT current_setting('temp_directory')").fetchall()[0]
     try:
-        con.execute("SET python_enable_replacements = false")  # our variables are no tables
-        # DuckDB may not come back to Python for minutes: this thread waits for who interrupts
-        with ThreadPoolExecutor(1) as asker:
-            asked = asker.submit(_ask, con, arguments)
-            try:
-                asked.result()
-            except KeyboardInterrupt:
-                con.interrupt()
-                raise
-    finally:
-        con.close()
+        reader = wait_for(lambda: _asked(con, arguments.sql), con.interrupt)
+        if reader is not None:
+            _write(arguments, _interruptible(con, reader))
+    except KeyboardInterrupt:  # the connection may be in use still, and then cannot be closed
+        shutil.rmtree(spilled, ignore_errors=True)
+        raise
+    con.close()
 
 
-def _ask(con: duckdb.DuckDBPyConnection, arguments: Arguments) -> None:
-    result = con.sql(arguments.sql)
-    if result is None:
-        return
-    reader = result.to_arrow_reader(_BATCH_ROWS)
+def _asked(con: duckdb.DuckDBPyConnection, sql: str) -> pa.RecordBatchReader | None:
+    result = con.sql(sql)
+    return None if result is None else result.to_arrow_reader(_BATCH_ROWS)
+
+
+def _interruptible(
+    con: duckdb.DuckDBPyConnection, reader: pa.RecordBatchReader
+) -> pa.RecordBatchReader:
+    """The reader, each of whose batches can be waited for in vain."""
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        while (batch := wait_for(lambda: next(reader, None), con.interrupt)) is not None:
+            yield batch
+
+    return pa.RecordBatchReader.from_batches(reader.schema, batches())
+
+
+def _write(arguments: Arguments, reader: pa.RecordBatchReader) -> None:
     to_terminal = arguments.output is None and sys.stdout.isatty()
     with _opened(arguments.output) as file:
         if arguments.format == "parquet":
@@ -125,4 +140,4 @@ def _opened(output: Path | None) -> Iterator[BinaryIO]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ending.leave(main())

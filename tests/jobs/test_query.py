@@ -229,29 +229,86 @@ def test_results_on_s3_are_asked_alike(s3_prefix: str, capsysbinary: Capture) ->
     assert json.loads(out) == [{"run_id": "a", "n": 10}]
 
 
-def test_ctrl_c_ends_a_question_of_hours_at_once_in_one_line(
-    results: str, capsysbinary: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked, ask = threading.Event(), query._ask
+LONG = "SELECT count(*) FROM range(300000000000) t(i) WHERE i % 7 = 3"
+"""A question of minutes."""
 
-    def noted(*how: Any) -> None:
-        asked.set()
-        ask(*how)
+
+@pytest.mark.parametrize(
+    ("name", "before_s", "sql"),
+    [
+        ("connect", 60, LONG),  # storage that does not answer
+        ("_asked", 0, LONG),
+        ("_asked", 1, LONG),  # DuckDB forgets an interruption before its work
+        ("_opened", 0, "FROM runs"),  # a pipe that nobody reads yet
+    ],
+)
+def test_ctrl_c_ends_every_part_of_a_question_at_once_and_in_one_line(
+    name: str,
+    before_s: float,
+    sql: str,
+    results: str,
+    tmp_path: Path,
+    capsysbinary: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun, goes_on = threading.Event(), getattr(query, name)
+
+    def noted(*how: Any) -> Any:
+        begun.set()
+        time.sleep(before_s)
+        return goes_on(*how)
 
     def ctrl_c() -> None:
-        asked.wait()
+        begun.wait()
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(query, "_ask", noted)
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(query, name, noted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     typed = threading.Thread(target=ctrl_c)
     typed.start()
+    started = time.monotonic()
     try:
-        started = time.monotonic()
-        assert main([results, "SELECT count(*) FROM range(300000000000) t(i) WHERE i % 7 = 3"]) == 1
+        assert main([results, sql, "--output", str(tmp_path / "pipe")]) == 1
     finally:
         typed.join()
         signal.signal(signal.SIGINT, before)
-    assert time.monotonic() - started < 20  # the whole of it takes minutes
+    assert time.monotonic() - started < 5
     assert capsysbinary.readouterr() == (b"", b"interrupted\n")
+
+
+def test_ctrl_c_ends_a_query_whose_reader_has_stopped_reading(results: str) -> None:
+    sql = "SELECT i, repeat('x', 50) FROM range(30000000) t(i)"
+    command = [sys.executable, "-m", "jobs.query", results, sql, "--format", "csv"]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # who starts tests in the background has them ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.read(1) == b"i"
+    time.sleep(0.5)  # and the pipe is full
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 1
+    assert time.monotonic() - started < 5
+    assert process.stderr.read() == b"interrupted\n"
+
+
+def test_ctrl_c_while_a_file_is_written_leaves_none(
+    results: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(*_: object) -> Any:
+        yield "half of it"
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(query.WRITERS, "csv", pressed)
+    (tmp_path / "out").mkdir()
+    output = str(tmp_path / "out" / "a.csv")
+    assert main([results, "FROM runs", "--format", "csv", "--output", output]) == 1
+    assert list((tmp_path / "out").iterdir()) == []
