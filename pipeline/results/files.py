@@ -108,17 +108,21 @@ def readable(results: str) -> Iterator[None]:
     try:
         yield
     except duckdb.Error as error:
-        said = _gist(error)
-        if said.startswith("KeyboardInterrupt"):  # it came while the remote filesystem read
+        if _is_interruption(error):
             raise KeyboardInterrupt from None
         raise storage.StorageError(
             "access",
-            f"what lies below {results} could not be read: {said}; "
+            f"what lies below {results} could not be read: {_gist(error)}; "
             "the same command goes on once it can",
         ) from error
 
 
-def _gist(error: duckdb.Error) -> str:
+def _is_interruption(error: Exception) -> bool:
+    """Whether Ctrl-C came while DuckDB worked, or while it had a remote filesystem read."""
+    return _gist(error).startswith(("Query interrupted", "KeyboardInterrupt"))
+
+
+def _gist(error: Exception) -> str:
     """The error without the query's text, and of one of Python's without the traceback."""
     lines = str(error).partition("\n\nLINE ")[0].strip().splitlines()
     traced = lines and lines[0].startswith("Traceback")
@@ -130,8 +134,8 @@ def interruptible() -> Iterator[None]:
     """An interruption that DuckDB turned into an error of its own is one again."""
     try:
         yield
-    except RuntimeError as error:
-        if str(error) == "Query interrupted":
+    except (RuntimeError, duckdb.Error) as error:
+        if _is_interruption(error):
             raise KeyboardInterrupt from None
         raise
 

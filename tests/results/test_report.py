@@ -9,7 +9,7 @@ from dataclasses import replace
 from hashlib import md5
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from results.made_up import Row, image_row, write_run
 
 from pipeline.data import masks, storage
 from pipeline.data.labels import VOC
-from pipeline.results import page, report
+from pipeline.results import files, page, report
 from pipeline.results.report import BINS, Report
 
 HOSTILE = "<script>alert('x')</script>\"&amp;.png"
@@ -302,3 +302,17 @@ def test_the_newest_run_is_the_finished_one_that_started_last(prefix: str) -> No
         report.of_run(results, "z", photos=1)
     with pytest.raises(ValueError, match=r"run id '../a' is not usable"):
         report.of_run(results, "../a", photos=1)
+
+
+@pytest.mark.s3
+def test_ctrl_c_while_the_bucket_is_read_is_ctrl_c(
+    s3_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results_of(s3_prefix)
+
+    def pressed(*_: object, **__: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files._Listed, "open", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        made(s3_prefix)
