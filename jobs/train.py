@@ -91,7 +91,7 @@ def _settings(recipe: Recipe, argv: Sequence[str]) -> Settings:
         f"--recipe {recipe.name}: {recipe.about} ({recipe.source}). Its values are the defaults."
     )
     settings = parse(Given, argv, description=f"{__doc__}\n{about}")
-    if recipe.after and settings.experiment.init is None:
+    if recipe.after and settings.experiment.init is None and "--init" not in argv:
         raise ArgumentsError(
             f"recipe {recipe.name} goes on from {recipe.after}'s network: give --init, for example "
             f"OUT/{recipe.after}/model.safetensors"

@@ -31,7 +31,7 @@ def dry_run(recipe: Recipe, settings: Settings, found: Estimate) -> str:
             *_frequencies(found.looked),
             "",
             "every value of the experiment, as flags:",
-            *_wrapped(flags(experiment)),
+            *_command(flags(experiment)),
             "",
             f"about {duration(found.seconds)}, evaluation apart: {steps},",
             "as ten of them took here on one worker's part of the batch",
@@ -142,12 +142,12 @@ def _frequencies(looked: Looked) -> Iterator[str]:
         yield f"{name:<{width}}  {100 * pixels / total:>9.2f}  {photos:>6}"
 
 
-def _wrapped(words: list[str]) -> Iterator[str]:
-    """Lines of at most 100 columns, none of which ends within a word."""
+def _command(words: list[str]) -> Iterator[str]:
+    """The words as a shell takes them, in lines of at most 100 columns where they are shorter."""
     line = " "
     for word in words:
-        if len(line) + 1 + len(word) > WIDTH and line != " ":
-            yield line
+        if len(f"{line} {word} \\") > WIDTH and line != " ":
+            yield f"{line} \\"
             line = " "
         line += f" {word}"
     yield line

@@ -9,6 +9,7 @@ import re
 import secrets
 import shlex
 import struct
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 from tiny_training import arguments, draw, encoded, keys, put_set
 
-from jobs import evaluate, segment, train
+from jobs import evaluate, segment, train, training_tables
 from jobs.train import main
 from jobs.training_tables import flags
 from pipeline.data import samples, storage
@@ -248,12 +249,17 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert re.search(r"^about .*: 6 steps of \d+\.\d\d s", out, re.MULTILINE)
 
 
-def test_the_flags_of_a_dry_run_give_its_experiment_to_another_recipe(tmp_path: Path) -> None:
-    given = train._settings(by_name("camvid-resnet50"), arguments(str(tmp_path), *STEPS)[2:])
-    said = shlex.split(" ".join(flags(given.experiment)))
+def test_the_flags_of_a_dry_run_are_for_a_shell_and_give_its_experiment_to_another_recipe(
+    tmp_path: Path,
+) -> None:
+    named = ("--classes", '{"names": ["a b", "it\'s", "c", "d"]}')
+    given = train._settings(by_name("camvid-resnet50"), [*arguments(str(tmp_path), *named)[2:]])
+    command = "\n".join(["printf '%s\\0' \\", *training_tables._command(flags(given.experiment))])
+    said = subprocess.run(["sh", "-c", command], capture_output=True, check=True, text=True).stdout
     where = ["--data", f"{tmp_path}/set", "--out", f"{tmp_path}/out"]
-    again = train._settings(by_name("table8-small-labels"), [*where, *said])
-    assert again.experiment == given.experiment
+    for other in ("table8-small-labels", "table7-test"):
+        again = train._settings(by_name(other), [*where, *said.split("\0")[:-1]])
+        assert again.experiment == given.experiment
     assert len(flags(given.experiment)) == len(_leaves(json.loads(given.experiment.to_json())))
 
 
