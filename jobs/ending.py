@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from typing import NoReturn, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
 
 from jobs.escape import Formatter, in_one_line, json_text
 
@@ -85,6 +85,13 @@ def leave(code: int) -> NoReturn:
         with contextlib.suppress(BrokenPipeError):  # nobody reads it any more
             stream.flush()
     os._exit(code)
+
+
+def forget(file: IO[Any]) -> None:
+    """Lets what is written or flushed there from now on go nowhere: a pipe may have lost its
+    reader, or be full for good."""
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), file.fileno())
 
 
 def last_line(words: str, facts: Mapping[str, object]) -> str:

@@ -18,7 +18,7 @@ import tyro
 from jobs import ending
 from jobs.answers import WRITERS, write_parquet
 from jobs.arguments import parse
-from jobs.waiting import wait_for
+from jobs.waiting import Beside
 from pipeline.data import storage
 from pipeline.results.query import connect
 
@@ -69,27 +69,36 @@ def _arguments(argv: Sequence[str] | None) -> Arguments:
 
 def _print_answer(arguments: Arguments) -> None:
     try:
-        _answer(arguments)
-    except (BrokenPipeError, KeyboardInterrupt) as ended:
-        # who reads has seen enough, or does not read: nothing more may be flushed there
-        with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        if isinstance(ended, KeyboardInterrupt):
-            raise
+        with Beside() as beside:
+            _answer(arguments, beside)
+    except KeyboardInterrupt:
+        ending.forget(sys.stdout)
+        raise
+    except BrokenPipeError:  # who reads has seen enough
+        ending.forget(sys.stdout)
 
 
-def _answer(arguments: Arguments) -> None:
-    con = wait_for(lambda: connect(arguments.results))
-    con.execute("SET python_enable_replacements = false")  # our variables are no tables
-    [spilled] = con.execute("SELECT current_setting('temp_directory')").fetchall()[0]
+def _answer(arguments: Arguments, beside: Beside) -> None:
+    con, spilled = beside.wait_for(lambda: _connected(arguments.results))
     try:
-        reader = wait_for(lambda: _asked(con, arguments.sql), con.interrupt)
+        reader = beside.wait_for(lambda: _asked(con, arguments.sql), con.interrupt)
         if reader is not None:
-            _write(arguments, _interruptible(con, reader))
+            _write(arguments, _interruptible(con, reader, beside))
     except KeyboardInterrupt:  # the connection may be in use still, and then cannot be closed
         shutil.rmtree(spilled, ignore_errors=True)
         raise
+    except BaseException:
+        con.close()
+        raise
     con.close()
+
+
+def _connected(results: str) -> tuple[duckdb.DuckDBPyConnection, str]:
+    """A connection, and the folder to which it spills what does not fit into memory."""
+    con = connect(results)
+    con.execute("SET python_enable_replacements = false")  # our variables are no tables
+    [[spilled]] = con.execute("SELECT current_setting('temp_directory')").fetchall()
+    return con, spilled
 
 
 def _asked(con: duckdb.DuckDBPyConnection, sql: str) -> pa.RecordBatchReader | None:
@@ -98,12 +107,12 @@ def _asked(con: duckdb.DuckDBPyConnection, sql: str) -> pa.RecordBatchReader | N
 
 
 def _interruptible(
-    con: duckdb.DuckDBPyConnection, reader: pa.RecordBatchReader
+    con: duckdb.DuckDBPyConnection, reader: pa.RecordBatchReader, beside: Beside
 ) -> pa.RecordBatchReader:
     """The reader, each of whose batches can be waited for in vain."""
 
     def batches() -> Iterator[pa.RecordBatch]:
-        while (batch := wait_for(lambda: next(reader, None), con.interrupt)) is not None:
+        while (batch := beside.wait_for(lambda: next(reader, None), con.interrupt)) is not None:
             yield batch
 
     return pa.RecordBatchReader.from_batches(reader.schema, batches())
@@ -127,7 +136,11 @@ def _opened(output: Path | None) -> Iterator[BinaryIO]:
         yield sys.stdout.buffer
     elif output.exists() and not output.is_file():  # /dev/stdout, a named pipe
         with output.open("wb") as file:
-            yield file
+            try:
+                yield file
+            except (BrokenPipeError, KeyboardInterrupt):
+                ending.forget(file)
+                raise
     else:
         target = output.resolve()
         temporary = target.with_name(f".{target.name[:100]}.{os.getpid()}.tmp")

@@ -11,6 +11,7 @@ import pty
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -278,9 +279,13 @@ def test_ctrl_c_ends_every_part_of_a_question_at_once_and_in_one_line(
     assert capsysbinary.readouterr() == (b"", b"interrupted\n")
 
 
-def test_ctrl_c_ends_a_query_whose_reader_has_stopped_reading(results: str) -> None:
-    sql = "SELECT i, repeat('x', 50) FROM range(30000000) t(i)"
-    command = [sys.executable, "-m", "jobs.query", results, sql, "--format", "csv"]
+@pytest.mark.parametrize("more", [(), ("--output", "/dev/stdout")])
+@pytest.mark.parametrize("format", ["csv", "parquet"])
+def test_ctrl_c_ends_a_query_whose_reader_has_stopped_reading(
+    results: str, format: str, more: tuple[str, ...]
+) -> None:
+    sql = "SELECT i, hash(i) FROM range(30000000) t(i)"
+    command = [sys.executable, "-m", "jobs.query", results, sql, "--format", format, *more]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -291,7 +296,7 @@ def test_ctrl_c_ends_a_query_whose_reader_has_stopped_reading(results: str) -> N
     )
     assert process.stdout is not None
     assert process.stderr is not None
-    assert process.stdout.read(1) == b"i"
+    assert process.stdout.read(1)
     time.sleep(0.5)  # and the pipe is full
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
@@ -312,3 +317,25 @@ def test_ctrl_c_while_a_file_is_written_leaves_none(
     output = str(tmp_path / "out" / "a.csv")
     assert main([results, "FROM runs", "--format", "csv", "--output", output]) == 1
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("end", ["", "; SELECT error('late') FROM t"])
+def test_what_a_question_spilled_goes_with_it(
+    end: str, results: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "spilled").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spilled"))
+    sql = "SET memory_limit = '120MB'; SET threads = 2; CREATE TEMP TABLE t AS "
+    sql += "SELECT i, hash(i) a, hash(i + 1) b FROM range(12000000) t(i)"
+    watched, seen = query._asked, []
+
+    def asked(*how: Any) -> Any:
+        try:
+            return watched(*how)
+        finally:
+            seen.extend((tmp_path / "spilled").rglob("*"))
+
+    monkeypatch.setattr(query, "_asked", asked)
+    assert main([results, sql + end, "--output", str(tmp_path / "out")]) == bool(end)
+    assert seen
+    assert list((tmp_path / "spilled").iterdir()) == []

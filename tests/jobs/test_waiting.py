@@ -3,18 +3,50 @@
 from __future__ import annotations
 
 import _thread
+import contextlib
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 
-from jobs.waiting import wait_for
+from jobs.waiting import Beside
 
 
 def test_what_the_work_gives_and_raises_comes_through() -> None:
-    assert wait_for(threading.get_ident) != threading.get_ident()
-    with pytest.raises(ZeroDivisionError):
-        wait_for(lambda: 1 // 0)
+    with Beside() as beside:
+        other = beside.wait_for(threading.get_ident)
+        assert other != threading.get_ident()
+        with pytest.raises(ZeroDivisionError):
+            beside.wait_for(lambda: 1 // 0)
+        assert beside.wait_for(threading.get_ident) == other
+
+
+def test_what_failed_work_held_is_let_go_of_with_its_error() -> None:
+    class Held:
+        pass
+
+    held = Held()
+    gone = weakref.ref(held)
+
+    def work(what: Held) -> None:
+        raise ValueError(repr(what))
+
+    def ask(what: Held) -> None:
+        with Beside() as beside, contextlib.suppress(ValueError):
+            beside.wait_for(lambda: work(what))
+
+    gc.disable()
+    try:
+        ask(held)
+        del held
+        deadline = time.monotonic() + 5
+        while gone() is not None and time.monotonic() < deadline:
+            time.sleep(0.01)  # the thread may not have come to let go of it
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("listens", [True, False])
@@ -31,8 +63,8 @@ def test_an_interruption_stops_the_work_or_leaves_it(listens: bool) -> None:
             ended.set()
 
     started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        wait_for(work, stop)
+    with Beside() as beside, pytest.raises(KeyboardInterrupt):
+        beside.wait_for(work, stop)
     took = time.monotonic() - started
     ended.set()
     assert took < 0.9 if listens else 0.9 < took < 5
