@@ -87,7 +87,7 @@ def _answer(arguments: Arguments, beside: Beside) -> None:
     except KeyboardInterrupt:  # the connection may be in use still, and then cannot be closed
         shutil.rmtree(spilled, ignore_errors=True)
         raise
-    except BaseException:
+    except Exception:
         con.close()
         raise
     con.close()
