@@ -29,12 +29,12 @@ def on_gpu(group: Group) -> Group:
 
 
 CASES = {
-    "plain": Case(double=True),
-    "micro-batches": Case(optimiser={"micro_batch": 2}, double=True),
-    "hard pixels": Case(optimiser={"hard_share": 0.3}, double=True),
-    "class weights": Case(class_weights=(0.5, 2.0, 1.0, 7.0), double=True),
-    "an auxiliary head": Case(model=tiny.RESNET, double=True),
-    "normalisation trained": Case(optimiser={"freeze_bn": False}, double=True),
+    "plain": Case(),
+    "micro-batches": Case(optimiser={"micro_batch": 2}),
+    "hard pixels": Case(optimiser={"hard_share": 0.3}),
+    "class weights": Case(class_weights=(0.5, 2.0, 1.0, 7.0)),
+    "an auxiliary head": Case(model=tiny.RESNET),
+    "normalisation trained": Case(optimiser={"freeze_bn": False}),
 }
 
 
@@ -65,7 +65,7 @@ def trained_on_gpu(
 
 
 def test_two_workers_share_the_statistics_of_batch_normalisation(tmp_path: Path) -> None:
-    case = Case(optimiser={"freeze_bn": False, "max_steps": 2}, double=True)
+    case = Case(optimiser={"freeze_bn": False, "max_steps": 2})
     expected_losses, expected, statistics = trained_on_gpu(Group(), case)
     start = make(case, Group())[0].model
     for losses, found, buffers in tiny.together(2, tmp_path, trained_on_gpu, case):
@@ -99,7 +99,7 @@ def test_a_run_in_bf16_learns_and_its_checkpoint_scores_the_same_on_the_cpu(tmp_
 
 
 def test_what_a_checkpoint_restores_goes_on_as_if_nothing_had_happened() -> None:
-    case = Case(optimiser={"freeze_bn": False}, double=True)
+    case = Case(optimiser={"freeze_bn": False})
     states = []
     kept = b""
     for begin in (0, 2):
