@@ -59,15 +59,17 @@ rate. GPUs are not measured.
 def engine(device: torch.device) -> str:
     """What multiplies matrices on that device: 'cuda', 'amx', 'avx512', 'avx2' or another name.
 
-    'amx' and 'avx512_bf16' have instructions for bf16; the others compute it by hand.
+    'amx' and 'avx512_bf16' have instructions for bf16; the others compute it by hand. Where
+    ATEN_CPU_CAPABILITY holds torch to less than AVX-512, that is the answer on any CPU.
     """
     if device.type != "cpu":
         return device.type
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    if capability != "avx512":
+        return capability
     if torch.cpu._is_amx_tile_supported():
         return "amx"
-    if torch.cpu._is_avx512_bf16_supported():
-        return "avx512_bf16"
-    return torch.backends.cpu.get_cpu_capability().lower()
+    return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else capability
 
 
 def is_shifted_cheaper(

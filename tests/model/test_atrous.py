@@ -1,5 +1,9 @@
 """Shifted products against conv2d, its error against fp64, and which form is taken when."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -137,3 +141,39 @@ def test_the_form_is_what_was_measured_to_be_cheaper(on, size, rate, inputs, che
     assert atrous.is_shifted_cheaper(*on, groups=1, stride=1, **where) == cheaper
     assert not atrous.is_shifted_cheaper(*on, groups=2, stride=1, **where)
     assert not atrous.is_shifted_cheaper(*on, groups=1, stride=2, **where)
+
+
+@pytest.mark.parametrize(
+    ("capability", "amx", "bf16", "on"),
+    [
+        ("AVX512", True, True, "amx"),
+        ("AVX512", False, True, "avx512_bf16"),
+        ("AVX512", False, False, "avx512"),
+        ("AVX2", True, True, "avx2"),
+        ("DEFAULT", True, True, "default"),
+    ],
+)
+def test_the_engine_is_what_torch_may_use_of_what_the_cpu_has(
+    capability, amx, bf16, on, monkeypatch
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    assert atrous.engine(torch.device("cpu")) == on
+
+
+def test_aten_cpu_capability_makes_any_cpu_one_without_bf16():
+    code = """
+import torch
+torch.cpu._is_amx_tile_supported = torch.cpu._is_avx512_bf16_supported = lambda: True
+from pipeline.model import atrous, speed
+cpu = torch.device("cpu")
+print(atrous.engine(cpu), speed.has_bf16(cpu))
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.stdout.split() == ["avx2", "False"], ran.stderr
