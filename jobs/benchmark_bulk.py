@@ -7,13 +7,14 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 
-from pipeline.bulk import plan, waves
-from pipeline.bulk.begin import pool_of, work_of
-from pipeline.bulk.plan import Plan
-from pipeline.bulk.progress import Progress
-from pipeline.bulk.run import run
-from pipeline.bulk.segmenter import Segmenter
+from pipeline.bulk.driver import actor_pool
+from pipeline.bulk.driver.preflight import pool_of, work_of
+from pipeline.bulk.driver.progress import Progress
+from pipeline.bulk.driver.run import run
+from pipeline.bulk.planning import plan
+from pipeline.bulk.planning.plan import Plan
 from pipeline.bulk.settings import Settings
+from pipeline.bulk.worker.segmenter import Segmenter
 from pipeline.results.layout import RunLayout
 
 _SHARD_IMAGES = 16
@@ -95,7 +96,7 @@ def _loop(settings: Settings, planned: Plan) -> _Clock:
     with closing(Segmenter(work)) as segmenter:
         for part in planned.parts:
             for row in plan.read_part(layout, part).to_pylist():
-                photos = waves.photos_of(row["images"])
+                photos = actor_pool.photos_of(row["images"])
                 segmenter.rows_of(row["shard"], photos)
                 done += len(photos)
                 clock.note(done)

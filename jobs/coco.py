@@ -19,7 +19,8 @@ from jobs.arguments import parse
 from jobs.display import Display
 from jobs.ending import last_line
 from jobs.escape import visible
-from pipeline.bulk.progress import Progress, Summary
+from pipeline.bulk.driver.progress import Progress
+from pipeline.bulk.worker.summary import Summary
 from pipeline.data import coco_labels, storage
 
 

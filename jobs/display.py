@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeE
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from pipeline.bulk.progress import Progress
+from pipeline.bulk.driver.progress import Progress
 
 _LINE_EVERY_S = 5.0
 

@@ -19,12 +19,13 @@ from jobs.display import Display
 from jobs.ending import last_line
 from jobs.evaluation_plan import Arguments, Plan, plan_of
 from jobs.scores import Scores, class_table, mean_table
-from pipeline.bulk.progress import Progress, Summary
+from pipeline.bulk.driver.progress import Progress
+from pipeline.bulk.worker.summary import Summary
 from pipeline.data.samples import SampleError
-from pipeline.train.looker import Looker, Work, WorkersError
+from pipeline.evaluation.evaluator import Looker, Work, WorkersError
 
 if TYPE_CHECKING:
-    from pipeline.train.spread import Spread
+    from pipeline.evaluation.ray_pool import Spread
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,8 +68,8 @@ def _lookers(arguments: Arguments, work: Work) -> Iterator[Looker | Spread]:
     if arguments.workers == 1:
         yield Looker(work)
         return
+    from pipeline.evaluation.ray_pool import Spread
     from pipeline.runs import cluster  # Ray, which one process does not need
-    from pipeline.train.spread import Spread
 
     with (
         cluster.left_at_the_end(),

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pipeline.data import labels, storage
 from pipeline.data.datasets import Layout, open_split
 from pipeline.data.labels import Classes
+from pipeline.evaluation.evaluator import Look, Work, digest_of
 from pipeline.model import devices, weights
 from pipeline.model.config import ModelConfig
-from pipeline.train.config import PAPER_SCALES
-from pipeline.train.looker import Look, Work, digest_of
+from pipeline.train.recipes.experiment import PAPER_SCALES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.data.labels import Classes
-from pipeline.train.interval import bootstrap, mean_over
-from pipeline.train.looker import Seen
+from pipeline.evaluation.bootstrap import bootstrap, mean_over
+from pipeline.evaluation.evaluator import Seen
 
 _NONE = "-"
 

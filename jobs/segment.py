@@ -14,9 +14,9 @@ from jobs import ending
 from jobs.arguments import parse
 from jobs.display import Display, duration, size
 from jobs.ending import last_line
-from pipeline.bulk.plan import Plan
-from pipeline.bulk.progress import Progress
-from pipeline.bulk.run import Ended, run
+from pipeline.bulk.driver.progress import Progress
+from pipeline.bulk.driver.run import Ended, run
+from pipeline.bulk.planning.plan import Plan
 from pipeline.bulk.settings import Settings
 from pipeline.data.storage import StorageError
 from pipeline.runs import cluster, lease

@@ -27,11 +27,11 @@ from jobs.training_tables import class_table, dry_run
 from pipeline.data.storage import StorageError
 from pipeline.runs import cluster, lease
 from pipeline.runs.cluster import RunStoppedError
-from pipeline.train import recipes
-from pipeline.train.config import Experiment
-from pipeline.train.estimate import estimate
-from pipeline.train.fit import Ended, fit
-from pipeline.train.recipes import Recipe
+from pipeline.train.driver.estimate import estimate
+from pipeline.train.driver.fit import Ended, fit
+from pipeline.train.recipes import registry
+from pipeline.train.recipes.experiment import Experiment
+from pipeline.train.recipes.registry import Recipe
 from pipeline.train.settings import Settings
 
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job with the command line `argv`; its exit code."""
     given = sys.argv[1:] if argv is None else argv
     if "--list" in given:
-        print(recipes.describe(recipes.RECIPES.values()), end="")
+        print(registry.describe(registry.RECIPES.values()), end="")
         return 0
     return ending.run(
         "train",
@@ -74,9 +74,9 @@ def _first(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def _recipe(name: str | None, rest: Sequence[str]) -> Recipe:
     if name is not None:
-        return recipes.by_name(name)
+        return registry.by_name(name)
     if {"-h", "--help"} & set(rest):
-        return recipes.OURS[0]
+        return registry.OURS[0]
     raise ArgumentsError("missing: --recipe; --list prints all of them")
 
 

@@ -9,9 +9,10 @@ import time
 from jobs.display import duration
 from jobs.escape import visible
 from pipeline.data import labels
-from pipeline.train.board import Watched
-from pipeline.train.history import Score, Step
+from pipeline.evaluation.score import Score
+from pipeline.train.driver.status import Watched
 from pipeline.train.settings import Settings
+from pipeline.train.worker.history import Step
 
 LINE_EVERY_S = 5.0
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from jobs.display import duration
 from pipeline.model.config import ModelConfig
-from pipeline.train.begin import Looked
-from pipeline.train.config import EvaluationConfig, Experiment, OptimiserConfig
-from pipeline.train.estimate import Estimate
-from pipeline.train.recipe import WIDTH, Recipe
+from pipeline.train.driver.estimate import Estimate
+from pipeline.train.driver.preflight import Looked
+from pipeline.train.recipes.experiment import EvaluationConfig, Experiment, OptimiserConfig
+from pipeline.train.recipes.recipe import WIDTH, Recipe
 from pipeline.train.settings import Settings
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline.bulk.listing import Listing
-from pipeline.bulk.segmenter import Segmenter, Work, checkpoint_fingerprint
+from pipeline.bulk.planning.listing import Listing
 from pipeline.bulk.settings import Inference, Settings, fingerprint
+from pipeline.bulk.worker.segmenter import Segmenter, Work, checkpoint_fingerprint
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout
 

@@ -30,6 +30,9 @@ RATES_STRIDE = 16
 MAX_CLASSES = 255
 """A mask is 8 bits, and 255 is kept for pixels to ignore."""
 
+MAX_SCALE = 8.0
+"""The largest scale of an image in training and evaluation (ours): memory grows with its square."""
+
 MAX_CONVS = 8
 """Ours: more than anybody uses, and a checkpoint's JSON cannot ask for a million layers."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from pipeline.data import storage
 from pipeline.runs import cluster
-from pipeline.train.config import Experiment
+from pipeline.train.recipes.experiment import Experiment
 
 _CLUSTER_CPUS = 4  # of a worker on other machines, whose size is not known here
 _LOADERS_AT_MOST = 8

@@ -16,10 +16,10 @@ from finishing import Made, Rows, opened_finish
 from PIL import Image
 from small_photos import DEMO, encoded, photo
 
-from pipeline.bulk.finish import Finish
-from pipeline.bulk.listing import Listed, Listing
-from pipeline.bulk.segmenter import Work, checkpoint_fingerprint
+from pipeline.bulk.driver.finalize import Finish
+from pipeline.bulk.planning.listing import Listed, Listing
 from pipeline.bulk.settings import Settings, fingerprint
+from pipeline.bulk.worker.segmenter import Work, checkpoint_fingerprint
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout
 

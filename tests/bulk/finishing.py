@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.bulk.finish import Finish
-from pipeline.bulk.plan import Counts, Plan
+from pipeline.bulk.driver.finalize import Finish
+from pipeline.bulk.planning.plan import Counts, Plan
 from pipeline.data import storage
 from pipeline.data.labels import VOC
 from pipeline.results import tables

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from pipeline.bulk import alone
-from pipeline.bulk.alone import Alone
-from pipeline.bulk.listing import Listed
-from pipeline.bulk.rows import RowMaker
-from pipeline.bulk.segmenter import Work
-from pipeline.bulk.waves import Pool
+from pipeline.bulk.driver import isolation
+from pipeline.bulk.driver.actor_pool import Pool
+from pipeline.bulk.driver.isolation import Alone
+from pipeline.bulk.planning.listing import Listed
+from pipeline.bulk.worker.rows import RowMaker
+from pipeline.bulk.worker.segmenter import Work
 from pipeline.data import storage
 from pipeline.data.labels import VOC
 from pipeline.results import tables
@@ -32,7 +32,7 @@ def segmented(
     work = work_for(settings_for(str(tmp_path)))
     rows = RowMaker(run_id="test", model=work.model, settings=work.settings, classes=VOC)
     monkeypatch.setattr(Alone, "_started", lambda *_: "node")
-    monkeypatch.setattr(alone, "_is_alive", lambda node: node == "node")
+    monkeypatch.setattr(isolation, "_is_alive", lambda node: node == "node")
 
     def segment(names: list[str], deaths: dict[str, list[Exception]]) -> list[dict[str, Any]]:
         def answer(photo: Listed, **_: Any) -> bytes:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.bulk.decode import DecodeError, Decoders, Limits
+from pipeline.bulk.worker.decode import DecodeError, Decoders, Limits
 from pipeline.data import images
 from pipeline.data.labels import VOC
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.bulk.decode import DecodeError, Decoders, Limits
+from pipeline.bulk.worker.decode import DecodeError, Decoders, Limits
 from pipeline.data.labels import VOC
 
 
@@ -198,7 +198,7 @@ def test_many_small_photos_in_memory_hold_few_descriptors(decoders: Decoders) ->
 _PARENT = """
 import io, sys, threading
 from PIL import Image
-from pipeline.bulk.decode import Decoders, Limits
+from pipeline.bulk.worker.decode import Decoders, Limits
 from pipeline.data.labels import VOC
 made = Decoders(2, Limits(max_pixels=90_000_000), VOC)
 buffer = io.BytesIO()
@@ -234,7 +234,7 @@ def test_children_end_when_their_parent_is_killed(state: str) -> None:
 
 
 def test_the_child_imports_neither_torch_nor_ray_nor_s3() -> None:
-    code = "import sys, pipeline.bulk.decode_child; print(*sys.modules)"
+    code = "import sys, pipeline.bulk.worker.decoder_process; print(*sys.modules)"
     listed = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

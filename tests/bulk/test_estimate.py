@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.bulk import estimate, plan
-from pipeline.bulk.estimate import Estimate, Spread
-from pipeline.bulk.listing import Listed
-from pipeline.bulk.segmenter import Segmenter
-from pipeline.bulk.waves import Pool
+from pipeline.bulk.driver import estimate
+from pipeline.bulk.driver.actor_pool import Pool
+from pipeline.bulk.driver.estimate import Estimate, Spread
+from pipeline.bulk.planning import plan
+from pipeline.bulk.planning.listing import Listed
+from pipeline.bulk.worker.segmenter import Segmenter
 from pipeline.results.layout import RunLayout
 
 POOL = Pool(min_actors=1, max_actors=4, cpus=2, gpus=0.5)

@@ -12,11 +12,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.bulk import witness
-from pipeline.bulk.listing import Listed
-from pipeline.bulk.segmenter import Segmenter, Work
+from pipeline.bulk.planning.listing import Listed
 from pipeline.bulk.settings import Settings
-from pipeline.bulk.source import FAILURES_IN_A_ROW, CutOffError, SystemicError
+from pipeline.bulk.worker import storage_probe
+from pipeline.bulk.worker.failure_streaks import FAILURES_IN_A_ROW, CutOffError, SystemicError
+from pipeline.bulk.worker.segmenter import Segmenter, Work
 from pipeline.data import storage
 from pipeline.data.storage import StorageError
 
@@ -227,7 +227,7 @@ def test_photos_that_are_gone_with_all_that_lay_there_stop_the_run_and_are_no_ro
     with closing(Segmenter(work)) as segmenter, pytest.raises(CutOffError, match=nothing):
         segmenter.segment(0, photos[:shard_images])
     assert _shards(work) == []
-    gone = witness.refusal_here(work.layout, settings.images)  # what the driver is told
+    gone = storage_probe.refusal_here(work.layout, settings.images)  # what the driver is told
     assert gone is not None
     assert gone.kind == "vanished"
 
@@ -246,7 +246,7 @@ def test_a_photo_is_deleted_where_a_listing_shows_others_and_not_it(prefix: str)
     names = [f"{prefix}/photos/{name}.jpg" for name in ("a/1", "b/c/2", "b/d", "e/3")]
     for name in names[1:3]:
         storage.write(name, b"a photo")
-    asked = witness.Witness(f"{prefix}/photos", f"{prefix}/results")
+    asked = storage_probe.Witness(f"{prefix}/photos", f"{prefix}/results")
     assert asked.loss({names[0], names[3]}) is None
     for gone in (names[:2], names[2:], names):
         assert f"{gone[0] if gone[0] != names[0] else names[1]} is listed" in str(asked.loss(gone))

@@ -23,7 +23,7 @@ from finishing import (
     tuples_of,
 )
 
-from pipeline.bulk.finish import Finish, Outcome
+from pipeline.bulk.driver.finalize import Finish, Outcome
 from pipeline.data import storage
 from pipeline.data.labels import VOC
 from pipeline.results import files, tables

@@ -20,7 +20,7 @@ from finishing import (
     tuples_of,
 )
 
-from pipeline.bulk import parts
+from pipeline.bulk.driver import parquet_writer
 from pipeline.data import storage
 from pipeline.data.labels import VOC
 from pipeline.results import files, tables
@@ -41,8 +41,8 @@ def test_classes_equal_a_plain_sort(finish_of: Made, prefix: str) -> None:
 def test_many_classes_become_several_parts_each_readable_and_sorted_over_all(
     finish_of: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "PART_BYTES", 20_000)
-    monkeypatch.setattr(parts, "ROW_GROUP", 1000)
+    monkeypatch.setattr(parquet_writer, "PART_BYTES", 20_000)
+    monkeypatch.setattr(parquet_writer, "ROW_GROUP", 1000)
     rows = rows_of(900, classes=19)
     finishing, layout = finish_of(str(tmp_path), rows)
     finishing.write_classes()
@@ -86,8 +86,8 @@ def _keys(rows: Rows) -> list[tuple[int, float, str]]:
 def test_a_run_whose_driver_was_killed_among_the_parts_is_ended_with_other_threads(
     finish_of: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "PART_BYTES", 100_000)
-    monkeypatch.setattr(parts, "ROW_GROUP", 11_000)
+    monkeypatch.setattr(parquet_writer, "PART_BYTES", 100_000)
+    monkeypatch.setattr(parquet_writer, "ROW_GROUP", 11_000)
     rows = _many_rows()
     left, create = [8], storage.create
 

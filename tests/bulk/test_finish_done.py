@@ -12,7 +12,7 @@ from finishing import (
     tuples_of,
 )
 
-from pipeline.bulk import parts
+from pipeline.bulk.driver import parquet_writer
 from pipeline.data import storage
 from pipeline.results import tables
 from pipeline.results.layout import RunLayout
@@ -39,8 +39,8 @@ def test_done_of_many_photos_is_written_in_parts_of_which_the_last_comes_last(
 ) -> None:
     rows = rows_of(300)
     finishing, layout = finish_of(prefix, rows)
-    monkeypatch.setattr(parts, "PART_BYTES", 1500)
-    monkeypatch.setattr(parts, "ROW_GROUP", 50)
+    monkeypatch.setattr(parquet_writer, "PART_BYTES", 1500)
+    monkeypatch.setattr(parquet_writer, "ROW_GROUP", 50)
     written: list[str] = []
     write = storage.write
 
@@ -66,8 +66,8 @@ def test_a_run_that_was_killed_while_it_wrote_done_is_not_done_and_ends_with_the
     finish_of: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
 ) -> None:
     finishing, layout = finish_of(str(tmp_path), rows_of(300))
-    monkeypatch.setattr(parts, "PART_BYTES", 1500)
-    monkeypatch.setattr(parts, "ROW_GROUP", 50)
+    monkeypatch.setattr(parquet_writer, "PART_BYTES", 1500)
+    monkeypatch.setattr(parquet_writer, "ROW_GROUP", 50)
     finishing.write_done()
     whole = _done_files(layout)
     assert len(whole) > 2

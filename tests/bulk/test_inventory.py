@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.bulk import plan
-from pipeline.bulk.listing import Listed, Listing
+from pipeline.bulk.planning import plan
+from pipeline.bulk.planning.listing import Listed, Listing
 from pipeline.bulk.settings import Settings
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout

@@ -13,10 +13,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.bulk.listing import Listed
-from pipeline.bulk.segmenter import Segmenter, Work
+from pipeline.bulk.planning.listing import Listed
 from pipeline.bulk.settings import Inference, Settings
-from pipeline.bulk.source import CutOffError, SystemicError
+from pipeline.bulk.worker.failure_streaks import CutOffError, SystemicError
+from pipeline.bulk.worker.segmenter import Segmenter, Work
 from pipeline.data import storage
 from pipeline.data.storage import StorageError
 from pipeline.model import predict

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.bulk.listing import Listed, Listing
+from pipeline.bulk.planning.listing import Listed, Listing
 from pipeline.bulk.settings import Settings
 from pipeline.data import storage
 
@@ -157,7 +157,7 @@ def test_many_objects_come_in_pages_and_all_arrive_in_order(
     listed: ListedBy,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pipeline.bulk.listing._SPOOL_ROWS", 777)
+    monkeypatch.setattr("pipeline.bulk.planning.listing._SPOOL_ROWS", 777)
     names = []
     for i in range(5000):
         names.append(f"{i % 13}/{i * 7919 % 5000:x}.jpg")

@@ -10,10 +10,10 @@ from contextlib import closing, contextmanager
 import numpy as np
 import pytest
 
-from pipeline.bulk.decode import DecodeError, Pixels
-from pipeline.bulk.listing import Listed
-from pipeline.bulk.load import AHEAD_BYTES, Loader
+from pipeline.bulk.planning.listing import Listed
 from pipeline.bulk.settings import Settings
+from pipeline.bulk.worker.decode import DecodeError, Pixels
+from pipeline.bulk.worker.load import AHEAD_BYTES, Loader
 from pipeline.data import storage
 
 ListedBy = Callable[..., list[Listed]]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.bulk.listing import Listed, Listing
+from pipeline.bulk.planning.listing import Listed, Listing
 from pipeline.bulk.settings import Settings
 from pipeline.data import storage
 from pipeline.results import tables

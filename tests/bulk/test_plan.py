@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.bulk import plan
-from pipeline.bulk.listing import Listed
-from pipeline.bulk.plan import Plan
+from pipeline.bulk.planning import plan
+from pipeline.bulk.planning.listing import Listed
+from pipeline.bulk.planning.plan import Plan
 from pipeline.bulk.settings import Inference, Settings
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout

@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from pipeline.bulk.progress import Progress, Summary
+from pipeline.bulk.driver.progress import Progress
+from pipeline.bulk.worker.summary import Summary
 
 
 class Clock:

@@ -11,12 +11,13 @@ import pyarrow as pa
 import pytest
 import ray
 
-from pipeline.bulk import plan, waves
-from pipeline.bulk.progress import Summary
-from pipeline.bulk.reconcile import Reconciler
-from pipeline.bulk.segmenter import Work
+from pipeline.bulk.driver import actor_pool
+from pipeline.bulk.driver.actor_pool import Pool, WaveLostError
+from pipeline.bulk.driver.reconcile import Reconciler
+from pipeline.bulk.planning import plan
 from pipeline.bulk.settings import Settings
-from pipeline.bulk.waves import Pool, WaveLostError
+from pipeline.bulk.worker.segmenter import Work
+from pipeline.bulk.worker.summary import Summary
 from pipeline.data import storage
 from pipeline.runs.cluster import RunStoppedError
 
@@ -56,7 +57,7 @@ def reconciled(
             if number + 1 < len(done):
                 raise WaveLostError("the actor died")
 
-        monkeypatch.setattr(waves, "run", wave)
+        monkeypatch.setattr(actor_pool, "run", wave)
         pool = _NoRay(min_actors=1, max_actors=1, cpus=1, gpus=0)
         reconciler = Reconciler(work, pool, None, lambda _: None)  # type: ignore[arg-type]
         monkeypatch.setattr(reconciler, "_board", object())
@@ -100,10 +101,10 @@ def one_row(
 
     def wave(fatal: str, cut_off: bool) -> Any:
         row = {**asdict(Summary(shard=0)), "errors": "{}", "fatal": fatal, "cut_off": cut_off}
-        monkeypatch.setattr(waves, "Watchdog", lambda *_: Mock(watched=lambda _: [row]))
+        monkeypatch.setattr(actor_pool, "Watchdog", lambda *_: Mock(watched=lambda _: [row]))
         monkeypatch.setattr("ray.data.from_items", Mock())
         pool = _NoRay(min_actors=1, max_actors=1, cpus=1, gpus=0)
-        return list(waves.run(work, pa.table({"shard": [0]}), pool, Mock()))
+        return list(actor_pool.run(work, pa.table({"shard": [0]}), pool, Mock()))
 
     wave.work = work  # type: ignore[attr-defined]
     return wave
@@ -127,10 +128,10 @@ def test_processes_that_ray_kills_for_memory_cost_their_wave_and_not_the_run(
         raise ray.exceptions.OutOfMemoryError("the node runs out of memory")
 
     one_row("", False)
-    monkeypatch.setattr(waves, "Watchdog", lambda *_: Mock(watched=killed))
+    monkeypatch.setattr(actor_pool, "Watchdog", lambda *_: Mock(watched=killed))
     pool = _NoRay(min_actors=1, max_actors=1, cpus=1, gpus=0)
     with pytest.raises(WaveLostError, match="runs out of memory"):
-        list(waves.run(one_row.work, pa.table({"shard": [0]}), pool, Mock()))
+        list(actor_pool.run(one_row.work, pa.table({"shard": [0]}), pool, Mock()))
 
 
 @pytest.mark.parametrize("refused", ["read", "write"])

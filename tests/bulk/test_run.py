@@ -20,15 +20,16 @@ import pytest
 import ray
 
 from cluster.local import with_descendants
-from pipeline.bulk import alone, plan
-from pipeline.bulk.alone import Alone
-from pipeline.bulk.listing import Listed
-from pipeline.bulk.rows import RowMaker
-from pipeline.bulk.run import Ended, run
-from pipeline.bulk.segmenter import Segmenter, Work
+from pipeline.bulk.driver import isolation
+from pipeline.bulk.driver.actor_pool import Pool, photos_of
+from pipeline.bulk.driver.isolation import Alone
+from pipeline.bulk.driver.run import Ended, run
+from pipeline.bulk.driver.watchdog import Watchdog, running_actors
+from pipeline.bulk.planning import plan
+from pipeline.bulk.planning.listing import Listed
 from pipeline.bulk.settings import Inference, Settings
-from pipeline.bulk.watch import Watchdog, running_actors
-from pipeline.bulk.waves import Pool, photos_of
+from pipeline.bulk.worker.rows import RowMaker
+from pipeline.bulk.worker.segmenter import Segmenter, Work
 from pipeline.data import storage
 from pipeline.data.labels import VOC
 from pipeline.results.layout import RunLayout
@@ -210,7 +211,7 @@ def _actor_processes() -> list[int]:
     return found
 
 
-class _DiesOfSome(alone.AloneStage):
+class _DiesOfSome(isolation.AloneStage):
     """Dies as a segfault would of any photo whose name says so."""
 
     def file_of(self, shard: int, photo: Listed) -> bytes:
@@ -233,7 +234,7 @@ def test_only_the_photo_that_kills_its_process_alone_is_condemned(
     settings = settings_for(str(tmp_path))
     work = work_for(settings)
     ray.cloudpickle.register_pickle_by_value(__import__(__name__))
-    monkeypatch.setattr(alone, "AloneStage", _DiesOfSome)
+    monkeypatch.setattr(isolation, "AloneStage", _DiesOfSome)
     rows = RowMaker(run_id="test", model=work.model, settings=work.settings, classes=VOC)
     stage = Alone(work, Pool(min_actors=1, max_actors=1, cpus=1, gpus=0), rows)
     summary = stage.segment(0, listed(settings))

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.bulk.listing import Listed
-from pipeline.bulk.progress import Summary
-from pipeline.bulk.segmenter import Segmenter, Work
+from pipeline.bulk.planning.listing import Listed
 from pipeline.bulk.settings import Inference, Settings
+from pipeline.bulk.worker.segmenter import Segmenter, Work
+from pipeline.bulk.worker.summary import Summary
 from pipeline.data import storage
 from pipeline.data.labels import VOC
 from pipeline.model import predict, speed, weights

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.bulk import usage
-from pipeline.bulk.progress import Progress, Summary
-from pipeline.bulk.usage import Usage, Used
+from pipeline.bulk.driver import usage
+from pipeline.bulk.driver.progress import Progress
+from pipeline.bulk.driver.usage import Usage, Used
+from pipeline.bulk.worker.summary import Summary
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout
 

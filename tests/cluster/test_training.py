@@ -11,7 +11,7 @@ from several_nodes import ROOT, World, timed, until
 from tiny_training import arguments, put_set
 
 from pipeline.data import storage
-from pipeline.train import checkpoints
+from pipeline.train.worker import checkpoints
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
 

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import nn
 
 from jobs.demo.photos import photos
-from pipeline.bulk.network import Network
 from pipeline.bulk.settings import Inference
+from pipeline.bulk.worker.inference import Network
 from pipeline.model import predict, speed, weights
 from pipeline.model.config import ModelConfig
 from pipeline.model.deeplab import DeepLabV3

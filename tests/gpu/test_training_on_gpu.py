@@ -13,12 +13,12 @@ from train.test_step import Case, assert_close, drawn, make, trained
 from train.tiny import Heard
 
 from pipeline.data import storage
+from pipeline.evaluation.evaluate import evaluate
 from pipeline.model import weights
-from pipeline.train import checkpoints, loop
-from pipeline.train.evaluate import evaluate
-from pipeline.train.group import Group
-from pipeline.train.state import read, restore, take
-from pipeline.train.task import Task
+from pipeline.train.worker import checkpoints, loop
+from pipeline.train.worker.distributed import Group
+from pipeline.train.worker.state import read, restore, take
+from pipeline.train.worker.task import Task
 
 pytestmark = pytest.mark.gpu
 

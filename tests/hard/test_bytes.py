@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from small_photos import photo
 
-from pipeline.bulk.decode import DecodeError, Decoders, Limits
+from pipeline.bulk.worker.decode import DecodeError, Decoders, Limits
 from pipeline.data.images import IMAGE_ERROR_KINDS, ImageError, Pixels, decode
 from pipeline.data.labels import VOC
 

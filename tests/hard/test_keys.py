@@ -21,11 +21,11 @@ from PIL import Image
 from small_photos import DEMO, encoded
 
 from jobs import query
-from pipeline.bulk import plan
-from pipeline.bulk.finish import Finish
-from pipeline.bulk.segmenter import Segmenter, Work, checkpoint_fingerprint
+from pipeline.bulk.driver.actor_pool import photos_of
+from pipeline.bulk.driver.finalize import Finish
+from pipeline.bulk.planning import plan
 from pipeline.bulk.settings import Settings, fingerprint
-from pipeline.bulk.waves import photos_of
+from pipeline.bulk.worker.segmenter import Segmenter, Work, checkpoint_fingerprint
 from pipeline.data import storage
 from pipeline.data.storage import s3
 from pipeline.results.layout import RunLayout

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from small_photos import encoded
 
-from pipeline.bulk.decode import Decoders, Limits
-from pipeline.bulk.listing import Listed, Listing
-from pipeline.bulk.load import Loader
+from pipeline.bulk.planning.listing import Listed, Listing
 from pipeline.bulk.settings import Settings
+from pipeline.bulk.worker.decode import Decoders, Limits
+from pipeline.bulk.worker.load import Loader
 from pipeline.data.labels import VOC
 
 HUGE_BYTES = 5 * 2**30

@@ -14,7 +14,7 @@ from jobs.coco import main
 from pipeline.data import masks, storage
 from pipeline.data.datasets import Split, open_split
 from pipeline.data.labels import by_name
-from pipeline.train.recipes import by_name as recipe
+from pipeline.train.recipes.registry import by_name as recipe
 
 Capture = pytest.CaptureFixture[str]
 

@@ -12,10 +12,11 @@ from small_photos import DEMO, photo
 
 from jobs.arguments import parse
 from jobs.segment import main
-from pipeline.bulk import begin, plan
-from pipeline.bulk.segmenter import Segmenter
+from pipeline.bulk.driver import preflight
+from pipeline.bulk.driver.actor_pool import photos_of
+from pipeline.bulk.planning import plan
 from pipeline.bulk.settings import Settings
-from pipeline.bulk.waves import photos_of
+from pipeline.bulk.worker.segmenter import Segmenter
 from pipeline.data import storage
 from pipeline.data.storage import s3
 from pipeline.results.layout import RunLayout
@@ -38,9 +39,9 @@ def segmented(prefix: str) -> RunLayout:
         storage.write(f"{prefix}/photos/{name}", image)
     settings = parse(Settings, arguments(prefix), description="")
     layout = RunLayout(results=settings.results, run_id="a")
-    identity = settings.identity(model=begin.look(settings).fingerprint)
+    identity = settings.identity(model=preflight.look(settings).fingerprint)
     made = plan.make(settings, layout, identity)
-    work = begin.work_of(settings, layout, made, begin.pool_of(settings))
+    work = preflight.work_of(settings, layout, made, preflight.pool_of(settings))
     with closing(Segmenter(work)) as segmenter:
         for row in plan.read_part(layout, made.parts[0]).to_pylist():
             data, _ = segmenter.rows_of(row["shard"], photos_of(row["images"]))

@@ -30,8 +30,8 @@ from jobs.train import main
 from jobs.training_tables import flags
 from pipeline.data import samples, storage
 from pipeline.model import predict, weights
-from pipeline.train import checkpoints
-from pipeline.train.recipes import by_name
+from pipeline.train.recipes.registry import by_name
+from pipeline.train.worker import checkpoints
 
 STEPS = ("--max-steps", "6", "--eval-every", "3", "--checkpoint-every", "2", "--workers", "2")
 

@@ -20,7 +20,7 @@ from tiny_training import arguments, keys, put_set
 from cluster.local import with_descendants
 from jobs.train import main
 from pipeline.data import storage
-from pipeline.train import checkpoints
+from pipeline.train.worker import checkpoints
 
 ROOT = Path(__file__).parents[2]
 

@@ -24,12 +24,14 @@ import pyarrow as pa
 import ray
 from measure import Row, print_table
 
-from pipeline.bulk import plan, reconcile, waves
-from pipeline.bulk.listing import Listed
-from pipeline.bulk.plan import Part
-from pipeline.bulk.progress import Progress, Summary
+from pipeline.bulk.driver import actor_pool, reconcile
+from pipeline.bulk.driver.actor_pool import Pool
+from pipeline.bulk.driver.progress import Progress
+from pipeline.bulk.planning import plan
+from pipeline.bulk.planning.listing import Listed
+from pipeline.bulk.planning.plan import Part
 from pipeline.bulk.settings import Settings
-from pipeline.bulk.waves import Pool
+from pipeline.bulk.worker.summary import Summary
 from pipeline.results.layout import RunLayout
 
 SECONDS_AN_IMAGE = 0.05
@@ -152,9 +154,9 @@ def _of_the_wave(facts: list[dict[str, float]], actors: int) -> set[float]:
 
 def rows(counts: list[int], shards_each: int) -> Iterator[Row]:
     """A row for each number of actors, in one Ray."""
-    waves.Stage = StubStage  # type: ignore[misc, assignment]
-    waves.Summary = Measured  # type: ignore[misc]
-    waves.ray.cloudpickle.register_pickle_by_value(__import__(__name__))
+    actor_pool.Stage = StubStage  # type: ignore[misc, assignment]
+    actor_pool.Summary = Measured  # type: ignore[misc]
+    actor_pool.ray.cloudpickle.register_pickle_by_value(__import__(__name__))
     ray.init(
         address="local", num_cpus=max(counts) + 1, include_dashboard=False, log_to_driver=False
     )

@@ -69,9 +69,9 @@ def _class(class_id: int, draw: random.Random) -> Row:
 
 def step(name: str, results: str, photos: int) -> Row:
     """Does the step in this process; what it took, and the process's peak."""
-    from pipeline.bulk import run  # noqa: F401 - as much as a driver imports
-    from pipeline.bulk.finish import Finish, Outcome
-    from pipeline.bulk.plan import Counts, Plan
+    from pipeline.bulk.driver import run  # noqa: F401 - as much as a driver imports
+    from pipeline.bulk.driver.finalize import Finish, Outcome
+    from pipeline.bulk.planning.plan import Counts, Plan
     from pipeline.data.labels import VOC
     from pipeline.results.layout import RunLayout
 

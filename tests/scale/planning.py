@@ -49,7 +49,8 @@ def results_of(photos: int) -> str:
 
 def step(name: str, photos: int) -> Row:
     """Does the step in this process; what it took, and the process's peak."""
-    from pipeline.bulk import plan, run  # noqa: F401 - as much as a driver imports
+    from pipeline.bulk.driver import run  # noqa: F401 - as much as a driver imports
+    from pipeline.bulk.planning import plan
     from pipeline.bulk.settings import Settings
     from pipeline.results.layout import RunLayout
 
@@ -74,18 +75,19 @@ def _resume(layout: Any) -> None:
     """What a driver does with the plan of an interrupted run, Ray and the network left out."""
     from unittest.mock import Mock
 
-    from pipeline.bulk import begin, plan, reconcile, waves
-    from pipeline.bulk.progress import Summary
+    from pipeline.bulk.driver import actor_pool, preflight, reconcile
+    from pipeline.bulk.planning import plan
+    from pipeline.bulk.worker.summary import Summary
 
     def appear(_: Any, shards: pa.Table, *__: Any, **___: Any) -> Iterator[Summary]:
         numbers = shards["shard"].to_pylist()
         fill_shards(layout.images, numbers[0], numbers[-1] + 1)
         yield from (Summary(shard=number) for number in numbers)
 
-    waves.run = appear  # type: ignore[assignment]
+    actor_pool.run = appear  # type: ignore[assignment]
     known = plan.load(layout)
     assert known is not None
-    progress = begin.progress_of(known, layout)
+    progress = preflight.progress_of(known, layout)
     work = Mock(layout=layout)
     reconciler = reconcile.Reconciler(work, Mock(max_actors=1), Mock(), progress.add)
     reconciler._board = Mock()

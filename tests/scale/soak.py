@@ -85,8 +85,9 @@ def descendants_kib(name: str) -> Iterator[int]:
 
 def soak(folder: Path, kind: str, count: int, tell: Callable[[Row], None]) -> list[Row]:
     """Runs it, telling of each row; the rows."""
-    from pipeline.bulk import plan, run
-    from pipeline.bulk.progress import Progress
+    from pipeline.bulk.driver import run
+    from pipeline.bulk.driver.progress import Progress
+    from pipeline.bulk.planning import plan
     from pipeline.bulk.settings import Settings
 
     memory = Memory(max(1, count // 20))

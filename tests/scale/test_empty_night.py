@@ -13,8 +13,8 @@ import pytest
 from planning import put_done, results_of
 from stub_s3 import stub_s3
 
-from pipeline.bulk.segmenter import checkpoint_fingerprint
 from pipeline.bulk.settings import Inference, fingerprint
+from pipeline.bulk.worker.segmenter import checkpoint_fingerprint
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "jobs" / "demo" / "tfzoo-voc-mobilenetv2.safetensors"

@@ -8,8 +8,8 @@ import torch
 from train import tiny
 from train.tiny import Heard
 
-from pipeline.train import loop
-from pipeline.train.group import Group
+from pipeline.train.worker import loop
+from pipeline.train.worker.distributed import Group
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from train.tiny import Heard
 
-from pipeline.train import checkpoints
-from pipeline.train.history import Score, Step
-from pipeline.train.state import Snapshot
+from pipeline.evaluation.score import Score
+from pipeline.train.worker import checkpoints
+from pipeline.train.worker.history import Step
+from pipeline.train.worker.state import Snapshot
 
 
 class Killed(BaseException):

@@ -21,9 +21,9 @@ from pipeline.data import storage
 from pipeline.data.augment import augment
 from pipeline.data.datasets import open_split
 from pipeline.data.samples import SampleError
-from pipeline.train import sampler
-from pipeline.train.batches import Batch, Source, batches
-from pipeline.train.config import AugmentConfig
+from pipeline.train.recipes.experiment import AugmentConfig
+from pipeline.train.worker import sampler
+from pipeline.train.worker.loader import Batch, Source, batches
 
 MADE = AugmentConfig(crop_size=(33, 35), late_crop_size=(49, 33), late_from=0.5)
 
@@ -124,7 +124,7 @@ def test_a_batch_says_how_long_it_was_waited_for(source: Source) -> None:
 
 _TRAINER = """
 import pickle, sys
-from pipeline.train.batches import batches
+from pipeline.train.worker.loader import batches
 if __name__ == "__main__":
     for _ in batches(pickle.load(open(sys.argv[1], "rb")), 0, 6, loaders=2):
         print("made", flush=True)

@@ -13,11 +13,11 @@ from train.deaths import Dies, Killed, assert_same_end, newest
 from train.tiny import Heard
 
 from pipeline.data import storage
+from pipeline.evaluation.evaluate import Evaluation, evaluate
+from pipeline.evaluation.score import Score
 from pipeline.model import weights
-from pipeline.train import checkpoints, loop
-from pipeline.train.evaluate import Evaluation, evaluate
-from pipeline.train.group import Group, Save
-from pipeline.train.history import Score
+from pipeline.train.worker import checkpoints, loop
+from pipeline.train.worker.distributed import Group, Save
 
 
 def test_the_network_that_ships_is_the_average_and_the_best_is_that_of_the_best_score(

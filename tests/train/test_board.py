@@ -16,12 +16,13 @@ import pytest
 from train import tiny
 
 from jobs.training_display import TrainingDisplay
+from pipeline.evaluation.score import Score
 from pipeline.runs import cluster
-from pipeline.train import fit
-from pipeline.train.board import Board, Teller, Watched
-from pipeline.train.config import AugmentConfig
-from pipeline.train.history import Score, Step
+from pipeline.train.driver import fit
+from pipeline.train.driver.status import Board, Teller, Watched
+from pipeline.train.recipes.experiment import AugmentConfig
 from pipeline.train.settings import Settings
+from pipeline.train.worker.history import Step
 
 
 class Called:

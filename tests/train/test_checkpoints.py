@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pipeline.data import storage
-from pipeline.train import checkpoints
-from pipeline.train.history import History
-from pipeline.train.state import Snapshot
+from pipeline.train.worker import checkpoints
+from pipeline.train.worker.history import History
+from pipeline.train.worker.state import Snapshot
 
 
 def snapshot(step: int) -> Snapshot:

@@ -10,7 +10,7 @@ import pytest
 from train import tiny
 
 from pipeline.model.config import ModelConfig
-from pipeline.train.config import (
+from pipeline.train.recipes.experiment import (
     AugmentConfig,
     DataConfig,
     EvaluationConfig,
@@ -18,7 +18,7 @@ from pipeline.train.config import (
     OptimiserConfig,
     differences,
 )
-from pipeline.train.recipes import RECIPES
+from pipeline.train.recipes.registry import RECIPES
 
 
 def test_json_gives_the_same_experiment() -> None:

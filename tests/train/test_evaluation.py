@@ -15,12 +15,12 @@ from pipeline.data import storage
 from pipeline.data.datasets import Split, open_split
 from pipeline.data.labels import Classes
 from pipeline.data.samples import SampleError
+from pipeline.evaluation.evaluate import Evaluation, evaluate, share
+from pipeline.evaluation.evaluator import Look, Looker, Seen, Work, WorkersError, digest_of
+from pipeline.evaluation.ray_pool import Spread
 from pipeline.model import weights
 from pipeline.model.config import ModelConfig
 from pipeline.model.deeplab import DeepLabV3
-from pipeline.train.evaluate import Evaluation, evaluate, share
-from pipeline.train.looker import Look, Looker, Seen, Work, WorkersError, digest_of
-from pipeline.train.spread import Spread
 
 CLASSES = Classes.from_dict({"names": ["ground", "square", "noise", "never"]})
 CONFIG = ModelConfig(
@@ -237,7 +237,7 @@ def assert_same(found: Seen, expected: Seen) -> None:
 def test_actors_see_what_one_process_sees_even_when_one_of_them_dies(
     work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.train.spread._PART_PHOTOS", 2)
+    monkeypatch.setattr("pipeline.evaluation.ray_pool._PART_PHOTOS", 2)
     expected = Looker(work).look(Look(), range(PHOTOS))
     heard: list[int] = []
 
@@ -260,7 +260,7 @@ def test_actors_see_what_one_process_sees_even_when_one_of_them_dies(
 def test_actors_that_keep_dying_or_cannot_read_a_photo_end_the_evaluation(
     work: Work, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.train.spread._PART_PHOTOS", 2)
+    monkeypatch.setattr("pipeline.evaluation.ray_pool._PART_PHOTOS", 2)
 
     def kill(_: int) -> None:
         for actor in spread.actors:

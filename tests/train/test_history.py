@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from pipeline.train.history import History, Score, Step
+from pipeline.evaluation.score import Score
+from pipeline.train.worker.history import History, Step
 
 
 def step(number: int) -> Step:

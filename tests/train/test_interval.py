@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
+from pipeline.evaluation.bootstrap import bootstrap, mean_over, photo_counts
 from pipeline.metrics import Counts
-from pipeline.train.interval import bootstrap, mean_over, photo_counts
 
 
 def plain_mean(photos: list[np.ndarray], classes: list[int]) -> float:

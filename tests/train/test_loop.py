@@ -14,8 +14,8 @@ from train import tiny
 from train.deaths import Dies, Killed, assert_same_end, newest
 from train.tiny import Heard
 
-from pipeline.train import loop, state
-from pipeline.train.group import Group
+from pipeline.train.worker import loop, state
+from pipeline.train.worker.distributed import Group
 
 
 def test_four_steps_are_two_a_death_and_two_to_the_last_bit(

@@ -16,12 +16,12 @@ from train.deaths import newest
 from train.tiny import Heard
 
 from pipeline.data import storage
+from pipeline.evaluation.evaluate import Evaluation, evaluate
+from pipeline.evaluation.score import Score
 from pipeline.model import weights
-from pipeline.train import loop, step
-from pipeline.train.evaluate import Evaluation, evaluate
-from pipeline.train.group import Group
-from pipeline.train.history import Score
-from pipeline.train.task import Task
+from pipeline.train.worker import loop, step
+from pipeline.train.worker.distributed import Group
+from pipeline.train.worker.task import Task
 
 
 def worker(group: Group, task: Task) -> Heard:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pipeline.train.loss import PixelLoss
+from pipeline.train.worker.loss import PixelLoss
 
 K, IGNORE = 4, 9
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from train import tiny
 
-from pipeline.train import normalisation
-from pipeline.train.group import Group, RayGroup
+from pipeline.train.worker import batch_norm
+from pipeline.train.worker.distributed import Group, RayGroup
 
 
 def small() -> nn.Sequential:
@@ -20,21 +20,21 @@ def small() -> nn.Sequential:
 def test_frozen_layers_normalise_by_what_is_there_and_still_learn_scale_and_shift() -> None:
     torch.manual_seed(0)
     model = small().train()
-    normalisation.freeze(model)
+    batch_norm.freeze(model)
     before = {key: value.clone() for key, value in model.named_buffers()}
     x = torch.randn(5, 3, 4, 4)
     model(x).pow(2).sum().backward()
     assert all(torch.equal(value, before[key]) for key, value in model.named_buffers())
-    assert all(layer.weight.grad.any() for layer in normalisation.layers(model))
+    assert all(layer.weight.grad.any() for layer in batch_norm.layers(model))
     assert not torch.allclose(model(x).mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-3)
     model.train()
     model(x)
-    assert all(int(layer.num_batches_tracked) == 1 for layer in normalisation.layers(model))
+    assert all(int(layer.num_batches_tracked) == 1 for layer in batch_norm.layers(model))
 
 
 def test_momentum_is_the_share_of_a_batch_in_the_running_statistics() -> None:
     model = small().train()
-    normalisation.set_momentum(model, 0.25)
+    batch_norm.set_momentum(model, 0.25)
     x = torch.randn(6, 3, 4, 4)
     expected = 0.25 * model[0](x).mean(dim=(0, 2, 3)).detach()
     model(x)

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from pipeline.data.labels import VOC
-from pipeline.train import pictures
-from pipeline.train.history import History, Score, Step
+from pipeline.evaluation.score import Score
+from pipeline.train.worker import plots
+from pipeline.train.worker.history import History, Step
 
 NAMES = ("ground", "traffic light", "never")
 HISTORY = History(
@@ -113,7 +114,7 @@ def test_the_event_file_holds_every_value_of_the_history_at_its_time() -> None:
         for name, iou in zip(NAMES, score.ious, strict=True):
             if iou is not None:
                 expected.append((score.time, score.step, f"val/iou/{name}", iou))
-    found = events(pictures.event_file(HISTORY, NAMES))
+    found = events(plots.event_file(HISTORY, NAMES))
     assert [each[1] for each in found] == sorted(each[1] for each in found)
     found.sort()
     expected.sort()
@@ -123,21 +124,21 @@ def test_the_event_file_holds_every_value_of_the_history_at_its_time() -> None:
 
 def test_the_event_file_depends_on_the_history_alone() -> None:
     again = History.from_json(HISTORY.to_json()).copy()
-    assert pictures.event_file(again, NAMES) == pictures.event_file(HISTORY, NAMES)
-    assert events(pictures.event_file(History(), NAMES)) == []
+    assert plots.event_file(again, NAMES) == plots.event_file(HISTORY, NAMES)
+    assert events(plots.event_file(History(), NAMES)) == []
 
 
 def test_names_of_other_classes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"class_names are 2, .* step 200 has 3"):
-        pictures.event_file(HISTORY, NAMES[:2])
+        plots.event_file(HISTORY, NAMES[:2])
 
 
 @pytest.mark.parametrize(
     "history", [HISTORY, History(), History(steps=HISTORY.steps[:1], scores=HISTORY.scores[:1])]
 )
 def test_curves_are_drawn_of_any_history_and_are_the_same_each_time(history: History) -> None:
-    first = pictures.curves(history)
-    assert first == pictures.curves(history)
+    first = plots.curves(history)
+    assert first == plots.curves(history)
     assert min(opened(first).shape[:2]) > 500
 
 
@@ -148,7 +149,7 @@ def test_samples_show_the_photo_and_the_colours_of_the_classes_that_appear() -> 
     label[50:] = 255
     mask = np.zeros_like(label)
     mask[10:40, 20:55] = 12
-    picture = opened(pictures.samples([(image, label, mask, "a cat")], VOC))
+    picture = opened(plots.samples([(image, label, mask, "a cat")], VOC))
     assert has(picture, (10, 200, 30))
     shown = [i for i in range(1, 21) if has(picture, VOC.palette[i])]
     assert shown == [8, 12]
@@ -156,4 +157,4 @@ def test_samples_show_the_photo_and_the_colours_of_the_classes_that_appear() -> 
 
 def test_no_sample_is_refused() -> None:
     with pytest.raises(ValueError, match="rows is empty"):
-        pictures.samples([], VOC)
+        plots.samples([], VOC)

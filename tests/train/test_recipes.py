@@ -10,8 +10,8 @@ import torch
 from pipeline.data import labels
 from pipeline.model import zoo
 from pipeline.model.deeplab import DeepLabV3
-from pipeline.train.config import DataConfig, Experiment
-from pipeline.train.recipes import OURS, PAPER, RECIPES, Recipe, by_name, describe
+from pipeline.train.recipes.experiment import DataConfig, Experiment
+from pipeline.train.recipes.registry import OURS, PAPER, RECIPES, Recipe, by_name, describe
 
 SIX = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 

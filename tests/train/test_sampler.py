@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from pipeline.train.sampler import Draw, batch, share
+from pipeline.train.worker.sampler import Draw, batch, share
 
 PHOTOS = [3, 1, 4, 15, 9, 2, 6]
 REPEATED = [*PHOTOS, 15, 2]

@@ -4,7 +4,7 @@ from decimal import Decimal, localcontext
 
 import pytest
 
-from pipeline.train.schedule import poly
+from pipeline.train.worker.schedule import poly
 
 
 @pytest.mark.parametrize(

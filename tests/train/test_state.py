@@ -11,14 +11,14 @@ from train import tiny
 
 from pipeline.model import weights
 from pipeline.model.formats import CheckpointError
-from pipeline.train import state
-from pipeline.train.begin import first_model
-from pipeline.train.config import OptimiserConfig
-from pipeline.train.group import Group
-from pipeline.train.history import History, Step
-from pipeline.train.loss import PixelLoss
-from pipeline.train.state import Snapshot, TrainingState
-from pipeline.train.step import Stepper, build_average, build_optimiser
+from pipeline.train.driver.preflight import first_model
+from pipeline.train.recipes.experiment import OptimiserConfig
+from pipeline.train.worker import state
+from pipeline.train.worker.distributed import Group
+from pipeline.train.worker.history import History, Step
+from pipeline.train.worker.loss import PixelLoss
+from pipeline.train.worker.state import Snapshot, TrainingState
+from pipeline.train.worker.step import Stepper, build_average, build_optimiser
 
 CONFIG = OptimiserConfig(max_steps=9, base_lr=0.01, ema_decay=0.5, bn_momentum=0.1, bf16=False)
 FACTS = {"world": 1, "threads": 1}

@@ -16,12 +16,12 @@ from torch.nn import functional
 from train import tiny
 
 from pipeline.model.config import ModelConfig
-from pipeline.train.config import OptimiserConfig
-from pipeline.train.group import Group
-from pipeline.train.loss import PixelLoss
-from pipeline.train.schedule import poly
-from pipeline.train.state import TrainingState
-from pipeline.train.step import Objective, Stepper, build_average, build_optimiser
+from pipeline.train.recipes.experiment import OptimiserConfig
+from pipeline.train.worker.distributed import Group
+from pipeline.train.worker.loss import PixelLoss
+from pipeline.train.worker.schedule import poly
+from pipeline.train.worker.state import TrainingState
+from pipeline.train.worker.step import Objective, Stepper, build_average, build_optimiser
 
 STEPS = 4
 

@@ -12,10 +12,10 @@ from ray.train import ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from train import tiny
 
-from pipeline.train import trainer
-from pipeline.train.begin import begin, look
-from pipeline.train.board import Board
-from pipeline.train.trainer import _OnOurOwnRay
+from pipeline.train.driver import ray_trainer
+from pipeline.train.driver.preflight import begin, look
+from pipeline.train.driver.ray_trainer import _OnOurOwnRay
+from pipeline.train.driver.status import Board
 
 
 def callbacks(kind: type[TorchTrainer]) -> list[str]:
@@ -42,7 +42,7 @@ def test_a_worker_that_dies_leaves_a_board_on_which_none_trains(
         ray.get(config["board"].begins.remote(2, None))
         os._exit(1)
 
-    monkeypatch.setattr(trainer, "_worker", dies)
+    monkeypatch.setattr(ray_trainer, "_worker", dies)
     tiny.draw_set(tmp_path / "set", train=2, val=1)
     settings = tiny.settings(
         tmp_path / "set", tmp_path / "out", tiny.experiment(batch_size=2), max_failures=0
@@ -50,6 +50,6 @@ def test_a_worker_that_dies_leaves_a_board_on_which_none_trains(
     board: Any = ray.remote(Board).options(num_cpus=0).remote()  # type: ignore[attr-defined]
     begun = begin(settings, look(settings, print), print)
     with pytest.raises(TrainingFailedError):
-        trainer.trainer(begun, board).fit()
+        ray_trainer.trainer(begun, board).fit()
     assert ray.get(board.watched.remote()).signs == 1
     assert ray.get(board.watched.remote()).workers == 0

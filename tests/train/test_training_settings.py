@@ -18,10 +18,10 @@ from train import tiny
 from pipeline.data import storage
 from pipeline.data.samples import SampleError
 from pipeline.model import weights
-from pipeline.train.begin import begin, look
-from pipeline.train.config import AugmentConfig, Experiment
-from pipeline.train.estimate import estimate
-from pipeline.train.recipes import by_name
+from pipeline.train.driver.estimate import estimate
+from pipeline.train.driver.preflight import begin, look
+from pipeline.train.recipes.experiment import AugmentConfig, Experiment
+from pipeline.train.recipes.registry import by_name
 from pipeline.train.settings import Settings
 
 POOLED = replace(tiny.MOBILENET, image_pooling=True)

@@ -17,20 +17,21 @@ import torch.distributed as distributed
 from PIL import Image
 
 from pipeline.data.labels import Classes
+from pipeline.evaluation.score import Score
 from pipeline.model.config import ModelConfig
 from pipeline.model.deeplab import DeepLabV3
-from pipeline.train.begin import begin, look
-from pipeline.train.config import (
+from pipeline.train.driver.preflight import begin, look
+from pipeline.train.recipes.experiment import (
     AugmentConfig,
     DataConfig,
     EvaluationConfig,
     Experiment,
     OptimiserConfig,
 )
-from pipeline.train.group import Group
-from pipeline.train.history import Score, Step
 from pipeline.train.settings import Settings
-from pipeline.train.task import Task
+from pipeline.train.worker.distributed import Group
+from pipeline.train.worker.history import Step
+from pipeline.train.worker.task import Task
 
 CLASSES = Classes.from_dict({"names": ["ground", "square", "noise", "never"]})
 MOBILENET = ModelConfig(
@@ -135,7 +136,7 @@ def together(world: int, folder: Path, work: Callable[..., Any], *given: Any) ->
     Raises AssertionError where one fails, or does not end in time. `folder` is where they meet.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.train.loop"])
+    context.set_forkserver_preload(["pipeline.train.worker.loop"])
     meeting = folder / f"meeting-{world}-{len(list(folder.iterdir()))}"
     ends = []
     for rank in range(world):

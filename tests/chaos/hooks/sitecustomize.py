@@ -22,16 +22,16 @@ FOLDER = os.environ.get("FAULTS")
 
 STAGES = {
     "load": ("pipeline.model.weights", "load"),
-    "plan": ("pipeline.bulk.plan", "make"),
-    "fetch": ("pipeline.bulk.load", "Loader._fetch"),
-    "decode": ("pipeline.bulk.decode", "Decoders.image"),  # the actor, waiting for its child
+    "plan": ("pipeline.bulk.planning.plan", "make"),
+    "fetch": ("pipeline.bulk.worker.load", "Loader._fetch"),
+    "decode": ("pipeline.bulk.worker.decode", "Decoders.image"),  # the actor, waiting for its child
     "decoder": ("pipeline.data.images", "decode"),  # the child itself
     "infer": ("pipeline.model.predict", "segment"),
     "create": ("pipeline.data.storage", "create"),
-    "reconcile": ("pipeline.bulk.reconcile", "Reconciler._missing"),
-    "classes": ("pipeline.bulk.finish", "Finish.write_classes"),
-    "done": ("pipeline.bulk.finish", "Finish.write_done"),
-    "record": ("pipeline.bulk.finish", "Finish.write_record"),
+    "reconcile": ("pipeline.bulk.driver.reconcile", "Reconciler._missing"),
+    "classes": ("pipeline.bulk.driver.finalize", "Finish.write_classes"),
+    "done": ("pipeline.bulk.driver.finalize", "Finish.write_done"),
+    "record": ("pipeline.bulk.driver.finalize", "Finish.write_record"),
 }
 PLACES = ("begin", "amid", "end")
 _WAIT_S = 60.0

@@ -1,0 +1,252 @@
+"""A bucket's photos, with their labels, without what earlier runs have done, in one order.
+
+Listings are spooled to local disk a page at a time; DuckDB joins and sorts them there, so memory
+is bounded by its limit and not by the bucket.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.bulk.planning.inventory import Inventory
+from pipeline.bulk.settings import Settings
+from pipeline.data import storage
+from pipeline.data.pairs import stem
+from pipeline.results import files, tables
+from pipeline.results.layout import RunLayout, parts_of, run_of, shards_of
+
+MEMORY_LIMIT = "1GB"
+MAX_RUNS_TRIED = 3
+"""Runs in which a photo that failed for a passing reason is tried, with --only-new."""
+
+_SPOOLED = pa.schema(
+    [("uri", pa.string()), ("etag", pa.string()), ("bytes", pa.int64()), ("stem", pa.string())]
+)
+_SPOOL_ROWS = 50_000
+_LABEL_ENDINGS = (".png", ".bmp", ".gif", ".tif", ".tiff")
+
+_HAS_RESULT = f"""(status = 'ok' or error_kind in ({
+    ", ".join(f"'{kind}'" for kind in sorted(tables.PERMANENT_ERRORS))
+}))"""
+_IS_DONE = f"""
+    select uri, etag, label_etag from seen
+    where model = $model and settings = $settings
+    group by all
+    having bool_or{_HAS_RESULT} or count(distinct run_id) >= {MAX_RUNS_TRIED}
+"""
+_IS_DONE_OTHERWISE = f"""
+    select distinct uri, etag, label_etag from seen
+    where (model != $model or settings != $settings) and {_HAS_RESULT}
+"""
+_SAME_PHOTO = """
+    {0}.uri = {1}.uri and {0}.etag = {1}.etag
+    and {0}.label_etag is not distinct from {1}.label_etag
+"""
+
+
+class Listed(NamedTuple):
+    """A photo as the plan holds it."""
+
+    uri: str
+    etag: str
+    bytes: int
+    label_uri: str | None
+    label_etag: str | None
+    label_bytes: int | None = None
+
+
+class Listing:
+    """The photos that `settings` ask for; as a context manager, since it spools to disk.
+
+    `left_out` counts the objects that --include does not take, `outside` those of an inventory
+    that do not lie below --images, or not any more. With --only-new, `done_before`
+    counts the photos that earlier runs have done, and `done_otherwise` those that only another
+    model or other settings have: the former are left out, the latter with --model-changed new-only.
+    Raises ValueError where there are no photos, labels are ambiguous, or the inventory is none.
+    """
+
+    def __init__(self, settings: Settings, *, model: str, settings_print: str) -> None:
+        self._settings = settings
+        self._key = {"model": model, "settings": settings_print}
+        self.left_out = 0
+        self._inventory = (
+            None if settings.inventory is None else Inventory(settings.inventory, settings.images)
+        )
+        self.done_before = 0
+        self.done_otherwise = 0
+
+    def __enter__(self) -> Listing:
+        self._folder = tempfile.TemporaryDirectory(prefix="deeplab-plan-")
+        self._con = files.connect(self._settings.results, memory_limit=MEMORY_LIMIT)
+        self._spool("photo", self._photos())
+        self._check_inventory()
+        self._spool("label", self._labels())
+        self._check_labels()
+        self._con.execute(
+            "create view listed as select photo.uri, photo.etag, photo.bytes, "
+            "label.uri as label_uri, label.etag as label_etag, label.bytes as label_bytes "
+            "from photo left join label using (stem)"
+        )
+        self._con.execute("create view wanted as " + self._wanted())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._con.close()
+        self._folder.cleanup()
+
+    def images(self) -> Iterator[Listed]:
+        """The photos in the order of their URIs' bytes, at most `limit`."""
+        limit = "" if self._settings.limit is None else f" limit {self._settings.limit}"
+        found = self._con.execute(f"select * from wanted order by uri{limit}")
+        while rows := found.fetchmany(10_000):
+            yield from map(Listed._make, rows)
+
+    def _photos(self) -> Iterator[tuple[str, str, int, str]]:
+        prefix, included = self._settings.images, self._settings.included
+        found = False
+        for item in self._objects():
+            name = storage.relative(prefix, item.uri)
+            if self._is_ours(item.uri):
+                continue
+            if included.match(name):
+                found = True
+                yield (*_row(item), stem(name))
+            else:
+                self.left_out += 1
+        if not found:
+            raise ValueError(
+                f"no photos below {prefix}: --include takes none of {self.left_out} objects there"
+                if self.left_out
+                else f"no photos below {prefix}: {self._nothing()}"
+            )
+
+    def _objects(self) -> Iterator[storage.Object]:
+        if self._inventory is not None:
+            return self._inventory.objects()
+        return storage.list_objects(self._settings.images)
+
+    @property
+    def inventory_etag(self) -> str | None:
+        """The inventory's own, None where there is none."""
+        return self._inventory.etag if self._inventory else None
+
+    @property
+    def outside(self) -> int:
+        return self._inventory.outside if self._inventory else 0
+
+    def _nothing(self) -> str:
+        if self._inventory is None:
+            return "nothing is there"
+        return f"all {self.outside} objects of {self._settings.inventory} lie elsewhere"
+
+    def _is_ours(self, uri: str) -> bool:
+        """Whether it is a run's file, or in a folder of labels or results below the photos."""
+        photos, results = storage.join(self._settings.images, ""), self._settings.results
+        places = (storage.join(place, "") for place in (results, self._settings.labels) if place)
+        inside = tuple(place for place in places if place != photos and place.startswith(photos))
+        return uri.startswith(inside) or run_of(results, uri) is not None
+
+    def _labels(self) -> Iterator[tuple[str, str, int, str]]:
+        prefix = self._settings.labels
+        for item in storage.list_objects(prefix) if prefix is not None else ():
+            if item.uri.lower().endswith(_LABEL_ENDINGS):
+                yield (*_row(item), stem(storage.relative(prefix or "", item.uri)))
+
+    def _spool(self, name: str, rows: Iterable[tuple[str, str, int, str]]) -> None:
+        path = Path(self._folder.name) / f"{name}.parquet"
+        with pq.ParquetWriter(path, _SPOOLED, compression="zstd") as writer:
+            for batch in _batches(rows):
+                columns = [list(column) for column in zip(*batch, strict=True)]
+                writer.write_table(pa.table(columns, schema=_SPOOLED))
+        self._con.execute(f"create view {name} as from read_parquet({files.quoted(str(path))})")
+
+    def _check_inventory(self) -> None:
+        """Raises ValueError where it says two things of one photo; said twice is said once."""
+        if self._inventory is None:
+            return
+        self._con.execute("alter view photo rename to photo_rows")
+        self._con.execute("create view photo as select distinct * from photo_rows")
+        twice = self._con.execute(
+            "select uri from photo group by uri having count(*) > 1 order by uri limit 1"
+        ).fetchone()
+        if twice is not None:
+            raise ValueError(
+                f"--inventory {self._settings.inventory} has rows of {twice[0]} that differ; "
+                "of a bucket with versions it needs the column IsLatest"
+            )
+
+    def _check_labels(self) -> None:
+        for what, rows in (
+            ("labels", "label semi join photo using (stem)"),
+            ("photos share one label", "photo semi join label using (stem)"),
+        ):
+            twice = self._con.execute(
+                f"select min(uri), max(uri) from {rows} group by stem having count(*) > 1 "
+                "order by 1 limit 1"
+            ).fetchone()
+            if twice is not None:
+                raise ValueError(
+                    f"two {what}: {twice[0]} and {twice[1]} differ only in their extension; "
+                    "rename one, or narrow --include"
+                )
+
+    def _wanted(self) -> str:
+        """A query of what is listed, with --only-new without what is done."""
+        if not self._settings.only_new:
+            return "from listed"
+        files.gather(self._con, "seen", tables.DONE, self._settings.results, self._done_before())
+        for name, query in (("done", _IS_DONE), ("done_otherwise", _IS_DONE_OTHERWISE)):
+            self._con.execute(f"create table {name} as {query}", self._key)
+        is_done = _SAME_PHOTO.format("listed", "done")
+        self.done_before = self._count(f"listed semi join done on {is_done}")
+        new = f"from listed anti join done on {is_done}"
+        self._con.execute(f"create view new as {new}")
+        is_done_otherwise = _SAME_PHOTO.format("new", "done_otherwise")
+        self.done_otherwise = self._count(f"new semi join done_otherwise on {is_done_otherwise}")
+        if self._settings.model_changed == "new-only":
+            return f"from new anti join done_otherwise on {is_done_otherwise}"
+        return new
+
+    def _count(self, rows: str) -> int:
+        [(count,)] = self._con.execute(f"select count(*) from {rows}").fetchall()
+        return int(count)
+
+    def _done_before(self) -> Iterator[storage.Object]:
+        """The `done/` files of finished runs, then the shards of unfinished ones."""
+        results = self._settings.results
+        keys = list(storage.list_objects(storage.join(results, "done")))
+        last = {run: item for item in keys if (run := _run_that_ends_in(results, item.uri))}
+        yield from last.values()
+        yield from (item for item in parts_of(keys) if run_of(results, item.uri) in last)
+        for shard in shards_of(storage.list_objects(storage.join(results, "images"))):
+            if run_of(results, shard.uri) not in last:
+                yield shard
+
+
+def _run_that_ends_in(results: str, uri: str) -> str | None:
+    """The run whose last file of `done/` this is, None for other files."""
+    run = run_of(results, uri)
+    return run if run and uri == RunLayout(results=results, run_id=run).done else None
+
+
+def _row(item: storage.Object) -> tuple[str, str, int]:
+    return item.uri, item.etag, item.size
+
+
+def _batches(
+    rows: Iterable[tuple[str, str, int, str]],
+) -> Iterator[list[tuple[str, str, int, str]]]:
+    batch: list[tuple[str, str, int, str]] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == _SPOOL_ROWS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,288 @@
+"""What a run will do, decided once: a listing, cut into shards, written put-if-absent.
+
+The listing is spooled to local disk page by page and joined there by DuckDB within a memory
+limit, so a bucket of any size is planned in bounded memory. The plan is `plan.json`, which names
+its parts: Parquet files of at most a wave of shards each, one row a shard. A part's name holds a
+hash of its bytes, so of two drivers that plan at once the first `plan.json` wins and is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.bulk.planning.listing import Listed, Listing
+from pipeline.bulk.settings import Settings, fingerprint
+from pipeline.data import storage
+from pipeline.results.layout import RunLayout
+from pipeline.runs.artifacts import read_back
+
+WAVE_SHARDS = 10_000
+"""Shards a part, and so a wave: what a driver's memory holds for one data set."""
+
+WAVE_IMAGES = 500_000
+"""Images a part at most: its file must fit one put."""
+
+_ANEW = "another --run-id begins anew, and jobs/clean.py deletes this run"
+
+_IMAGE = pa.struct(
+    [
+        pa.field("uri", pa.string()),
+        pa.field("etag", pa.string()),
+        pa.field("bytes", pa.int64()),
+        pa.field("label_uri", pa.string()),
+        pa.field("label_etag", pa.string()),
+        pa.field("label_bytes", pa.int64()),
+    ]
+)
+SHARDS = pa.schema([pa.field("shard", pa.int32()), pa.field("images", pa.list_(_IMAGE))])
+"""A part's schema: one row a shard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A file of the plan: shards `first_shard` to `first_shard + shards - 1`."""
+
+    name: str
+    first_shard: int
+    shards: int
+
+    @property
+    def numbers(self) -> range:
+        """The shards' numbers."""
+        return range(self.first_shard, self.first_shard + self.shards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What the plan holds, and what it leaves out."""
+
+    images: int = 0
+    bytes: int = 0
+    shards: int = 0
+    labels: int = 0  # images that have one
+    left_out: int = 0  # objects that --include does not take
+    outside: int = 0  # objects of the inventory that are not below the images, or not current
+    done_before: int = 0  # images that earlier runs have done
+    done_otherwise: int = 0  # images that only another model or other settings have done
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The content of `plan.json`."""
+
+    run_id: str
+    started_at: str  # ISO 8601, UTC
+    fingerprint: str  # of `identity`
+    identity: dict[str, Any]
+    model: str  # fingerprint of the checkpoint
+    settings: str  # fingerprint of the inference settings
+    counts: Counts
+    inventory_etag: str | None = None  # of the inventory that was read instead of a listing
+    parts: list[Part] = field(default_factory=list)
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Plan:
+        values = json.loads(data)
+        values["counts"] = Counts(**values["counts"])
+        values["parts"] = [Part(**part) for part in values["parts"]]
+        return cls(**values)
+
+
+def run_id_of(settings: Settings, identity: dict[str, Any]) -> str:
+    """The run id given, or else an unfinished run of the same arguments, or else today's.
+
+    With --only-new, today's next one: another run of the day does what came since the last.
+    """
+    if settings.run_id is not None:
+        return settings.run_id
+    ending = fingerprint({**identity, "checkpoint": settings.checkpoint})[:8]
+    today = f"{datetime.now(UTC):%Y-%m-%d}-{ending}"
+    planned = [run for run in _runs_planned(settings.results) if ending in run.split("-")[3:4]]
+    unfinished = [run for run in planned if not _is_finished(settings.results, run)]
+    if unfinished:
+        return today if today in unfinished else unfinished[0]
+    if not settings.only_new or today not in planned:
+        return today
+    return next(run for n in itertools.count(2) if (run := f"{today}-{n}") not in planned)
+
+
+def _is_finished(results: str, run_id: str) -> bool:
+    return storage.exists(RunLayout(results=results, run_id=run_id).record)
+
+
+def _runs_planned(results: str) -> Iterator[str]:
+    plans = storage.join(results, "plans")
+    for item in storage.list_objects(plans):
+        folder, _, name = storage.relative(plans, item.uri).partition("/")
+        if name == "plan.json":
+            yield folder.removeprefix("run=")
+
+
+def load(layout: RunLayout) -> Plan | None:
+    """The run's plan, None where it has none yet. Raises RunStoppedError, StorageError."""
+    uri = f"{layout.plan}/plan.json"
+    try:
+        return read_back(uri, Plan.from_json, way_out=f"no plan of this version; {_ANEW}")
+    except storage.StorageError as error:
+        if error.kind == "vanished":
+            return None
+        raise
+
+
+def check_same(plan: Plan, identity: dict[str, Any]) -> None:
+    """Raises ValueError where the plan was made for other settings or another checkpoint."""
+    changed = sorted(name for name in identity if plan.identity.get(name) != identity[name])
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"run id {plan.run_id} belongs to a run with another {name.replace('_', '-')} "
+            f"({plan.identity.get(name)}, now {identity[name]}); take another --run-id"
+        )
+
+
+def make(
+    settings: Settings,
+    layout: RunLayout,
+    identity: dict[str, Any],
+    *,
+    write: bool = True,
+    look: Callable[[Iterator[Listed]], Iterator[Listed]] = iter,
+) -> Plan:
+    """Lists, cuts and (unless `write` is off) writes the plan; if another was first, that one.
+
+    `look` is given the photos on their way into the plan.
+
+    Raises ValueError where nothing is to be segmented, labels are ambiguous, or the model changed
+    and nobody said what to do then, StorageError.
+    """
+    values: dict[str, Any] = {
+        "run_id": layout.run_id,
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "fingerprint": fingerprint(identity),
+        "identity": identity,
+        "model": identity["model"],
+        "settings": fingerprint(asdict(settings.inference)),
+    }
+    with Listing(settings, model=values["model"], settings_print=values["settings"]) as listing:
+        if write and settings.model_changed is None and listing.done_otherwise:
+            raise ValueError(_model_changed(listing))
+        counted, parts = _write_parts(settings, layout, look(listing.images()), write=write)
+        counts = Counts(
+            **counted,
+            left_out=listing.left_out,
+            outside=listing.outside,
+            done_before=listing.done_before,
+            done_otherwise=listing.done_otherwise,
+        )
+    values["inventory_etag"] = listing.inventory_etag
+    plan = Plan(**values, counts=counts, parts=parts)
+    if write and not storage.create(f"{layout.plan}/plan.json", plan.to_json()):
+        first = load(layout)
+        assert first is not None
+        check_same(first, identity)
+        return first
+    return plan
+
+
+def _model_changed(listing: Listing) -> str:
+    """What is said where the photos were done, but otherwise."""
+    everything = "" if listing.done_before else ", so everything is new to this run"
+    return (
+        f"another model or other settings have done {listing.done_otherwise} of these photos, "
+        f"and these have not{everything}: --model-changed reprocess does them again, "
+        "--model-changed new-only leaves them out"
+    )
+
+
+def _write_parts(
+    settings: Settings, layout: RunLayout, images: Iterator[Listed], *, write: bool
+) -> tuple[dict[str, int], list[Part]]:
+    counts = dict.fromkeys(("images", "bytes", "shards", "labels"), 0)
+    parts: list[Part] = []
+    for first, shards in _waves(cut(images, settings)):
+        flat = [image for shard in shards for image in shard]
+        counts["images"] += len(flat)
+        counts["bytes"] += sum(image.bytes for image in flat)
+        counts["labels"] += sum(image.label_uri is not None for image in flat)
+        counts["shards"] += len(shards)
+        data = _part_bytes(first, shards)
+        name = f"part-{len(parts):05d}-{hashlib.sha256(data).hexdigest()[:16]}.parquet"
+        parts.append(Part(name=name, first_shard=first, shards=len(shards)))
+        if write:
+            storage.create(f"{layout.plan}/{name}", data)
+    return counts, parts
+
+
+def cut(images: Iterator[Listed], settings: Settings) -> Iterator[list[Listed]]:
+    """Shards of at most `shard_images` images and, with labels, `shard_bytes` bytes, in order."""
+    shard: list[Listed] = []
+    held = 0
+    for image in images:
+        size = _fetched_bytes(image, settings.inference.max_object_bytes)
+        full = len(shard) == settings.shard_images or held + size > settings.shard_bytes
+        if shard and full:
+            yield shard
+            shard, held = [], 0
+        shard.append(image)
+        held += size
+    if shard:
+        yield shard
+
+
+def _fetched_bytes(image: Listed, max_object_bytes: int) -> int:
+    """Bytes of the photo and its label.
+
+    What is over the limit is never fetched, and with a photo its label is not either.
+    """
+    if image.bytes > max_object_bytes:
+        return 0
+    label_bytes = image.label_bytes or 0
+    return image.bytes + (label_bytes if label_bytes <= max_object_bytes else 0)
+
+
+def _waves(shards: Iterator[list[Listed]]) -> Iterator[tuple[int, list[list[Listed]]]]:
+    """Shards in groups of a wave, each with the number of its first."""
+    wave: list[list[Listed]] = []
+    first = images = 0
+    for shard in shards:
+        if len(wave) == WAVE_SHARDS or images + len(shard) > WAVE_IMAGES:
+            yield first, wave
+            first, wave, images = first + len(wave), [], 0
+        wave.append(shard)
+        images += len(shard)
+    if wave:
+        yield first, wave
+
+
+def _part_bytes(first: int, shards: list[list[Listed]]) -> bytes:
+    # by columns: a dictionary for each of half a million photos would be half a gigabyte
+    columns = zip(*itertools.chain.from_iterable(shards), strict=True)
+    arrays = [pa.array(each, field.type) for each, field in zip(columns, _IMAGE, strict=True)]
+    starts = pa.array(itertools.accumulate(map(len, shards), initial=0), pa.int32())
+    images = pa.ListArray.from_arrays(
+        starts, pa.StructArray.from_arrays(arrays, fields=list(_IMAGE))
+    )
+    numbers = pa.array(range(first, first + len(shards)), pa.int32())
+    buffer = io.BytesIO()
+    table = pa.Table.from_arrays([numbers, images], schema=SHARDS)
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def read_part(layout: RunLayout, part: Part) -> pa.Table:
+    """The part's shards, one row each. Raises RunStoppedError, StorageError."""
+    uri = f"{layout.plan}/{part.name}"
+    return read_back(uri, lambda data: pq.read_table(io.BytesIO(data)), way_out=_ANEW)

@@ -1,0 +1,117 @@
+"""A segmented photo, or one that could not be, as a row of the `images` table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline import metrics
+from pipeline.bulk.planning.listing import Listed
+from pipeline.bulk.worker.load import Loaded
+from pipeline.data import masks
+from pipeline.data.labels import Classes
+
+_MESSAGE_CHARACTERS = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowMaker:
+    """Makes the rows of one run; the fingerprints are those of checkpoint and settings."""
+
+    run_id: str
+    model: str
+    settings: str
+    classes: Classes
+
+    def ok(
+        self,
+        shard: int,
+        loaded: Loaded,
+        mask: npt.NDArray[np.uint8],
+        confidence: npt.NDArray[np.float32],
+    ) -> dict[str, Any]:
+        """The row of a photo with its (h, w) mask and winning probabilities."""
+        return {
+            **self._common(shard, loaded.listed),
+            "status": "ok",
+            "height": mask.shape[0],
+            "width": mask.shape[1],
+            "mask": masks.encode(mask),
+            "confidence": confidence.mean(dtype=np.float64),
+            "label_error": _line(loaded.label_error),
+            "classes": self._class_rows(mask, confidence, loaded.label),
+        }
+
+    def error(self, shard: int, listed: Listed, kind: str, message: str) -> dict[str, Any]:
+        """The row of a photo that has no mask, and why."""
+        return {
+            **self._common(shard, listed),
+            "status": "error",
+            "error_kind": kind,
+            "error": _line(message),
+        }
+
+    def _common(self, shard: int, listed: Listed) -> dict[str, Any]:
+        return {
+            **listed._asdict(),
+            "run_id": self.run_id,
+            "shard": shard,
+            "model": self.model,
+            "settings": self.settings,
+        }
+
+    def _class_rows(
+        self,
+        mask: npt.NDArray[np.uint8],
+        confidence: npt.NDArray[np.float32],
+        label: npt.NDArray[np.uint8] | None,
+    ) -> list[dict[str, Any]]:
+        """A row for each class that is in the mask or in the label, by class id."""
+        k = self.classes.num_classes
+        pixels = np.bincount(mask.ravel(), minlength=k)
+        summed = np.bincount(mask.ravel(), weights=confidence.ravel(), minlength=k)
+        scores = None if label is None else self._scores(label, mask)
+        present = pixels > 0
+        if scores is not None:
+            present = present | (scores.tp + scores.fn > 0)
+        return [
+            {
+                "class_id": c,
+                "class_name": self.classes.names[c],
+                "pixels": int(pixels[c]),
+                "fraction": pixels[c] / mask.size,
+                "confidence": summed[c] / pixels[c] if pixels[c] else None,
+                **_score(scores, c),
+            }
+            for c in map(int, np.flatnonzero(present))
+        ]
+
+    def _scores(self, label: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8]) -> metrics.Counts:
+        return metrics.Counts.from_confusion(
+            metrics.confusion(
+                label,
+                mask,
+                num_classes=self.classes.num_classes,
+                ignore_index=self.classes.ignore_index,
+            )
+        )
+
+
+def _score(scores: metrics.Counts | None, c: int) -> dict[str, Any]:
+    if scores is None:
+        return {}
+    tp, fp, fn = (int(counts[c]) for counts in (scores.tp, scores.fp, scores.fn))
+    union = tp + fp + fn
+    return {"tp": tp, "fp": fp, "fn": fn, "iou": tp / union if union else None}
+
+
+def _line(message: str | None) -> str | None:
+    """The message on one line of printable characters."""
+    if message is None:
+        return None
+    line = " ".join(message.split())
+    shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
+    return shown[:_MESSAGE_CHARACTERS]

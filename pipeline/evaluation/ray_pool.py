@@ -1,0 +1,115 @@
+"""An evaluation spread over Ray's actors: every photo once, whoever looks at it.
+
+Enters: what a `Looker` takes. Leaves: the sum of what the lookers saw. Photos go out in small
+parts to whoever is free, so that a slow machine holds up nobody; a part counts when it is back, so
+an actor that dies and starts again changes no count.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from pipeline.data.samples import SampleError
+from pipeline.evaluation.evaluate import Evaluation
+from pipeline.evaluation.evaluator import Look, Looker, Seen, Tell, Work, WorkersError
+from pipeline.runs import cluster
+from pipeline.runs.cluster import RunStoppedError
+
+_PART_PHOTOS = 8
+_DEATHS = 3  # of one actor, before the evaluation ends
+
+
+class Stage:
+    """The actor. What is expected to go wrong is a value; what is raised is a bug."""
+
+    def __init__(self) -> None:
+        self._looker: Looker | None = None
+
+    def ready(self) -> None:
+        """Comes back when the actor lives."""
+
+    def look(self, work: Work, how: Look, part: Sequence[int]) -> Seen | SampleError | str:
+        """What is seen of a part of the photos, or why it is not."""
+        try:
+            if self._looker is None:
+                self._looker = Looker(work)
+            return self._looker.look(how, part)
+        except SampleError as error:
+            return error
+        except (OSError, ValueError) as error:
+            return f"a worker cannot go on: {error}"
+
+
+class Spread:
+    """So many actors with the checkpoint, for as many evaluations as it is entered for.
+
+    Raises WorkersError where Ray does not answer.
+    """
+
+    def __init__(self, work: Work, *, workers: int, gpus: float = 0.0) -> None:
+        try:
+            cluster.connect(workers=workers, cpus=work.cpus, gpus=gpus)
+        except RunStoppedError as error:
+            raise WorkersError(str(error)) from error
+        self._work = work
+        stage: Any = ray.remote(Stage)
+        options = stage.options(
+            num_cpus=work.cpus,
+            num_gpus=gpus,
+            max_restarts=_DEATHS - 1,
+            max_task_retries=_DEATHS - 1,
+        )
+        # with each call, not in the constructor: an actor that starts again may not find it there
+        self._shared = ray.put(work)
+        self.actors = [options.remote() for _ in range(workers)]
+
+    def __enter__(self) -> Spread:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
+
+    def look(self, how: Look, indices: Sequence[int], tell: Tell | None = None) -> Seen:
+        """As `Looker.look`; `tell` hears how many photos came back. Raises WorkersError too."""
+        parts = deque(
+            indices[start : start + _PART_PHOTOS] for start in range(0, len(indices), _PART_PHOTOS)
+        )
+        total = Seen(evaluation=Evaluation.zeros(self._work.split.classes.num_classes), photos={})
+        # parts go to actors that live: one that finds no place in the cluster keeps none waiting
+        waiting: dict[Any, tuple[Any, Sequence[int]]] = {
+            actor.ready.remote(): (actor, ()) for actor in self.actors
+        }
+        while total.evaluation.images < len(indices):
+            [first], _ = ray.wait(list(waiting), num_returns=1)
+            actor, part = waiting.pop(first)
+            seen = self._came_back(first, part)
+            if seen is not None:
+                total += seen
+                if tell is not None:
+                    tell(seen.evaluation.images)
+            if parts:
+                part = parts.popleft()
+                waiting[actor.look.remote(self._shared, how, part)] = (actor, part)
+        return total
+
+    def _came_back(self, reference: Any, part: Sequence[int]) -> Seen | None:
+        try:
+            found: Seen | SampleError | str | None = ray.get(reference)
+        except RayActorError as error:
+            names = [self._work.split.pairs[index].image for index in part]
+            last = f", last on a part that begins with {names[0]}" if names else ""
+            raise WorkersError(
+                f"a worker died {_DEATHS} times{last}; fewer workers, or smaller scales, need "
+                "less memory"
+            ) from error
+        if isinstance(found, SampleError):
+            raise found
+        if isinstance(found, str):
+            raise WorkersError(found)
+        return found

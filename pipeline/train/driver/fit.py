@@ -1,0 +1,229 @@
+"""A training run from what a person says to its record: look, begin, train on Ray, end.
+
+Whatever stops a run leaves a whole checkpoint behind; the same command goes on from it. The driver
+computes nothing: it looks at the data, says what the run is, starts the workers and watches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+import ray.train
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline.data import storage
+from pipeline.runs import cluster, lease
+from pipeline.runs.cluster import RunStoppedError
+from pipeline.runs.lease import Lease
+from pipeline.runs.patience import Patience
+from pipeline.train.driver.preflight import Begun, begin, look
+from pipeline.train.driver.ray_trainer import trainer
+from pipeline.train.driver.run_identity import check_experiment
+from pipeline.train.driver.status import Board, Watched
+from pipeline.train.settings import Settings
+from pipeline.train.worker import checkpoints
+
+LOOK_EVERY_S = 2.0
+
+GPU_CPUS = 16
+"""CPUs for a worker with a GPU, at most: half of them read and augment photos."""
+
+logger = logging.getLogger(__name__)
+
+Watch = Callable[[Watched], None]
+"""Is told how far the run is, every few seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a run ended: its record, and whether it had ended before."""
+
+    record: dict[str, Any]
+    nothing_to_do: bool = False
+
+
+def fit(settings: Settings, say: Callable[[str], None], watch: Watch) -> Ended:
+    """Trains what the settings say, or what is left of it.
+
+    Raises ValueError (SampleError and CheckpointError are ones) or StorageError for what the
+    settings name and cannot be used, lease.HeldError where another driver works on the run,
+    RunStoppedError where it cannot go on.
+    """
+    check_experiment(settings)
+    record = recorded(settings.out)
+    uri = storage.join(settings.out, "lease.json")
+    if record is not None:
+        lease.clear(uri, within=settings.out)
+        return Ended(record=record, nothing_to_do=True)
+    looked = look(settings, say)
+    cluster.connect(
+        workers=settings.most_workers, cpus=settings.cpus, gpus=settings.gpus_per_worker, quiet=True
+    )
+    settings = _fitted(settings, say)
+    with lease.held(uri, settings.out, within=settings.out) as held:
+        record = recorded(settings.out)  # by the driver that had the lease before
+        if record is not None:
+            return Ended(record=record, nothing_to_do=True)
+        begun = begin(settings, looked, say)
+        say(_start(begun))
+        return _train(begun, watch, held)
+
+
+def _fitted(settings: Settings, say: Callable[[str], None]) -> Settings:
+    """The settings, with the CPUs a worker, unless they are given, that give the most workers.
+
+    Among these it is the most that the cluster's nodes have. Where it has no room for the workers,
+    that is said: it may grow.
+    """
+    (wanted, most), gpus = settings.workers_range, settings.gpus_per_worker
+    if settings.cpus_per_worker is None and cluster.has_cluster():
+        # the largest first: of those that give as many workers, max takes the first
+        sizes = range(GPU_CPUS if gpus else settings.cpus, 0, -1)
+        cpus = max(sizes, key=lambda each: min(cluster.room(each, gpus), most))
+        if cluster.room(cpus, gpus) >= wanted:
+            return replace(settings, cpus_per_worker=cpus)
+    room = cluster.room(settings.cpus, gpus)
+    if room >= wanted:
+        return settings
+    say(
+        f"the cluster has room for {room} of {wanted} workers of {settings.cpus} CPUs "
+        f"(--cpus-per-worker) and {gpus:g} GPUs: waiting for it to grow"
+    )
+    return settings
+
+
+def recorded(out: str) -> dict[str, Any] | None:
+    """The record of a finished run, None of one that is not."""
+    uri = storage.join(out, checkpoints.RECORD)
+    if not storage.exists(uri):
+        return None
+    record: dict[str, Any] = json.loads(storage.read(uri))
+    return record
+
+
+def _start(begun: Begun) -> str:
+    config = begun.task.experiment.optimiser
+    done = checkpoints.newest_step(begun.task.out)
+    steps = f"{config.max_steps} steps of {config.batch_size} photos"
+    workers = " to ".join(map(str, dict.fromkeys(begun.settings.workers)))
+    begins = f"going on after step {done}: {steps}" if done else f"training {steps}"
+    return f"{begins}, on {workers} worker{'s' if workers != '1' else ''}"
+
+
+def _train(begun: Begun, watch: Watch, held: Lease) -> Ended:
+    started = time.time()
+    actor: Any = ray.remote(Board)
+    # where the driver is: other nodes may go
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = actor.options(num_cpus=0, scheduling_strategy=here).remote()
+    watching = _Watching(board, watch, held.lost, _patience(begun.settings))
+    with watching, _interruptible():
+        try:
+            trainer(begun, board).fit()
+        except KeyboardInterrupt:
+            if watching.stopped:
+                raise RunStoppedError(watching.stopped) from None
+            raise
+        except ray.train.TrainingFailedError as error:
+            failure = ray.get(board.failure.remote())
+            raise RunStoppedError(failure or f"Ray Train gave up: {_cause(error)}") from error
+    failure = ray.get(board.failure.remote())
+    if failure:
+        raise RunStoppedError(failure)
+    record = begun.record(checkpoints.latest(begun.task.out), seconds=time.time() - started)
+    out = begun.task.out
+    storage.write(storage.join(out, checkpoints.RECORD), json.dumps(record, indent=1).encode())
+    return Ended(record=record)
+
+
+def _patience(settings: Settings) -> Patience:
+    return Patience(
+        cpus=settings.cpus,
+        gpus=settings.gpus_per_worker,
+        max_wait_s=settings.max_wait,
+        max_stall_s=settings.max_stall,
+        nothing="no step was done",
+    )
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt; Ray Train's own handler ends the process with code 0."""
+    ours = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, ours)
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of the innermost error: what a person wants to read."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+class _Watching:
+    """Looks at the board every few seconds, as long as it is entered, and tells who watches.
+
+    It interrupts this driver, `stopped` saying why, where `lost` is set, which says that the run is
+    another one's now, and where `patience` ends: Ray notices the dead, not those that are stuck.
+    """
+
+    def __init__(self, board: Any, watch: Watch, lost: threading.Event, patience: Patience) -> None:
+        self.stopped = ""
+        self._board, self._watch, self._lost, self._patience = board, watch, lost, patience
+        self._unshown = False
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._ended.wait(LOOK_EVERY_S):
+            try:
+                self._once()
+            except RunStoppedError as error:
+                self.stopped = str(error)
+            if self._lost.is_set():
+                self.stopped = "another driver took the run over"
+            if self.stopped:
+                main = threading.main_thread().ident
+                assert main is not None
+                signal.pthread_kill(main, signal.SIGINT)  # wakes it from whatever it waits for
+                return
+        with contextlib.suppress(RunStoppedError):  # it has ended
+            self._once()
+
+    def _once(self) -> None:
+        try:
+            seen: Watched = ray.get(self._board.watched.remote(), timeout=LOOK_EVERY_S)
+            self._show(seen)
+            self._patience.look(seen.workers, seen.signs)
+        except ray.exceptions.RayError:  # only a display is poorer
+            return
+
+    def _show(self, seen: Watched) -> None:
+        """Tells who watches, whose errors (a terminal that is gone) are no reason to look away."""
+        try:
+            self._watch(seen)
+        except Exception as error:  # whatever it prints to
+            if not self._unshown:
+                logger.warning("how the run goes cannot be shown: %s", error)
+            self._unshown = True
