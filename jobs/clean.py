@@ -14,7 +14,7 @@ from jobs import ending
 from jobs.arguments import parse
 from pipeline.data import storage
 from pipeline.results.layout import check_run_id
-from pipeline.runs import clean, lease
+from pipeline.runs import cleanup, lease
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _clean(arguments: Arguments) -> None:
     results, run_id = arguments.results, arguments.run_id
-    found = clean.of_run(results, run_id) if run_id else clean.leftovers(results)
+    found = cleanup.of_run(results, run_id) if run_id else cleanup.leftovers(results)
     if not arguments.dry_run:
-        clean.delete(results, found)
+        cleanup.delete(results, found)
     print("\n".join(_lines(arguments, found)))
 
 
@@ -63,7 +63,7 @@ def _lines(arguments: Arguments, found: Sequence[storage.Object]) -> list[str]:
     objects: Counter[str] = Counter()
     held: Counter[str] = Counter()
     for item in found:
-        folder = clean.folder_of(arguments.results, item)
+        folder = cleanup.folder_of(arguments.results, item)
         objects[folder] += 1
         held[folder] += item.size
     lines = [f"{name:<8} {objects[name]:>9,} objects {held[name]:>15,} bytes" for name in objects]

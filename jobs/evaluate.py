@@ -69,10 +69,10 @@ def _lookers(arguments: Arguments, work: Work) -> Iterator[Looker | Spread]:
         yield Looker(work)
         return
     from pipeline.evaluation.ray_pool import Spread
-    from pipeline.runs import cluster  # Ray, which one process does not need
+    from pipeline.runs import ray_connection  # Ray, which one process does not need
 
     with (
-        cluster.left_at_the_end(),
+        ray_connection.left_at_the_end(),
         Spread(work, workers=arguments.workers, gpus=arguments.gpus_per_worker) as spread,
     ):
         yield spread

@@ -19,8 +19,8 @@ from pipeline.bulk.driver.run import Ended, run
 from pipeline.bulk.planning.plan import Plan
 from pipeline.bulk.settings import Settings
 from pipeline.data.storage import StorageError
-from pipeline.runs import cluster, lease
-from pipeline.runs.cluster import RunStoppedError
+from pipeline.runs import lease, ray_connection
+from pipeline.runs.ray_connection import RunStoppedError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _segment(settings: Settings) -> str:
-    with cluster.left_at_the_end(), Display() as display:
+    with ray_connection.left_at_the_end(), Display() as display:
         ended = run(settings, _Announced(settings, display))
     return _last_line(settings, ended)
 

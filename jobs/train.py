@@ -25,8 +25,8 @@ from jobs.ending import last_line
 from jobs.training_display import TrainingDisplay
 from jobs.training_tables import class_table, dry_run
 from pipeline.data.storage import StorageError
-from pipeline.runs import cluster, lease
-from pipeline.runs.cluster import RunStoppedError
+from pipeline.runs import lease, ray_connection
+from pipeline.runs.ray_connection import RunStoppedError
 from pipeline.train.driver.estimate import estimate
 from pipeline.train.driver.fit import Ended, fit
 from pipeline.train.recipes import registry
@@ -55,7 +55,7 @@ def _train(argv: Sequence[str]) -> str:
     settings = _settings(recipe, rest)
     if settings.dry_run:
         return dry_run(recipe, settings, estimate(settings, _say))
-    with cluster.left_at_the_end(), TrainingDisplay(settings) as display:
+    with ray_connection.left_at_the_end(), TrainingDisplay(settings) as display:
         ended = fit(settings, _say, display)
     return _ended(settings, ended)
 

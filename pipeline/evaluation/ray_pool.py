@@ -17,8 +17,8 @@ from ray.exceptions import RayActorError
 from pipeline.data.samples import SampleError
 from pipeline.evaluation.evaluate import Evaluation
 from pipeline.evaluation.evaluator import Look, Looker, Seen, Tell, Work, WorkersError
-from pipeline.runs import cluster
-from pipeline.runs.cluster import RunStoppedError
+from pipeline.runs import ray_connection
+from pipeline.runs.ray_connection import RunStoppedError
 
 _PART_PHOTOS = 8
 _DEATHS = 3  # of one actor, before the evaluation ends
@@ -53,7 +53,7 @@ class Spread:
 
     def __init__(self, work: Work, *, workers: int, gpus: float = 0.0) -> None:
         try:
-            cluster.connect(workers=workers, cpus=work.cpus, gpus=gpus)
+            ray_connection.connect(workers=workers, cpus=work.cpus, gpus=gpus)
         except RunStoppedError as error:
             raise WorkersError(str(error)) from error
         self._work = work

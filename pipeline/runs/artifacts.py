@@ -8,7 +8,7 @@ from typing import TypeVar
 import pyarrow as pa
 
 from pipeline.data import storage
-from pipeline.runs.cluster import RunStoppedError
+from pipeline.runs.ray_connection import RunStoppedError
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 
 from pipeline.data import storage
-from pipeline.runs import cluster
+from pipeline.runs import ray_connection
 from pipeline.train.recipes.experiment import Experiment
 
 _CLUSTER_CPUS = 4  # of a worker on other machines, whose size is not known here
@@ -138,7 +138,7 @@ class Settings:
         if self.cpus_per_worker:
             return self.cpus_per_worker
         here = max(1, len(os.sched_getaffinity(0)) // self.most_workers)
-        return _CLUSTER_CPUS if cluster.has_cluster() else here
+        return _CLUSTER_CPUS if ray_connection.has_cluster() else here
 
     @property
     def cache_bytes(self) -> int:

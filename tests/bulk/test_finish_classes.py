@@ -24,7 +24,7 @@ from pipeline.bulk.driver import parquet_writer
 from pipeline.data import storage
 from pipeline.data.labels import VOC
 from pipeline.results import files, tables
-from pipeline.runs.cluster import RunStoppedError
+from pipeline.runs.ray_connection import RunStoppedError
 
 
 def test_classes_equal_a_plain_sort(finish_of: Made, prefix: str) -> None:

@@ -19,7 +19,7 @@ from pipeline.bulk.settings import Settings
 from pipeline.bulk.worker.segmenter import Work
 from pipeline.bulk.worker.summary import Summary
 from pipeline.data import storage
-from pipeline.runs.cluster import RunStoppedError
+from pipeline.runs.ray_connection import RunStoppedError
 
 SHARDS = 7
 

@@ -34,7 +34,7 @@ from pipeline.data import storage
 from pipeline.data.labels import VOC
 from pipeline.results.layout import RunLayout
 from pipeline.runs import lease
-from pipeline.runs.cluster import RunStoppedError
+from pipeline.runs.ray_connection import RunStoppedError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]
 

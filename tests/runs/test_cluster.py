@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from cluster.local import with_descendants
-from pipeline.runs import cluster
+from pipeline.runs import ray_connection
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,8 +87,8 @@ def test_a_ray_that_does_not_start_in_time_is_one_clear_line(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", slow)
-    with pytest.raises(cluster.RunStoppedError, match="did not start on this machine"):
-        cluster.connect(workers=1, cpus=1, gpus=0)
+    with pytest.raises(ray_connection.RunStoppedError, match="did not start on this machine"):
+        ray_connection.connect(workers=1, cpus=1, gpus=0)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_ray_that_a_job_began_is_left_at_its_end(
     state = {"up": before}
     monkeypatch.setattr(ray, "is_initialized", lambda: state["up"])
     monkeypatch.setattr(ray, "shutdown", lambda: state.update(up=False))
-    with contextlib.suppress(ValueError, KeyboardInterrupt), cluster.left_at_the_end():
+    with contextlib.suppress(ValueError, KeyboardInterrupt), ray_connection.left_at_the_end():
         state["up"] = True
         if ends_with is not None:
             raise ends_with

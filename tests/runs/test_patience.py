@@ -7,8 +7,8 @@ import logging
 import pytest
 import ray
 
-from pipeline.runs.cluster import RunStoppedError
-from pipeline.runs.patience import Patience
+from pipeline.runs.ray_connection import RunStoppedError
+from pipeline.runs.timeouts import Patience
 
 
 class Clock:

@@ -17,7 +17,7 @@ from train import tiny
 
 from jobs.training_display import TrainingDisplay
 from pipeline.evaluation.score import Score
-from pipeline.runs import cluster
+from pipeline.runs import ray_connection
 from pipeline.train.driver import fit
 from pipeline.train.driver.status import Board, Teller, Watched
 from pipeline.train.recipes.experiment import AugmentConfig
@@ -97,8 +97,8 @@ def test_room_for_workers_is_counted_node_by_node(monkeypatch: pytest.MonkeyPatc
         {"Alive": False, "Resources": {"CPU": 8.0, "GPU": 8.0}},
     ]
     monkeypatch.setattr("ray.nodes", lambda: nodes)
-    assert cluster.room(2, 1.0) == 3 + 1
-    assert cluster.room(2, 0.0) == 3 + 32
+    assert ray_connection.room(2, 1.0) == 3 + 1
+    assert ray_connection.room(2, 0.0) == 3 + 32
 
 
 def test_a_driver_whose_run_was_taken_over_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +193,7 @@ def test_after_a_death_a_run_waits_as_long_as_for_its_first_start(
     board.begins(2, None)
     looks()
     now += settings.max_stall
-    with pytest.raises(cluster.RunStoppedError, match="2 processes run, and for 1800 s"):
+    with pytest.raises(ray_connection.RunStoppedError, match="2 processes run, and for 1800 s"):
         looks()
 
 
@@ -247,7 +247,7 @@ def test_workers_have_as_many_cpus_as_the_cluster_has_room_for(
         cpus_per_worker=given, gpus_per_worker=gpus,
     )  # fmt: skip
     assert fit._fitted(settings, lines.append).cpus == cpus
-    few = cluster.room(cpus, gpus) < 2
+    few = ray_connection.room(cpus, gpus) < 2
     assert len(lines) == few
     assert all("--cpus-per-worker" in line for line in lines)
 

@@ -32,9 +32,9 @@ from pipeline.bulk.worker.failure_streaks import CutOffError, SystemicError
 from pipeline.bulk.worker.segmenter import Segmenter, Work
 from pipeline.bulk.worker.summary import Summary
 from pipeline.data.storage import StorageError
-from pipeline.runs import cluster
-from pipeline.runs.cluster import RunStoppedError
-from pipeline.runs.patience import Patience
+from pipeline.runs import ray_connection
+from pipeline.runs.ray_connection import RunStoppedError
+from pipeline.runs.timeouts import Patience
 
 _CONCURRENT_SHARDS = 2  # one is fetched and decoded while the other is in the network
 _SHARDS_IN_FLIGHT = 3  # and one more waits at the actor
@@ -71,7 +71,7 @@ class Pool:
 
     def connect(self) -> None:
         """Joins or starts a Ray that is large enough. Raises RunStoppedError."""
-        cluster.connect(workers=self.max_actors, cpus=self.cpus, gpus=self.gpus)
+        ray_connection.connect(workers=self.max_actors, cpus=self.cpus, gpus=self.gpus)
 
     def patience(self, stuck: Callable[[], str] = str) -> Patience:
         """How long one waits for such actors."""

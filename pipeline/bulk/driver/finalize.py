@@ -29,7 +29,7 @@ from pipeline.data.labels import Classes
 from pipeline.results import files, tables
 from pipeline.results.layout import RunLayout, parts_of, shards_of
 from pipeline.runs.artifacts import read_back
-from pipeline.runs.cluster import RunStoppedError
+from pipeline.runs.ray_connection import RunStoppedError
 
 _MEMORY_LIMIT = "600MB"  # beside what Python and Arrow take
 

@@ -25,7 +25,7 @@ from pipeline.bulk.worker.summary import Summary
 from pipeline.data import storage
 from pipeline.results import tables
 from pipeline.runs.artifacts import read_back
-from pipeline.runs.cluster import RunStoppedError
+from pipeline.runs.ray_connection import RunStoppedError
 
 DEATHS = 2
 """Deaths of a process with the photo alone on it that condemn the photo."""

@@ -21,7 +21,7 @@ from pipeline.data import storage
 from pipeline.data.labels import Classes
 from pipeline.model import devices, weights
 from pipeline.results.layout import RunLayout
-from pipeline.runs import cluster
+from pipeline.runs import ray_connection
 
 _GPU_BATCH, _CPU_BATCH = 8, 1  # on a CPU batches only push each other out of its caches
 
@@ -43,7 +43,7 @@ def look(settings: Settings) -> Checkpoint:
     if settings.inference.output_stride is not None:
         model.set_output_stride(settings.inference.output_stride)
     gpus = settings.gpus_per_actor
-    if not cluster.has_cluster():
+    if not ray_connection.has_cluster():
         devices.check_gpus(gpus, f"--gpus-per-actor {gpus:g}")
     for prefix in filter(None, (settings.images, settings.labels)):
         _check_folder(prefix)
@@ -81,7 +81,7 @@ def pool_of(settings: Settings) -> Pool:
     On a cluster this machine says nothing about the others: there it is two each.
     """
     low, high = settings.actors
-    shared = 2 if cluster.has_cluster() else max(1, len(os.sched_getaffinity(0)) // high)
+    shared = 2 if ray_connection.has_cluster() else max(1, len(os.sched_getaffinity(0)) // high)
     cpus = settings.cpus_per_actor or shared
     return Pool(
         min_actors=low,

@@ -28,7 +28,7 @@ from pipeline.bulk.worker.segmenter import Work
 from pipeline.bulk.worker.summary import Summary
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout, shard_number
-from pipeline.runs.cluster import RunStoppedError
+from pipeline.runs.ray_connection import RunStoppedError
 
 logger = logging.getLogger(__name__)
 

@@ -26,8 +26,8 @@ from pipeline.bulk.worker.summary import Summary
 from pipeline.data import storage
 from pipeline.results import files
 from pipeline.results.layout import RunLayout, only_new_lease
-from pipeline.runs import cluster, lease
-from pipeline.runs.cluster import RunStoppedError
+from pipeline.runs import lease, ray_connection
+from pipeline.runs.ray_connection import RunStoppedError
 
 Watch = Callable[[Plan, Progress], None]
 """Is told how far the run is: once when it begins, and after every shard."""
@@ -77,7 +77,7 @@ def run(settings: Settings, watch: Watch) -> Ended:
         for uri in _leases(settings, layout, checkpoint):
             lease.clear(uri, within=layout.results)
         return _finished_before(layout, known)
-    if cluster.has_cluster():
+    if ray_connection.has_cluster():
         pool_of(settings).connect()  # before anything is written
     with contextlib.ExitStack() as leases:
         held = [

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from pipeline.runs.patience import Patience
+from pipeline.runs.timeouts import Patience
 
 _LOOK_EVERY_S = 1.0
 _BOARD_TIMEOUT_S = 5.0

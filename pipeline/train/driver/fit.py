@@ -21,10 +21,10 @@ import ray.train
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.data import storage
-from pipeline.runs import cluster, lease
-from pipeline.runs.cluster import RunStoppedError
+from pipeline.runs import lease, ray_connection
 from pipeline.runs.lease import Lease
-from pipeline.runs.patience import Patience
+from pipeline.runs.ray_connection import RunStoppedError
+from pipeline.runs.timeouts import Patience
 from pipeline.train.driver.preflight import Begun, begin, look
 from pipeline.train.driver.ray_trainer import trainer
 from pipeline.train.driver.run_identity import check_experiment
@@ -65,7 +65,7 @@ def fit(settings: Settings, say: Callable[[str], None], watch: Watch) -> Ended:
         lease.clear(uri, within=settings.out)
         return Ended(record=record, nothing_to_do=True)
     looked = look(settings, say)
-    cluster.connect(
+    ray_connection.connect(
         workers=settings.most_workers, cpus=settings.cpus, gpus=settings.gpus_per_worker, quiet=True
     )
     settings = _fitted(settings, say)
@@ -85,13 +85,13 @@ def _fitted(settings: Settings, say: Callable[[str], None]) -> Settings:
     that is said: it may grow.
     """
     (wanted, most), gpus = settings.workers_range, settings.gpus_per_worker
-    if settings.cpus_per_worker is None and cluster.has_cluster():
+    if settings.cpus_per_worker is None and ray_connection.has_cluster():
         # the largest first: of those that give as many workers, max takes the first
         sizes = range(GPU_CPUS if gpus else settings.cpus, 0, -1)
-        cpus = max(sizes, key=lambda each: min(cluster.room(each, gpus), most))
-        if cluster.room(cpus, gpus) >= wanted:
+        cpus = max(sizes, key=lambda each: min(ray_connection.room(each, gpus), most))
+        if ray_connection.room(cpus, gpus) >= wanted:
             return replace(settings, cpus_per_worker=cpus)
-    room = cluster.room(settings.cpus, gpus)
+    room = ray_connection.room(settings.cpus, gpus)
     if room >= wanted:
         return settings
     say(

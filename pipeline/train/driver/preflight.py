@@ -20,7 +20,7 @@ from pipeline.data.samples import Read
 from pipeline.data.survey import Survey, check_repeated, median_frequency_weights, repeated, survey
 from pipeline.model import devices, weights
 from pipeline.model.deeplab import DeepLabV3
-from pipeline.runs import cluster
+from pipeline.runs import ray_connection
 from pipeline.train.driver import run_identity
 from pipeline.train.recipes.experiment import Experiment
 from pipeline.train.settings import Settings
@@ -180,7 +180,7 @@ def first_model(experiment: Experiment, say: Say) -> DeepLabV3:
 
 
 def _check_gpus(settings: Settings, say: Say) -> None:
-    if cluster.has_cluster():
+    if ray_connection.has_cluster():
         return
     workers, each = settings.workers_range[0], settings.gpus_per_worker
     devices.check_gpus(workers * each, f"--gpus-per-worker {each:g} on {workers} workers")

@@ -12,7 +12,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 
-from pipeline.runs import cluster
+from pipeline.runs import ray_connection
 from pipeline.train.driver.preflight import Begun
 from pipeline.train.driver.status import Teller
 from pipeline.train.worker import checkpoints, loop
@@ -28,7 +28,7 @@ def trainer(begun: Begun, board: Any) -> TorchTrainer:
     settings, task = begun.settings, begun.task
     where = checkpoints.ray_storage(task.out)
     low, high = settings.workers_range
-    kind = TorchTrainer if cluster.has_cluster() else _OnOurOwnRay
+    kind = TorchTrainer if ray_connection.has_cluster() else _OnOurOwnRay
     return kind(
         _worker,
         train_loop_config={"task": task, "board": board},

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import ray
 
-from pipeline.runs.cluster import RunStoppedError
+from pipeline.runs.ray_connection import RunStoppedError
 
 SAY_EVERY_S = 30.0
 
