@@ -18,7 +18,7 @@ from pipeline.data.datasets import Split
 from pipeline.evaluation.bootstrap import photo_counts
 from pipeline.evaluation.evaluate import Evaluation, evaluate
 from pipeline.metrics import Int64s
-from pipeline.model import speed, weights
+from pipeline.model import optimize, weights
 from pipeline.model.config import MAX_SCALE
 
 Tell = Callable[[int], None]
@@ -84,7 +84,7 @@ class Looker:
         torch.set_num_threads(work.cpus)
         model, _ = weights.load(work.checkpoint, data=data)
         # as a bulk run does it, so that both compute the same
-        self._model = speed.prepare(model, "cuda" if work.gpu else "cpu")
+        self._model = optimize.prepare(model, "cuda" if work.gpu else "cpu")
         self._split = work.split
 
     def look(self, how: Look, indices: Sequence[int], tell: Tell | None = None) -> Seen:

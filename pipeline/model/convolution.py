@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipeline.model import phases
+from pipeline.model import depthwise_atrous
 from pipeline.model.fused import Activation, Fused
 
 
@@ -53,10 +53,10 @@ class Convolution(nn.Conv2d):
         if self.fused is None:
             assert activation is None
             assert other is None
-            if padding == (rate, rate) and phases.is_cheaper(
+            if padding == (rate, rate) and depthwise_atrous.is_cheaper(
                 input, self.weight, stride=stride, rate=rate
             ):
-                return phases.by_phases(input, self.weight, self.bias, rate=rate)
+                return depthwise_atrous.by_phases(input, self.weight, self.bias, rate=rate)
             return functional.conv2d(
                 input, self.weight, self.bias, stride, padding, rate, self.groups
             )

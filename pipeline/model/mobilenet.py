@@ -12,7 +12,7 @@ from torch import nn
 
 from pipeline.model.convolution import Convolution, convolve
 from pipeline.model.features import Features
-from pipeline.model.rates import Stage, Unit, stride_first
+from pipeline.model.strides import Stage, Unit, stride_first
 
 STEM_STRIDE = 2
 STEM_CHANNELS = 32

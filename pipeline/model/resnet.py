@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from pipeline.model.convolution import activate, convolve
 from pipeline.model.features import Features
-from pipeline.model.rates import Stage, Unit, stride_first, stride_last
+from pipeline.model.strides import Stage, Unit, stride_first, stride_last
 
 STEM_STRIDE = 4
 WIDTHS = (64, 128, 256, 512)

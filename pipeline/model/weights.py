@@ -17,11 +17,11 @@ import torch
 from pipeline.data import storage
 from pipeline.data.labels import CITYSCAPES, VOC, Classes
 from pipeline.model import zoo
+from pipeline.model.checkpoint_formats import State, recognise
 from pipeline.model.config import ModelConfig
 from pipeline.model.deeplab import DeepLabV3
 from pipeline.model.formats import CheckpointError, TensorFile, parse, short, shorten
 from pipeline.model.heads import initialise_logits
-from pipeline.model.layouts import State, recognise
 from pipeline.model.resnet import CASCADED
 
 __all__ = [

@@ -22,7 +22,7 @@ from pipeline.bulk.worker.segmenter import Segmenter, Work
 from pipeline.bulk.worker.summary import Summary
 from pipeline.data import storage
 from pipeline.data.labels import VOC
-from pipeline.model import predict, speed, weights
+from pipeline.model import optimize, predict, weights
 from pipeline.results import tables
 
 SettingsFor = Callable[..., Settings]
@@ -106,7 +106,7 @@ def test_rows_equal_those_of_looking_at_each_photo_alone(
     photos[3] = photos[3]._replace(label_uri=None, label_etag=None)
     work = work_for(settings)
     rows = _rows(work, photos)
-    model = speed.prepare(weights.load(settings.checkpoint)[0])  # what it is worth: test_speed
+    model = optimize.prepare(weights.load(settings.checkpoint)[0])  # what it is worth: test_speed
     seen = set()
     for photo, row in zip(photos, rows, strict=True):
         masks, confidences = predict.segment(model, _pixels(photo.uri)[None])

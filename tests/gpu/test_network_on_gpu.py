@@ -15,7 +15,7 @@ from torch import nn
 from jobs.demo.photos import photos
 from pipeline.bulk.settings import Inference
 from pipeline.bulk.worker.inference import Network
-from pipeline.model import predict, speed, weights
+from pipeline.model import optimize, predict, weights
 from pipeline.model.config import ModelConfig
 from pipeline.model.deeplab import DeepLabV3
 
@@ -52,7 +52,7 @@ def network(config: ModelConfig) -> DeepLabV3:
 def test_logits_are_those_of_the_cpu_at_any_output_stride(name: str) -> None:
     model = network(CONFIGS[name])
     image = torch.randn(2, 3, 65, 97)
-    exact = speed.prepare(model, "cuda", precision="fp32")
+    exact = optimize.prepare(model, "cuda", precision="fp32")
     for output_stride in (16, 8):
         for each in (model, exact):
             each.set_output_stride(output_stride)
@@ -74,8 +74,8 @@ def photo(height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("name", ["voc-mobilenetv2", "tfzoo-voc-mobilenetv2"])
 def test_masks_of_the_checkpoints_that_ship_are_those_of_the_cpu(name: str, flip: bool) -> None:
     model, _ = weights.load(str(DEMO / f"{name}.safetensors"))
-    plain = speed.prepare(model.eval(), "cpu", precision="fp32")
-    fast = speed.prepare(model.eval(), "cuda")
+    plain = optimize.prepare(model.eval(), "cpu", precision="fp32")
+    fast = optimize.prepare(model.eval(), "cuda")
     assert next(fast.backbone.parameters()).dtype == torch.bfloat16
     how = {"scales": (0.75, 1.0, 1.5) if flip else (1.0,), "flip": flip}
     for data in photos().values():

@@ -19,7 +19,7 @@ from jobs import segment
 from jobs.demo.photos import photos
 from jobs.evaluate import main
 from pipeline.data import storage
-from pipeline.model import predict, speed, weights
+from pipeline.model import optimize, predict, weights
 
 DEMO = Path(__file__).parents[2] / "jobs" / "demo"
 CHECKPOINT = str(DEMO / "tfzoo-voc-mobilenetv2.safetensors")
@@ -55,7 +55,7 @@ def test_the_last_line_and_the_table_say_what_counting_pixels_says(
     put_voc(prefix, 2)
     assert main(arguments(prefix, "--over", "cat", "background")) == 0
     out = capsys.readouterr().out
-    model = speed.prepare(weights.load(CHECKPOINT)[0])
+    model = optimize.prepare(weights.load(CHECKPOINT)[0])
     both, either, right, labelled = np.zeros(21), np.zeros(21), 0, 0
     for i in range(2):
         photo = Image.open(io.BytesIO(storage.read(f"{prefix}/JPEGImages/{i}.jpg")))

@@ -12,9 +12,9 @@ from model.published import (
 
 from pipeline.data.labels import CITYSCAPES, VOC
 from pipeline.model import weights
+from pipeline.model.checkpoint_formats import recognise
 from pipeline.model.deeplab import DeepLabV3
 from pipeline.model.formats import CheckpointError, TensorFile
-from pipeline.model.layouts import recognise
 
 
 def recognised(shapes):

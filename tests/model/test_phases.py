@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pipeline.model import phases
+from pipeline.model import depthwise_atrous
 from pipeline.model.convolution import Convolution
 
 
@@ -18,7 +18,7 @@ def test_phases_agree_with_conv2d_with_dilation(rate: int, size: tuple[int, int]
     x.requires_grad_()
     weight = torch.randn(6, 1, 3, 3, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
-    ours = phases.by_phases(x, weight, bias, rate=rate)
+    ours = depthwise_atrous.by_phases(x, weight, bias, rate=rate)
     theirs = functional.conv2d(x, weight, bias, padding=rate, dilation=rate, groups=6)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     upstream = torch.randn_like(theirs)
@@ -33,10 +33,10 @@ def test_phases_agree_with_conv2d_with_dilation(rate: int, size: tuple[int, int]
 def test_a_convolution_takes_phases_in_training_alone() -> None:
     x = torch.randn(1, 4, 6, 6).contiguous(memory_format=torch.channels_last)
     layer = Convolution(4, 4, 3, rate=2, groups=4)
-    taken = phases.is_cheaper(x, layer.weight, stride=1, rate=2)
+    taken = depthwise_atrous.is_cheaper(x, layer.weight, stride=1, rate=2)
     with torch.inference_mode():
-        kept = phases.is_cheaper(x, layer.weight, stride=1, rate=2)
+        kept = depthwise_atrous.is_cheaper(x, layer.weight, stride=1, rate=2)
     assert (taken, kept) == (True, False)
     torch.testing.assert_close(layer(x), layer(x.contiguous()), rtol=0, atol=1e-6)
-    assert not phases.is_cheaper(x, layer.weight, stride=1, rate=1)
-    assert not phases.is_cheaper(x, torch.randn(4, 4, 3, 3), stride=1, rate=2)
+    assert not depthwise_atrous.is_cheaper(x, layer.weight, stride=1, rate=1)
+    assert not depthwise_atrous.is_cheaper(x, torch.randn(4, 4, 3, 3), stride=1, rate=2)

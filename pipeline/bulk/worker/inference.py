@@ -9,7 +9,7 @@ import torch
 
 from pipeline.bulk.settings import Inference
 from pipeline.bulk.worker.decode import Pixels
-from pipeline.model import predict, speed
+from pipeline.model import optimize, predict
 
 
 class Network:
@@ -17,7 +17,7 @@ class Network:
 
     def __init__(self, model: Any, inference: Inference, *, gpu: bool) -> None:
         # not compiled: nobody knows the photos' sizes before they are fetched
-        self._model = speed.prepare(model, "cuda" if gpu else "cpu")
+        self._model = optimize.prepare(model, "cuda" if gpu else "cpu")
         if inference.output_stride is not None:
             self._model.set_output_stride(inference.output_stride)
         self._how: dict[str, Any] = {

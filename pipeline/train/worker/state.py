@@ -17,9 +17,9 @@ import safetensors.torch
 import torch
 from torch.optim.swa_utils import AveragedModel
 
+from pipeline.model.checkpoint_formats import TRAINING_KEY
 from pipeline.model.deeplab import DeepLabV3
 from pipeline.model.formats import CheckpointError, parse
-from pipeline.model.layouts import TRAINING_KEY
 from pipeline.train.worker.history import History
 
 VERSION = 1
