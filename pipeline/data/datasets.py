@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data import layouts, pair_table, storage
-from pipeline.data.diagnosis import TABLE_ENDINGS, Layout, wrong_layout
+from pipeline.data.dataset_errors import TABLE_ENDINGS, Layout, wrong_layout
 from pipeline.data.labels import Classes
 from pipeline.data.layouts import Found
 from pipeline.data.pairs import Labelled

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data import storage
-from pipeline.data.diagnosis import Layout, no_photos, unknown_split
+from pipeline.data.dataset_errors import Layout, no_photos, unknown_split
 from pipeline.data.labels import CITYSCAPES_TRAIN_IDS
 from pipeline.data.pairs import Labelled, index, voc_names
 from pipeline.data.storage import Object, StorageError, join

@@ -16,7 +16,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pipeline.data import storage
-from pipeline.data.diagnosis import TABLE_ENDINGS, unknown_split, wrong_layout
+from pipeline.data.dataset_errors import TABLE_ENDINGS, unknown_split, wrong_layout
 from pipeline.data.pairs import Labelled
 from pipeline.data.storage import Object, StorageError
 
