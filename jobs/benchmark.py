@@ -24,9 +24,9 @@ from typing import Literal
 
 import torch
 
-from jobs.arguments import parse
-from jobs.benchmark_bulk import Throughput, through_ray_and_plainly
-from jobs.benchmark_forms import PLAIN_FORMS, Form, build, form_of
+from pipeline.cli.arguments import parse
+from pipeline.cli.benchmark_bulk import Throughput, through_ray_and_plainly
+from pipeline.cli.benchmark_forms import PLAIN_FORMS, Form, build, form_of
 from pipeline.model import flops, timing
 from pipeline.model.config import Backbone
 from pipeline.model.deeplab import DeepLabV3

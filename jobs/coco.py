@@ -14,13 +14,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jobs import ending
-from jobs.arguments import parse
-from jobs.display import Display
-from jobs.ending import last_line
-from jobs.escape import visible
 from pipeline.bulk.driver.progress import Progress
 from pipeline.bulk.worker.summary import Summary
+from pipeline.cli import exit
+from pipeline.cli.arguments import parse
+from pipeline.cli.exit import last_line
+from pipeline.cli.progress import Display
+from pipeline.cli.sanitize import visible
 from pipeline.data import coco_labels, storage
 
 
@@ -47,7 +47,7 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job with the command line `argv`; its exit code."""
-    return ending.run(
+    return exit.run(
         "coco",
         lambda: _draw(parse(Arguments, argv, description=__doc__)),
         stops=(OSError,),

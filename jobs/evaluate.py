@@ -13,14 +13,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from jobs import ending
-from jobs.arguments import parse
-from jobs.display import Display
-from jobs.ending import last_line
-from jobs.evaluation_plan import Arguments, Plan, plan_of
-from jobs.scores import Scores, class_table, mean_table
 from pipeline.bulk.driver.progress import Progress
 from pipeline.bulk.worker.summary import Summary
+from pipeline.cli import exit
+from pipeline.cli.arguments import parse
+from pipeline.cli.evaluation_plan import Arguments, Plan, plan_of
+from pipeline.cli.exit import last_line
+from pipeline.cli.progress import Display
+from pipeline.cli.tables import Scores, class_table, mean_table
 from pipeline.data.samples import SampleError
 from pipeline.evaluation.evaluator import Looker, Work, WorkersError
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job with the command line `argv`; its exit code."""
-    return ending.run(
+    return exit.run(
         "evaluate",
         lambda: _evaluate(parse(Arguments, argv, description=__doc__)),
         stops=(OSError, SampleError, WorkersError),
@@ -106,4 +106,4 @@ def _facts(arguments: Arguments, rows: Sequence[Scores], seconds: float) -> dict
 
 
 if __name__ == "__main__":
-    ending.leave(main())
+    exit.leave(main())

@@ -15,10 +15,10 @@ import duckdb
 import pyarrow as pa
 import tyro
 
-from jobs import ending
-from jobs.answers import WRITERS, write_parquet
-from jobs.arguments import parse
-from jobs.waiting import Beside
+from pipeline.cli import exit
+from pipeline.cli.arguments import parse
+from pipeline.cli.interruptible import Beside
+from pipeline.cli.output_formats import WRITERS, write_parquet
 from pipeline.data import storage
 from pipeline.results.query import connect
 
@@ -53,7 +53,7 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the answer; 0, or 1 where it failed, or 2 where the arguments are wrong."""
-    return ending.answer(
+    return exit.answer(
         lambda: _arguments(argv),
         _print_answer,
         stops=(duckdb.Error, OSError, ValueError, pa.ArrowException),
@@ -72,10 +72,10 @@ def _print_answer(arguments: Arguments) -> None:
         with Beside() as beside:
             _answer(arguments, beside)
     except KeyboardInterrupt:
-        ending.forget(sys.stdout)
+        exit.forget(sys.stdout)
         raise
     except BrokenPipeError:  # who reads has seen enough
-        ending.forget(sys.stdout)
+        exit.forget(sys.stdout)
 
 
 def _answer(arguments: Arguments, beside: Beside) -> None:
@@ -139,7 +139,7 @@ def _opened(output: Path | None) -> Iterator[BinaryIO]:
             try:
                 yield file
             except (BrokenPipeError, KeyboardInterrupt):
-                ending.forget(file)
+                exit.forget(file)
                 raise
     else:
         target = output.resolve()
@@ -153,4 +153,4 @@ def _opened(output: Path | None) -> Iterator[BinaryIO]:
 
 
 if __name__ == "__main__":
-    ending.leave(main())
+    exit.leave(main())

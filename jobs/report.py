@@ -12,10 +12,10 @@ import duckdb
 import pyarrow as pa
 import tyro
 
-from jobs import ending
-from jobs.arguments import parse
-from jobs.display import size
-from jobs.escape import visible
+from pipeline.cli import exit
+from pipeline.cli.arguments import parse
+from pipeline.cli.progress import size
+from pipeline.cli.sanitize import visible
 from pipeline.data import storage
 from pipeline.results import page, report
 from pipeline.results.layout import check_run_id
@@ -54,7 +54,7 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the report and says where; 0, or 1 where it failed, or 2 where arguments are wrong."""
-    return ending.answer(
+    return exit.answer(
         lambda: parse(Arguments, argv, description=__doc__),
         _write,
         stops=(OSError, LookupError, ValueError, duckdb.Error, pa.ArrowException),

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jobs import ending
-from jobs.arguments import parse
-from jobs.display import Display, duration, size
-from jobs.ending import last_line
 from pipeline.bulk.driver.progress import Progress
 from pipeline.bulk.driver.run import Ended, run
 from pipeline.bulk.planning.plan import Plan
 from pipeline.bulk.settings import Settings
+from pipeline.cli import exit
+from pipeline.cli.arguments import parse
+from pipeline.cli.exit import last_line
+from pipeline.cli.progress import Display, duration, size
 from pipeline.data.storage import StorageError
 from pipeline.runs import lease, ray_connection
 from pipeline.runs.ray_connection import RunStoppedError
@@ -25,7 +25,7 @@ from pipeline.runs.ray_connection import RunStoppedError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job with the command line `argv`; its exit code."""
-    return ending.run(
+    return exit.run(
         "segment",
         lambda: _segment(parse(Settings, argv, description=__doc__)),
         stops=(StorageError, RunStoppedError, lease.HeldError),
@@ -143,4 +143,4 @@ def _last_line(settings: Settings, ended: Ended) -> str:
 
 
 if __name__ == "__main__":
-    ending.leave(main())
+    exit.leave(main())

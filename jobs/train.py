@@ -19,11 +19,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from jobs import ending
-from jobs.arguments import ArgumentsError, parse
-from jobs.ending import last_line
-from jobs.training_display import TrainingDisplay
-from jobs.training_tables import class_table, dry_run
+from pipeline.cli import exit
+from pipeline.cli.arguments import ArgumentsError, parse
+from pipeline.cli.exit import last_line
+from pipeline.cli.training_progress import TrainingDisplay
+from pipeline.cli.training_tables import class_table, dry_run
 from pipeline.data.storage import StorageError
 from pipeline.runs import lease, ray_connection
 from pipeline.runs.ray_connection import RunStoppedError
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--list" in given:
         print(registry.describe(registry.RECIPES.values()), end="")
         return 0
-    return ending.run(
+    return exit.run(
         "train",
         lambda: _train(given),
         stops=(StorageError, RunStoppedError, lease.HeldError),
@@ -116,4 +116,4 @@ def _ended(settings: Settings, ended: Ended) -> str:
 
 
 if __name__ == "__main__":
-    ending.leave(main())
+    exit.leave(main())

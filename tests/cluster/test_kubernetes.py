@@ -17,8 +17,8 @@ from custom_resources import schemas
 from rendering import Resource, render
 
 from jobs import segment, train
-from jobs.arguments import parse
 from pipeline.bulk.settings import Settings as BulkSettings
+from pipeline.cli.arguments import parse
 
 FOLDER = Path(__file__).parents[2] / "cluster" / "kubernetes"
 OVERLAYS = ("cloud", "on-premises")

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from jobs import benchmark, benchmark_forms
+from jobs import benchmark
 from jobs.benchmark import main
+from pipeline.cli import benchmark_forms
 from pipeline.model import timing
 from pipeline.model.config import ModelConfig
 from pipeline.model.deeplab import DeepLabV3

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from jobs import ending
+from pipeline.cli import exit
 
 CRASHES = """
 import atexit, ctypes, sys, tempfile
@@ -55,12 +55,12 @@ def test_what_a_person_asked_for_ends_in_a_line_where_it_could_not_be_done(
         return work
 
     stops = (LookupError,)
-    assert ending.answer(refused, lambda _: None, stops=stops) == 2
+    assert exit.answer(refused, lambda _: None, stops=stops) == 2
     assert capsys.readouterr() == ("", "--photos is -1; it must be more\n")
-    assert ending.answer(lambda: 1, does(LookupError("no \x1b run")), stops=stops) == 1
+    assert exit.answer(lambda: 1, does(LookupError("no \x1b run")), stops=stops) == 1
     assert capsys.readouterr() == ("", "no \\x1b run\n")
-    assert ending.answer(lambda: 1, does(KeyboardInterrupt()), stops=stops) == 1
+    assert exit.answer(lambda: 1, does(KeyboardInterrupt()), stops=stops) == 1
     assert capsys.readouterr() == ("", "interrupted\n")
-    assert ending.answer(lambda: 1, lambda _: None, stops=stops) == 0
+    assert exit.answer(lambda: 1, lambda _: None, stops=stops) == 0
     with pytest.raises(TypeError):
-        ending.answer(lambda: 1, does(TypeError()), stops=stops)
+        exit.answer(lambda: 1, does(TypeError()), stops=stops)

@@ -10,13 +10,13 @@ import pytest
 from proxy import Proxy, Rule
 from small_photos import DEMO, photo
 
-from jobs.arguments import parse
 from jobs.segment import main
 from pipeline.bulk.driver import preflight
 from pipeline.bulk.driver.actor_pool import photos_of
 from pipeline.bulk.planning import plan
 from pipeline.bulk.settings import Settings
 from pipeline.bulk.worker.segmenter import Segmenter
+from pipeline.cli.arguments import parse
 from pipeline.data import storage
 from pipeline.data.storage import s3
 from pipeline.results.layout import RunLayout

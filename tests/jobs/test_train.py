@@ -25,9 +25,10 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 from tiny_training import arguments, draw, encoded, keys, put_set
 
-from jobs import evaluate, segment, train, training_tables
+from jobs import evaluate, segment, train
 from jobs.train import main
-from jobs.training_tables import flags
+from pipeline.cli import training_tables
+from pipeline.cli.training_tables import flags
 from pipeline.data import samples, storage
 from pipeline.model import predict, weights
 from pipeline.train.recipes.registry import by_name

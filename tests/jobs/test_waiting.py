@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 
-from jobs.waiting import Beside
+from pipeline.cli.interruptible import Beside
 
 
 def test_what_the_work_gives_and_raises_comes_through() -> None:

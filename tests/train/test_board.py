@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from train import tiny
 
-from jobs.training_display import TrainingDisplay
+from pipeline.cli.training_progress import TrainingDisplay
 from pipeline.evaluation.score import Score
 from pipeline.runs import ray_connection
 from pipeline.train.driver import fit

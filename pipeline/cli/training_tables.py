@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jobs.display import duration
+from pipeline.cli.progress import duration
 from pipeline.model.config import ModelConfig
 from pipeline.train.driver.estimate import Estimate
 from pipeline.train.driver.preflight import Looked

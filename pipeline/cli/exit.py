@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import IO, Any, NoReturn, TypeVar
 
-from jobs.escape import Formatter, in_one_line, json_text
+from pipeline.cli.sanitize import Formatter, in_one_line, json_text
 
 T = TypeVar("T")
 

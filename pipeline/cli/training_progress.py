@@ -6,8 +6,8 @@ import contextlib
 import sys
 import time
 
-from jobs.display import duration
-from jobs.escape import visible
+from pipeline.cli.progress import duration
+from pipeline.cli.sanitize import visible
 from pipeline.data import labels
 from pipeline.evaluation.score import Score
 from pipeline.train.driver.status import Watched

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs.ending import forget
-from jobs.escape import json_text, visible
+from pipeline.cli.exit import forget
+from pipeline.cli.sanitize import json_text, visible
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
