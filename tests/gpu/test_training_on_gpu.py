@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from train import tiny
-from train.test_step import Case, assert_close, drawn, make, trained
 from train.tiny import Heard
+from train.worker.test_step import Case, assert_close, drawn, make, trained
 
 from pipeline.data import storage
 from pipeline.evaluation.evaluate import evaluate

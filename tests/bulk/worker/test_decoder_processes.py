@@ -221,7 +221,7 @@ def test_children_end_when_their_parent_is_killed(state: str) -> None:
         [sys.executable, "-c", _PARENT, state],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
     )
     assert parent.stdout is not None
     with parent.stdout as output:
@@ -240,7 +240,7 @@ def test_the_child_imports_neither_torch_nor_ray_nor_s3() -> None:
         capture_output=True,
         text=True,
         check=True,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
     ).stdout.split()
     assert "numpy" in listed
     assert {"torch", "ray", "s3fs", "duckdb", "pyarrow"}.isdisjoint(listed)

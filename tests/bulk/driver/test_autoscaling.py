@@ -17,7 +17,7 @@ from pipeline.results import query
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PHOTOS = 1500  # Ray Data asks for a second node after some twenty seconds of full work
 
 

@@ -12,7 +12,7 @@ from pipeline.cli import exit
 
 CRASHES = """
 import atexit, ctypes, sys, tempfile
-from jobs import ending
+from pipeline.cli import exit
 
 libc = ctypes.CDLL(None)
 libc.on_exit(libc.abort, None)  # as a library's destructor that does not get through
@@ -35,7 +35,7 @@ def test_a_library_that_crashes_at_the_end_would_take_the_exit_code() -> None:
 def test_the_exit_code_is_the_jobs_and_nothing_said_or_tidied_up_is_lost(
     code: int,
 ) -> None:
-    done = ended(f"ending.leave({code})")
+    done = ended(f"exit.leave({code})")
     assert done.returncode == code, done.stderr
     folder, tidied = done.stdout.splitlines()
     assert tidied == "tidied up"

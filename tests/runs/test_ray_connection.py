@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 _START = """
 import os, sys
 import ray
-from pipeline.runs import cluster
-cluster.connect(workers=1, cpus=1, gpus=0, quiet=True)
+from pipeline.runs import ray_connection
+ray_connection.connect(workers=1, cpus=1, gpus=0, quiet=True)
 assert ray.get(ray.remote(lambda: 7).remote()) == 7  # a worker listens too
 print("up", flush=True)
 sys.stdin.read()

@@ -103,7 +103,7 @@ def test_a_finished_run_is_not_touched_again(tmp_path: Path, fill: Any, settings
     layout = RunLayout(results=settings.results, run_id=ended.plan.run_id)
     storage.write(f"{layout.usage}/0123.json", b"{}")  # its driver died before it had tidied up
     subprocess.run(
-        [sys.executable, "-c", _DIES, layout.lease], check=True, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", _DIES, layout.lease], check=True, cwd=Path(__file__).parents[3]
     )
     assert storage.exists(layout.lease)
     assert run(settings, quiet).nothing_to_do

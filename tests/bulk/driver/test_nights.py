@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.usefixtures("ray_session"),
 ]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 OLD, NEW = (
     str(DEMO / f"{name}.safetensors") for name in ("tfzoo-voc-mobilenetv2", "camvid-mobilenetv2")
 )
