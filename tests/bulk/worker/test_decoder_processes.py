@@ -56,18 +56,23 @@ def _descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def _cpu(pid: int) -> int:
+    """The CPU time that the process has used, in ticks of 10 ms."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def _wait_until_busy(pid: int, before: int) -> None:
+    while _cpu(pid) < before + 3:
+        time.sleep(0.002)
+
+
 def _during(pid: int, act: Callable[[], object]) -> threading.Thread:
     """Acts as soon as the process is busy: some 30 ms of CPU after now."""
-
-    def cpu() -> int:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[11]) + int(fields[12])
-
-    before = cpu()
+    before = _cpu(pid)
 
     def watch() -> None:
-        while cpu() < before + 3:
-            time.sleep(0.002)
+        _wait_until_busy(pid, before)
         act()
 
     thread = threading.Thread(target=watch)
@@ -78,7 +83,10 @@ def _during(pid: int, act: Callable[[], object]) -> threading.Thread:
 def _is_alive(pid: int) -> bool:
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
+    except (
+        FileNotFoundError,
+        ProcessLookupError,
+    ):  # the latter: it ended after the file was opened
         return False
 
 
@@ -200,37 +208,55 @@ import io, sys, threading
 from PIL import Image
 from pipeline.bulk.worker.decode import Decoders, Limits
 from pipeline.data.labels import VOC
-made = Decoders(2, Limits(max_pixels=90_000_000), VOC)
-buffer = io.BytesIO()
-Image.new("RGB", (8000, 6000)).save(buffer, "PNG", compress_level=1)
-made.image(buffer.getvalue())
+
+def png(width, height):
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height)).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+def work(data):
+    while True:
+        made.image(data)
+
+made = Decoders(2, Limits(max_pixels=90_000_000, deadline_s=200), VOC)
+for _ in made.pids():  # they take turns, so that each has started
+    made.image(png(7, 5))
+if sys.argv[1] == "busy":
+    large = png(8000, 6000)
 print(*made.pids(), flush=True)
 if sys.argv[1] == "busy":
-    def work():
-        while True:
-            made.image(buffer.getvalue())
-    for _ in range(2):
-        threading.Thread(target=work, daemon=True).start()
+    for _ in made.pids():
+        threading.Thread(target=work, args=(large,), daemon=True).start()
 threading.Event().wait()
 """
 
 
 @pytest.mark.parametrize("state", ["idle", "busy"])
-def test_children_end_when_their_parent_is_killed(state: str) -> None:
-    parent = subprocess.Popen(
-        [sys.executable, "-c", _PARENT, state],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        cwd=Path(__file__).parents[3],
-    )
+def test_children_end_when_their_parent_is_killed(state: str, tmp_path: Path) -> None:
+    log = tmp_path / "stderr"  # of the parent and its children
+    with log.open("wb") as stderr:
+        parent = subprocess.Popen(
+            [sys.executable, "-c", _PARENT, state],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            cwd=Path(__file__).parents[3],
+        )
     assert parent.stdout is not None
-    with parent.stdout as output:
-        pids = [int(pid) for pid in output.readline().split()]
-    time.sleep(0.3)
-    parent.kill()
-    parent.wait()
-    assert len(pids) == 2
-    assert all(_gone_within(pid, 20) for pid in pids)
+    try:
+        with parent.stdout as output:
+            pids = [int(pid) for pid in output.readline().split()]
+        assert len(pids) == 2
+        if state == "busy":
+            for pid in pids:
+                _wait_until_busy(pid, _cpu(pid))
+        parent.kill()
+        left = [pid for pid in pids if not _gone_within(pid, 60)]
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        assert left == []
+    finally:
+        parent.kill()
+        print(f"The parent ended with {parent.wait()}.", log.read_text())  # where the test fails
 
 
 def test_the_child_imports_neither_torch_nor_ray_nor_s3() -> None:
