@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import IO, Any, NoReturn, TypeVar
 
 from pipeline.cli.sanitize import Formatter, in_one_line, json_text
+from pipeline.text import one_line
 
 T = TypeVar("T")
 
@@ -101,7 +102,7 @@ def last_line(words: str, facts: Mapping[str, object]) -> str:
 
 def failed(job: str, code: int, error: object) -> int:
     """Prints how `job` ended with exit code `code`, and gives that code back."""
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     print(last_line(f"{job} failed", {"exit": code, "reason": reason}), flush=True)
     return code
 

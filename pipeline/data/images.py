@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from pipeline.text import one_line
+
 # empty: no bytes. truncated: an image that ends early. not_an_image: no format that is known here.
 # too_large: over the pixel limit. unsupported: a known format or variant that is not read.
 # corrupt: the format's own rules are broken in any other way.
@@ -66,12 +68,6 @@ class ImageError(ValueError):
 
     def __str__(self) -> str:
         return one_line(self.args[1])
-
-
-def one_line(text: str) -> str:
-    """`text` as one line of at most 300 printable characters."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return line if len(line) <= 300 else line[:299] + "…"
 
 
 def decode(data: bytes, *, max_pixels: int = 100_000_000) -> Pixels:

@@ -14,8 +14,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from pipeline.data import images
-from pipeline.data.images import ImageError, Pixels, one_line
+from pipeline.data.images import ImageError, Pixels
 from pipeline.data.labels import Classes, voc_colormap
+from pipeline.text import one_line
 
 # what Pillow hands over: bytes, bools or wider integers
 Stored = npt.NDArray[Any]

@@ -19,6 +19,7 @@ from pipeline.data import storage
 from pipeline.data.dataset_errors import TABLE_ENDINGS, unknown_split, wrong_layout
 from pipeline.data.pairs import Labelled
 from pipeline.data.storage import Object, StorageError
+from pipeline.text import first_line
 
 ONLY_SPLIT = "all"
 """What the one split of a table without a column split is called."""
@@ -64,8 +65,9 @@ def _rows(uri: str) -> list[Row]:
     try:
         table = _parquet(data) if uri.lower().endswith(".parquet") else _csv(data)
     except (pa.ArrowException, OSError) as error:
-        line = str(error).splitlines()[0]
-        raise ValueError(f"{uri} cannot be read: {line}; save it as Parquet or CSV") from None
+        raise ValueError(
+            f"{uri} cannot be read: {first_line(error)}; save it as Parquet or CSV"
+        ) from None
     names = list(table.column_names)
     for column in ("image", "label"):
         if names.count(column) != 1:

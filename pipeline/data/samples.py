@@ -14,6 +14,7 @@ from pipeline.data.images import ImageError, Pixels
 from pipeline.data.masks import LabelError
 from pipeline.data.pairs import Labelled
 from pipeline.data.storage import StorageError
+from pipeline.text import one_line
 
 Read = Callable[[str], bytes]
 """URI -> the object's bytes: `storage.read`, or a `NodeCache`."""
@@ -57,7 +58,7 @@ def fetch(uri: str, read: Read) -> bytes:
             "changed": "it was replaced after the split was opened; start again",
         }
         way_out = ways_out.get(error.kind, "check that it can be reached from this node")
-        reason = images.one_line(str(error).removeprefix(f"{uri}: ").removeprefix(f"{uri} "))
+        reason = one_line(str(error).removeprefix(f"{uri}: ").removeprefix(f"{uri} "))
         raise SampleError(uri, f"{reason}; {way_out}") from error
 
 

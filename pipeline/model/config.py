@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from pipeline.model.checks import (
+from pipeline.checks import (
     check_choice,
     check_integer,
     check_pixel_statistics,

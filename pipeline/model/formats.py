@@ -18,6 +18,8 @@ import safetensors
 import safetensors.torch
 import torch
 
+from pipeline.text import first_line
+
 MAX_NPZ_BYTES = 1 << 30
 """Unpacked; the largest DeepLab has a quarter of it, a zip bomb more."""
 
@@ -56,12 +58,6 @@ def parse(data: bytes, *, name: str) -> TensorFile:
     )
 
 
-def short(error: BaseException) -> str:
-    """The first line of an error's message, at most 200 characters."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]
-
-
 def _read_safetensors(data: bytes, name: str) -> TensorFile:
     try:
         tensors = safetensors.torch.load(data)
@@ -69,7 +65,7 @@ def _read_safetensors(data: bytes, name: str) -> TensorFile:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (safetensors.SafetensorError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{name} is no whole safetensors file ({short(error)}); was it cut short?"
+            f"{name} is no whole safetensors file ({first_line(error)}); was it cut short?"
         ) from None
     return TensorFile(tensors=tensors, metadata=header.get("__metadata__") or {})
 
@@ -88,7 +84,7 @@ def _read_pickle(data: bytes, name: str) -> dict[str, torch.Tensor]:
     # Bytes from anywhere drive torch's unpickler, which may fail in any way.
     except Exception as error:
         raise CheckpointError(
-            f"{name} cannot be read as a PyTorch file ({type(error).__name__}: {short(error)}); "
+            f"{name} cannot be read as a PyTorch file ({type(error).__name__}: {first_line(error)}); "
             "was it cut short?"
         ) from None
     return _state_dict(content, name)
@@ -129,7 +125,7 @@ def _zip_members(data: bytes, name: str) -> list[zipfile.ZipInfo]:
             return archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
         raise CheckpointError(
-            f"{name} is no whole zip archive ({short(error)}); was it cut short?"
+            f"{name} is no whole zip archive ({first_line(error)}); was it cut short?"
         ) from None
 
 
@@ -144,5 +140,5 @@ def _read_npz(data: bytes, members: list[zipfile.ZipInfo], name: str) -> dict[st
     # Damaged members fail in zlib, zipfile or NumPy, in many ways.
     except Exception as error:
         raise CheckpointError(
-            f"{name} cannot be read as an npz ({type(error).__name__}: {short(error)})"
+            f"{name} cannot be read as an npz ({type(error).__name__}: {first_line(error)})"
         ) from None

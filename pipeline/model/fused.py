@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from pipeline.model import atrous
 from pipeline.model.resize import Size
+from pipeline.text import first_line
 
 Activation = Literal["none", "relu", "relu6"]
 
@@ -76,7 +77,7 @@ def has_one_pass(dtype: torch.dtype) -> bool:
         found = _one_pass(x, weight, None, place, "relu6", None)
         added = _one_pass(x, weight, None, place, "relu", x)
     except (AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         logger.warning("activations are separate passes: oneDNN does not fuse them (%s)", reason)
         return False
     plain = functional.conv2d(x.float(), weight.float(), padding=1)

@@ -30,6 +30,8 @@ _ACTIVATIONS: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.ReLU6: "r
 _BF16_CPUS = ("amx", "avx512_bf16")
 """Others compute bf16 by hand: on AVX2 a product of 512 x 512 ran at 1.8 GFLOP/s, fp32 at 40."""
 
+from pipeline.text import first_line
+
 logger = logging.getLogger(__name__)
 
 
@@ -98,7 +100,9 @@ def _warmed_up(fast: DeepLabV3, model: DeepLabV3, size: Size, images: int) -> De
     except (RuntimeError, NotImplementedError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        logger.warning("the network runs in its plain form: the fast one fails (%s)", _line(error))
+        logger.warning(
+            "the network runs in its plain form: the fast one fails (%s)", first_line(error)
+        )
         return copy.deepcopy(model).to(parameter.device).requires_grad_(False)
     if compilation_pays(atrous.engine(photo.device), photo.dtype, images=images, seconds=seconds):
         _compile(fast, photo)
@@ -136,7 +140,7 @@ def _compile(model: DeepLabV3, photo: torch.Tensor) -> None:
     try:
         compiled(photo)
     except Exception as error:  # a compiler has no one kind of failure
-        logger.warning("the network is not compiled: %s", _line(error))
+        logger.warning("the network is not compiled: %s", first_line(error))
         return
     model.logits = compiled  # type: ignore[method-assign]
 
@@ -216,8 +220,3 @@ def _last_layer(model: DeepLabV3) -> Convolution:
     *_, last = (each for each in model.classifier.modules() if isinstance(each, Convolution))
     assert last.out_channels == model.config.num_classes
     return last
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

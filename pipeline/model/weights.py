@@ -20,9 +20,10 @@ from pipeline.model import zoo
 from pipeline.model.checkpoint_formats import State, recognise
 from pipeline.model.config import ModelConfig
 from pipeline.model.deeplab import DeepLabV3
-from pipeline.model.formats import CheckpointError, TensorFile, parse, short, shorten
+from pipeline.model.formats import CheckpointError, TensorFile, parse, shorten
 from pipeline.model.heads import initialise_logits
 from pipeline.model.resnet import CASCADED
+from pipeline.text import first_line
 
 __all__ = [
     "CheckpointError",
@@ -185,7 +186,7 @@ def _described(file: TensorFile, uri: str) -> tuple[ModelConfig, Classes]:
         if len(classes.names) != config.num_classes:
             raise ValueError(f"{len(classes.names)} names for {config.num_classes} classes")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{uri} describes its model wrongly: {short(error)}") from None
+        raise CheckpointError(f"{uri} describes its model wrongly: {first_line(error)}") from None
     return config, classes
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pipeline.data.storage import StorageError
 from pipeline.model.formats import CheckpointError
+from pipeline.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def fetch(name: str) -> Path:
     except (OSError, http.client.HTTPException) as error:
         raise StorageError(
             "access",
-            f"{HOST}{file} cannot be fetched ({type(error).__name__}: {_one_line(error)}); without "
+            f"{HOST}{file} cannot be fetched ({type(error).__name__}: {one_line(error)}); without "
             f"a network, fetch it elsewhere and put it at {path} (${CACHE_VARIABLE} is its folder)",
         ) from None
     return path
@@ -113,7 +114,3 @@ def _check(path: Path, file: str, *, of: str) -> None:
             f"{of} is not the published {file}: its sha256 begins with {found[: len(digits)]}; "
             "it is deleted: run again, or put a whole copy there by hand"
         )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

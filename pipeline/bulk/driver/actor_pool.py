@@ -35,6 +35,7 @@ from pipeline.data.storage import StorageError
 from pipeline.runs import ray_connection
 from pipeline.runs.ray_connection import RunStoppedError
 from pipeline.runs.timeouts import Patience
+from pipeline.text import first_line
 
 _CONCURRENT_SHARDS = 2  # one is fetched and decoded while the other is in the network
 _SHARDS_IN_FLIGHT = 3  # and one more waits at the actor
@@ -172,10 +173,10 @@ def run(
             board.forget.remote(row["shard"])
             yield Summary(**{**row, "errors": Counter(json.loads(row["errors"]))})
     except _LOST as error:
-        lost = str(error).splitlines()[0]
+        lost = first_line(error)
         _let_go(error)
     except ray.exceptions.RayError as error:
-        raise RunStoppedError(f"Ray gave up: {str(error).splitlines()[0]}") from error
+        raise RunStoppedError(f"Ray gave up: {first_line(error)}") from error
     else:
         return
     raise WaveLostError(lost)

@@ -26,6 +26,7 @@ from pipeline.data import storage
 from pipeline.results import tables
 from pipeline.runs.artifacts import read_back
 from pipeline.runs.ray_connection import RunStoppedError
+from pipeline.text import last_line
 
 DEATHS = 2
 """Deaths of a process with the photo alone on it that condemn the photo."""
@@ -119,7 +120,7 @@ class Alone:
                 if deaths == DEATHS:
                     return self._condemned(shard, photo, *_cause(error))
             except ray.exceptions.RayError as error:  # a bug, or a fault of the system
-                raise RunStoppedError(str(error).strip().splitlines()[-1]) from error
+                raise RunStoppedError(last_line(error)) from error
             else:
                 return data
         raise RunStoppedError(f"no process lives long enough to segment {photo.uri}")

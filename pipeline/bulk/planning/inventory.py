@@ -19,6 +19,7 @@ import duckdb
 
 from pipeline.data import storage
 from pipeline.results import files
+from pipeline.text import first_line
 
 MEMORY_LIMIT = "1GB"
 
@@ -78,8 +79,8 @@ class Inventory:
             while rows := found.fetchmany(10_000):
                 yield from rows
         except duckdb.Error as error:
-            line = str(error).strip().splitlines()[0]
-            raise ValueError(f"--inventory {self._uri} cannot be read: {line}") from error
+            reason = first_line(error)
+            raise ValueError(f"--inventory {self._uri} cannot be read: {reason}") from error
 
     def _query(self, columns: list[str], source: str) -> str:
         ours = {_ours(name): f'"{name}"' for name in columns}

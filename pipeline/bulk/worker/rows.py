@@ -41,7 +41,7 @@ class RowMaker:
             "width": mask.shape[1],
             "mask": masks.encode(mask),
             "confidence": confidence.mean(dtype=np.float64),
-            "label_error": _line(loaded.label_error),
+            "label_error": _message(loaded.label_error),
             "classes": self._class_rows(mask, confidence, loaded.label),
         }
 
@@ -51,7 +51,7 @@ class RowMaker:
             **self._common(shard, listed),
             "status": "error",
             "error_kind": kind,
-            "error": _line(message),
+            "error": _message(message),
         }
 
     def _common(self, shard: int, listed: Listed) -> dict[str, Any]:
@@ -108,10 +108,5 @@ def _score(scores: metrics.Counts | None, c: int) -> dict[str, Any]:
     return {"tp": tp, "fp": fp, "fn": fn, "iou": tp / union if union else None}
 
 
-def _line(message: str | None) -> str | None:
-    """The message on one line of printable characters."""
-    if message is None:
-        return None
-    line = " ".join(message.split())
-    shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
-    return shown[:_MESSAGE_CHARACTERS]
+def _message(text: str | None) -> str | None:
+    return None if text is None else one_line(text, _MESSAGE_CHARACTERS)

@@ -38,6 +38,7 @@ from pipeline.data.storage.base import (
     StorageError,
     check_size,
 )
+from pipeline.text import one_line
 
 ATTEMPTS = 10
 """Requests sent at most for one call: what fails at once is tried again for some 15 seconds, so
@@ -284,4 +285,4 @@ def _translate(uri: str, error: Exception) -> StorageError:
 
 def _line(error: Exception) -> str:
     text = str(error).replace(" (reached max retries: 0)", "")  # of the client, which has none
-    return " ".join(text.split())[:300] or f"no answer ({type(error).__name__})"
+    return one_line(text) or f"no answer ({type(error).__name__})"

@@ -25,6 +25,7 @@ from pipeline.runs import lease, ray_connection
 from pipeline.runs.lease import Lease
 from pipeline.runs.ray_connection import RunStoppedError
 from pipeline.runs.timeouts import Patience
+from pipeline.text import last_line
 from pipeline.train.driver.preflight import Begun, begin, look
 from pipeline.train.driver.ray_trainer import trainer
 from pipeline.train.driver.run_identity import check_experiment
@@ -135,7 +136,7 @@ def _train(begun: Begun, watch: Watch, held: Lease) -> Ended:
             raise
         except ray.train.TrainingFailedError as error:
             failure = ray.get(board.failure.remote())
-            raise RunStoppedError(failure or f"Ray Train gave up: {_cause(error)}") from error
+            raise RunStoppedError(failure or f"Ray Train gave up: {last_line(error)}") from error
     failure = ray.get(board.failure.remote())
     if failure:
         raise RunStoppedError(failure)
@@ -166,12 +167,6 @@ def _interruptible() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, ours)
-
-
-def _cause(error: BaseException) -> str:
-    """The last line of the innermost error: what a person wants to read."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
 
 
 class _Watching:

@@ -1,6 +1,20 @@
-"""Checks of single values of a config: each returns nothing, or raises ValueError by name."""
+"""Checks of single values: each returns nothing, or raises ValueError naming the value and rule.
+
+`name` is what the user gave: a flag (`flag("max_steps")`) or a field of a file.
+"""
 
 from typing import TypeGuard
+
+
+def flag(field: str) -> str:
+    """Return the command-line flag of a settings field: `max_steps` -> `--max-steps`."""
+    return f"--{field.replace('_', '-')}"
+
+
+def check_at_least(name: str, value: float | None, least: float, hint: str = "") -> None:
+    """Check that `value`, if it is given, is at least `least`; `hint` is appended to the message."""
+    if value is not None and not least <= value:
+        raise ValueError(f"{name} {value:g}: must be at least {least:g}{hint and f'; {hint}'}")
 
 
 def check_integer(name: str, value: object, lowest: int, highest: int, why: str) -> None:

@@ -1,0 +1,24 @@
+"""Error messages on one line: what logs, tables and other messages quote of an error."""
+
+from __future__ import annotations
+
+MAX_CHARACTERS = 300
+
+
+def one_line(text: object, limit: int = MAX_CHARACTERS) -> str:
+    """Return all of `text` on one line of printable characters, cut after `limit` of them."""
+    line = " ".join(str(text).split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def first_line(error: BaseException, limit: int = MAX_CHARACTERS) -> str:
+    """Return the first line of an error's message, or its class where the message is empty."""
+    lines = str(error).strip().splitlines()
+    return one_line(lines[0] if lines else type(error).__name__, limit)
+
+
+def last_line(error: BaseException, limit: int = MAX_CHARACTERS) -> str:
+    """Return the last line of an error's message: the cause, where it quotes a traceback."""
+    lines = str(error).strip().splitlines()
+    return one_line(lines[-1] if lines else type(error).__name__, limit)
