@@ -12,7 +12,7 @@ def flag(field: str) -> str:
 
 
 def check_at_least(name: str, value: float | None, least: float, hint: str = "") -> None:
-    """Check that `value`, if it is given, is at least `least`; `hint` is appended to the message."""
+    """Check that `value`, if given, is at least `least`; `hint` is appended to the message."""
     if value is not None and not least <= value:
         raise ValueError(f"{name} {value:g}: must be at least {least:g}{hint and f'; {hint}'}")
 

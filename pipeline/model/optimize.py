@@ -22,6 +22,7 @@ from pipeline.model.convolution import Convolution
 from pipeline.model.deeplab import DeepLabV3
 from pipeline.model.fused import Activation, Fused, has_one_pass
 from pipeline.model.resize import Size
+from pipeline.text import first_line
 
 Precision = Literal["fp32", "bf16"]
 
@@ -30,7 +31,6 @@ _ACTIVATIONS: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.ReLU6: "r
 _BF16_CPUS = ("amx", "avx512_bf16")
 """Others compute bf16 by hand: on AVX2 a product of 512 x 512 ran at 1.8 GFLOP/s, fp32 at 40."""
 
-from pipeline.text import first_line
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from pipeline.bulk.planning.listing import Listed
 from pipeline.bulk.worker.load import Loaded
 from pipeline.data import masks
 from pipeline.data.labels import Classes
+from pipeline.text import one_line
 
 _MESSAGE_CHARACTERS = 500
 
