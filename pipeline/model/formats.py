@@ -84,8 +84,8 @@ def _read_pickle(data: bytes, name: str) -> dict[str, torch.Tensor]:
     # Bytes from anywhere drive torch's unpickler, which may fail in any way.
     except Exception as error:
         raise CheckpointError(
-            f"{name} cannot be read as a PyTorch file ({type(error).__name__}: {first_line(error)}); "
-            "was it cut short?"
+            f"{name} cannot be read as a PyTorch file "
+            f"({type(error).__name__}: {first_line(error)}); was it cut short?"
         ) from None
     return _state_dict(content, name)
 
