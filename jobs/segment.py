@@ -87,7 +87,7 @@ def _otherwise_lines(plan: Plan) -> list[str]:
     answer = {
         "reprocess": "they are done again",
         "new-only": "they are left out",
-        None: "a run needs --model-changed reprocess or new-only",
+        None: "a run needs --on-model-change reprocess or new-only",
     }[plan.identity.get("model_changed")]
     everything = "" if plan.counts.done_before else "everything is new: "
     return [f"  {everything}another model or other settings have done {done} images; {answer}"]

@@ -76,7 +76,7 @@ class Settings:
     """Name of the run. By default it follows from the arguments and the date."""
     only_new: bool = False
     """Leave out what earlier runs have done with the same model and settings."""
-    model_changed: Literal["reprocess", "new-only"] | None = None
+    on_model_change: Literal["reprocess", "new-only"] | None = None
     """With --only-new, photos that only another model or other settings have done: reprocess them,
     or leave them out (new-only). By default a run that meets any is refused."""
     limit: int | None = None
@@ -94,9 +94,9 @@ class Settings:
     have 2 each on a cluster."""
     batch_images: int | None = None
     """Photos of one size that go through the network together; 8 on a GPU, 1 on a CPU."""
-    max_wait: int = 3600
+    start_timeout: int = 3600
     """Seconds to wait, at most, for a cluster that has no process of this run: one that grows."""
-    max_stall: int = 1800
+    stall_timeout: int = 1800
     """The run stops when processes run and no photo got through for so many seconds."""
     price_per_gpu_hour: float | None = None
     """What a GPU costs an hour, for the estimate of a dry run and the run's record."""
@@ -117,9 +117,9 @@ class Settings:
             check_run_id(self.run_id)
         if not self.include:
             raise ValueError("--include needs at least one pattern; '*' takes everything")
-        if self.model_changed is not None and not self.only_new:
+        if self.on_model_change is not None and not self.only_new:
             raise ValueError(
-                f"--model-changed {self.model_changed} means nothing without --only-new"
+                f"--on-model-change {self.on_model_change} means nothing without --only-new"
             )
         if not 1 <= self.actors[0] <= self.actors[1]:
             raise ValueError(f"--actors {self.actors[0]} {self.actors[1]}: take 1 <= MIN <= MAX")
@@ -138,7 +138,7 @@ class Settings:
         _check_positive(
             self,
             *("limit", "shard_images", "shard_bytes", "cpus_per_actor", "batch_images"),
-            *("max_wait", "max_stall"),
+            *("start_timeout", "stall_timeout"),
         )
 
     @property
@@ -160,7 +160,7 @@ class Settings:
             **({"inventory": self.inventory} if self.inventory else {}),
             "include": sorted(self.include),
             "only_new": self.only_new,
-            **({"model_changed": self.model_changed} if self.model_changed else {}),
+            **({"model_changed": self.on_model_change} if self.on_model_change else {}),
             "limit": self.limit,
             "shard_images": self.shard_images,
             "shard_bytes": self.shard_bytes,

@@ -31,16 +31,16 @@ class Patience:
         *,
         cpus: int,
         gpus: float,
-        max_wait_s: float,
-        max_stall_s: float,
+        start_timeout_s: float,
+        stall_timeout_s: float,
         nothing: str = "no photo got through",
         stuck: Callable[[], str] = str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cpus = cpus
         self._gpus = gpus
-        self._max_wait_s = max_wait_s
-        self._max_stall_s = max_stall_s
+        self._start_timeout_s = start_timeout_s
+        self._stall_timeout_s = stall_timeout_s
         self._nothing = nothing
         self._stuck = stuck
         self._clock = clock
@@ -60,23 +60,26 @@ class Patience:
             self._check_wait(now)
 
     def _check_stall(self, seconds: float) -> None:
-        if seconds >= self._max_stall_s:
+        if seconds >= self._stall_timeout_s:
             raise RunStoppedError(
                 f"nothing moves: {self._seen[0]} processes run, and for {seconds:.0f} s "
-                f"(--max-stall) {self._nothing}{self._stuck()}"
+                f"(--stall-timeout) {self._nothing}{self._stuck()}"
             )
 
     def _check_wait(self, now: float) -> None:
         seconds = now - self._since
-        if seconds >= self._max_wait_s:
+        if seconds >= self._start_timeout_s:
             raise RunStoppedError(
-                f"{self._waiting()}: {seconds:.0f} s were in vain (--max-wait); "
+                f"{self._waiting()}: {seconds:.0f} s were in vain (--start-timeout); "
                 "the same command continues once the cluster has one"
             )
         if now - self._said >= SAY_EVERY_S:
             self._said = now
             logger.warning(
-                "%s, %.0f s so far (--max-wait %g)", self._waiting(), seconds, self._max_wait_s
+                "%s, %.0f s so far (--start-timeout %g)",
+                self._waiting(),
+                seconds,
+                self._start_timeout_s,
             )
 
     def _waiting(self) -> str:

@@ -35,9 +35,9 @@ class Settings:
     """Steps between checkpoints: what is repeated at most after a death."""
     max_failures: int = 3
     """Deaths of workers after which the run stops."""
-    max_wait: int = 3600
+    start_timeout: int = 3600
     """Seconds to wait, at most, for a cluster that has no room for the workers: one that grows."""
-    max_stall: int = 1800
+    stall_timeout: int = 1800
     """The run stops when nothing moves for so many seconds: no step, no photo of val."""
     cache_gb: float = 20.0
     """What a node keeps of photos from object storage, so that epochs do not fetch them again."""
@@ -75,7 +75,7 @@ class Settings:
             )
 
     def _check_limits(self) -> None:
-        for name in ("checkpoint_every", "max_wait", "max_stall"):
+        for name in ("checkpoint_every", "start_timeout", "stall_timeout"):
             if getattr(self, name) < 1:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag} {getattr(self, name)}: it must be at least 1")

@@ -48,7 +48,7 @@ def test_a_bad_inference_setting_is_one_line_with_its_flag_and_value(
         ("--max-error-fraction", "nan", {"max_error_fraction": float("nan")}),
         ("--gpus-per-actor", "-1", {"gpus_per_actor": -1.0}),
         ("--gpus-per-actor", "nan", {"gpus_per_actor": float("nan")}),
-        ("--model-changed", "reprocess", {"model_changed": "reprocess"}),
+        ("--on-model-change", "reprocess", {"on_model_change": "reprocess"}),
         ("--limit", "0", {"limit": 0}),
         ("--shard-images", "0", {"shard_images": 0}),
         ("--shard-bytes", "-5", {"shard_bytes": -5}),
@@ -57,8 +57,8 @@ def test_a_bad_inference_setting_is_one_line_with_its_flag_and_value(
         ("--price-per-gpu-hour", "2", {"price_per_gpu_hour": 2.0}),
         ("--price-per-gpu-hour", "nan", {"gpus_per_actor": 1, "price_per_gpu_hour": float("nan")}),
         ("--calibration-images", "-1", {"calibration_images": -1}),
-        ("--max-wait", "0", {"max_wait": 0}),
-        ("--max-stall", "-1", {"max_stall": -1}),
+        ("--start-timeout", "0", {"start_timeout": 0}),
+        ("--stall-timeout", "-1", {"stall_timeout": -1}),
         ("run id", "'../x'", {"run_id": "../x"}),
         ("neither s3://", "gs://bucket", {"images": "gs://bucket/x"}),
         ("neither s3://", "''", {"results": ""}),
@@ -108,7 +108,7 @@ def test_equal_inference_settings_have_one_fingerprint() -> None:
         {"labels": None},
         {"include": ("*.png",)},
         {"only_new": True},
-        {"only_new": True, "model_changed": "new-only"},
+        {"only_new": True, "on_model_change": "new-only"},
         {"limit": 3},
         {"shard_images": 3},
         {"shard_bytes": 3},
@@ -127,7 +127,9 @@ def test_how_fast_and_how_patiently_a_run_works_is_no_part_of_its_identity(
     settings_for: SettingsFor,
 ) -> None:
     plain = settings_for("/x").identity(model="m")
-    fast = settings_for("/x", actors=(1, 9), cpus_per_actor=3, max_error_fraction=0.5, max_wait=9)
+    fast = settings_for(
+        "/x", actors=(1, 9), cpus_per_actor=3, max_error_fraction=0.5, start_timeout=9
+    )
     assert fast.identity(model="m") == plain
     turned = settings_for("/x", include=tuple(reversed(Settings.include)))
     assert turned.identity(model="m") == plain

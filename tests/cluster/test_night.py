@@ -103,7 +103,7 @@ def _night(server: Kubernetes, folder: Path, job_name: str = "first-night") -> i
         (folder / "token").write_text("secret\n")
     command = ["--template=segment", f"--account={folder}"]
     command += [f"--server=http://127.0.0.1:{server.server_address[1]}"]
-    command += ["--", "--only-new", "--max-wait=3600"]
+    command += ["--", "--only-new", "--start-timeout=3600"]
     environment = {"NAMESPACE": "deeplab", "JOB_NAME": job_name, "JOB_UID": "u-1"}
     return nightly.main(command, environment)
 
@@ -116,7 +116,7 @@ def test_a_night_is_a_rayjob_like_its_pattern_with_the_days_run_id(
     assert job["spec"] == {
         "suspend": False,
         "entrypoint": f"python -m jobs.segment --images a --run-id {TODAY} --only-new "
-        "--max-wait=3600",
+        "--start-timeout=3600",
         "backoffLimit": 2,
     }
     owner = {"apiVersion": "batch/v1", "kind": "Job", "name": "first-night", "uid": "u-1"}

@@ -112,7 +112,7 @@ BAD_USE = {
     "one photo for a folder": (["--images", "{prefix}/photos/000.jpg"], 2, "is one object"),
     "a price of no GPU": (["--price-per-gpu-hour", "2"], 2, "with --gpus-per-actor over 0"),
     "an inventory that is not there": (["--inventory", "{prefix}/i.csv"], 2, "i.csv does not"),
-    "an answer to nothing": (["--model-changed", "new-only"], 2, "without --only-new"),
+    "an answer to nothing": (["--on-model-change", "new-only"], 2, "without --only-new"),
     "an unknown flag": (["--scale", "1"], 2, "--scale"),
 }
 

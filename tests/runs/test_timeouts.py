@@ -31,7 +31,12 @@ def patience(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Patience:
     gone = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
     monkeypatch.setattr(ray, "nodes", lambda: [head, gone])
     return Patience(
-        cpus=2, gpus=1, max_wait_s=600, max_stall_s=300, stuck=lambda: "; shard 7", clock=clock
+        cpus=2,
+        gpus=1,
+        start_timeout_s=600,
+        stall_timeout_s=300,
+        stuck=lambda: "; shard 7",
+        clock=clock,
     )
 
 
@@ -44,7 +49,9 @@ def test_waiting_is_said_every_half_minute_and_ends_when_it_was_told_to(
             patience.look(running=0)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 19
-    assert said[3] == "waiting for a node with 2 CPUs and 1 GPUs, 120 s so far (--max-wait 600)"
+    assert (
+        said[3] == "waiting for a node with 2 CPUs and 1 GPUs, 120 s so far (--start-timeout 600)"
+    )
     clock.now += 1
     with pytest.raises(RunStoppedError, match=r"waiting for a node .* 600 s were in vain"):
         patience.look(running=0)
@@ -86,5 +93,5 @@ def test_processes_that_went_with_their_nodes_are_waited_for_anew(
     clock.now += 599
     patience.look(running=0, moved=6)  # a word that came late is no process
     clock.now += 1
-    with pytest.raises(RunStoppedError, match="--max-wait"):
+    with pytest.raises(RunStoppedError, match="--start-timeout"):
         patience.look(running=0, moved=6)

@@ -46,7 +46,7 @@ def said(*, batch_size: int = 8, pooled: bool = False, **values: Any) -> Setting
         ({"gpus_per_worker": 0.5, "workers": (1, 2)}, "two of them would share a GPU"),
         ({"loaders": -1}, "--loaders -1"),
         ({"checkpoint_every": 0}, "--checkpoint-every 0"),
-        ({"max_stall": 0}, "--max-stall 0"),
+        ({"stall_timeout": 0}, "--stall-timeout 0"),
         ({"max_failures": -7}, "--max-failures -7: it must be at least 0"),
         ({"cache_gb": -1.0}, "--cache-gb -1: it must be finite and at least 0"),
         ({"cache_gb": float("nan")}, "--cache-gb nan"),

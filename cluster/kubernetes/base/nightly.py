@@ -1,6 +1,6 @@
 """Starts tonight's run on Kubernetes, and waits for its end.
 
-    python nightly.py --template segment -- --only-new --model-changed=new-only
+    python nightly.py --template segment -- --only-new --on-model-change=new-only
 
 Runs in the CronJob's pod, with Python alone. Enters: a RayJob at rest, the pattern. Leaves: a
 RayJob like it, called after its day, whose command has the day's run id and the flags after `--`.

@@ -67,8 +67,8 @@ class Pool:
     max_actors: int
     cpus: int
     gpus: float
-    max_wait_s: float = 3600.0
-    max_stall_s: float = 1800.0
+    start_timeout_s: float = 3600.0
+    stall_timeout_s: float = 1800.0
 
     def connect(self) -> None:
         """Joins or starts a Ray that is large enough. Raises RunStoppedError."""
@@ -79,8 +79,8 @@ class Pool:
         return Patience(
             cpus=self.cpus,
             gpus=self.gpus,
-            max_wait_s=self.max_wait_s,
-            max_stall_s=self.max_stall_s,
+            start_timeout_s=self.start_timeout_s,
+            stall_timeout_s=self.stall_timeout_s,
             stuck=stuck,
         )
 

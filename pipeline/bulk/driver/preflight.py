@@ -88,8 +88,8 @@ def pool_of(settings: Settings) -> Pool:
         max_actors=high,
         cpus=cpus,
         gpus=settings.gpus_per_actor,
-        max_wait_s=settings.max_wait,
-        max_stall_s=settings.max_stall,
+        start_timeout_s=settings.start_timeout,
+        stall_timeout_s=settings.stall_timeout,
     )
 
 

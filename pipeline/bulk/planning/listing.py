@@ -67,7 +67,8 @@ class Listing:
     `left_out` counts the objects that --include does not take, `outside` those of an inventory
     that do not lie below --images, or not any more. With --only-new, `done_before`
     counts the photos that earlier runs have done, and `done_otherwise` those that only another
-    model or other settings have: the former are left out, the latter with --model-changed new-only.
+    model or other settings have: the former are left out, the latter with --on-model-change
+    new-only.
     Raises ValueError where there are no photos, labels are ambiguous, or the inventory is none.
     """
 
@@ -209,7 +210,7 @@ class Listing:
         self._con.execute(f"create view new as {new}")
         is_done_otherwise = _SAME_PHOTO.format("new", "done_otherwise")
         self.done_otherwise = self._count(f"new semi join done_otherwise on {is_done_otherwise}")
-        if self._settings.model_changed == "new-only":
+        if self._settings.on_model_change == "new-only":
             return f"from new anti join done_otherwise on {is_done_otherwise}"
         return new
 

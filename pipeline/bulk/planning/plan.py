@@ -177,7 +177,7 @@ def make(
         "settings": fingerprint(asdict(settings.inference)),
     }
     with Listing(settings, model=values["model"], settings_print=values["settings"]) as listing:
-        if write and settings.model_changed is None and listing.done_otherwise:
+        if write and settings.on_model_change is None and listing.done_otherwise:
             raise ValueError(_model_changed(listing))
         counted, parts = _write_parts(settings, layout, look(listing.images()), write=write)
         counts = Counts(
@@ -202,8 +202,8 @@ def _model_changed(listing: Listing) -> str:
     everything = "" if listing.done_before else ", so everything is new to this run"
     return (
         f"another model or other settings have done {listing.done_otherwise} of these photos, "
-        f"and these have not{everything}: --model-changed reprocess does them again, "
-        "--model-changed new-only leaves them out"
+        f"and these have not{everything}: --on-model-change reprocess does them again, "
+        "--on-model-change new-only leaves them out"
     )
 
 

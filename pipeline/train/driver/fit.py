@@ -150,8 +150,8 @@ def _patience(settings: Settings) -> Patience:
     return Patience(
         cpus=settings.cpus,
         gpus=settings.gpus_per_worker,
-        max_wait_s=settings.max_wait,
-        max_stall_s=settings.max_stall,
+        start_timeout_s=settings.start_timeout,
+        stall_timeout_s=settings.stall_timeout,
         nothing="no step was done",
     )
 

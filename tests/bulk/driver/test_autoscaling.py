@@ -50,7 +50,15 @@ def test_a_run_starts_without_workers_the_cluster_grows_for_it_and_shrinks_after
     fill(str(tmp_path), PHOTOS)
     assert cluster.nodes() == 1
     command = _command(
-        tmp_path, checkpoint, "--cpus-per-actor", "1", "--actors", "1", "2", "--max-wait", "400"
+        tmp_path,
+        checkpoint,
+        "--cpus-per-actor",
+        "1",
+        "--actors",
+        "1",
+        "2",
+        "--start-timeout",
+        "400",
     )
     driver = subprocess.Popen(
         command, cwd=ROOT, env=cluster.environment, stdout=subprocess.PIPE, text=True
@@ -75,12 +83,12 @@ def test_a_node_that_never_comes_ends_the_run_when_it_was_told_to_and_says_which
     tmp_path: Path, cluster: GrowingCluster, fill: Any, checkpoint: str
 ) -> None:
     fill(str(tmp_path), 4)
-    command = _command(tmp_path, checkpoint, "--cpus-per-actor", "8", "--max-wait", "40")
+    command = _command(tmp_path, checkpoint, "--cpus-per-actor", "8", "--start-timeout", "40")
     done = subprocess.run(
         command, cwd=ROOT, env=cluster.environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1, done.stdout
     assert "waiting for a node with 8 CPUs: 4" in done.stdout.splitlines()[-1]
-    assert "s were in vain (--max-wait)" in done.stdout.splitlines()[-1]
+    assert "s were in vain (--start-timeout)" in done.stdout.splitlines()[-1]
     assert "waiting for a node with 8 CPUs, 3" in done.stderr
     assert not list(storage.list_objects(f"{tmp_path}/results/leases"))

@@ -148,16 +148,16 @@ def test_a_night_whose_model_changed_waits_to_be_told_what_to_do(
     assert main(_night(s3_prefix, "--run-id", "2", checkpoint=NEW)) == 2
     [line] = _said(capsys)
     assert "have done 3 of these photos, and these have not, so everything is new" in line
-    assert "--model-changed reprocess" in line
-    assert "--model-changed new-only" in line
+    assert "--on-model-change reprocess" in line
+    assert "--on-model-change new-only" in line
     assert main(_night(s3_prefix, "--dry-run", checkpoint=NEW)) == 0
     assert any("everything is new: another model" in line for line in _said(capsys))
     assert sorted(storage.list_objects(f"{s3_prefix}/results")) == before
 
-    new_only = _night(s3_prefix, "--run-id", "2", "--model-changed", "new-only", checkpoint=NEW)
+    new_only = _night(s3_prefix, "--run-id", "2", "--on-model-change", "new-only", checkpoint=NEW)
     assert main(new_only) == 0
     assert _times_segmented(s3_prefix) == {f"{i:04d}": 1 for i in range(4)}
-    reprocess = _night(s3_prefix, "--run-id", "3", "--model-changed", "reprocess", checkpoint=NEW)
+    reprocess = _night(s3_prefix, "--run-id", "3", "--on-model-change", "reprocess", checkpoint=NEW)
     assert main(reprocess) == 0
     assert " images=3 ok=3 " in _said(capsys)[-1]
     rows = _rows(s3_prefix)

@@ -245,7 +245,7 @@ def test_what_only_another_model_has_done_is_counted_and_left_out_where_that_is_
         ("reprocess", ["01", "02", "03", "04", "05", "06", "07"]),
         ("new-only", ["03", "04", "05", "07"]),
     ):
-        settings = settings_for(prefix, only_new=True, model_changed=answer)
+        settings = settings_for(prefix, only_new=True, on_model_change=answer)
         with Listing(settings, model="m", settings_print="s") as listing:
             assert _names(list(listing.images())) == names
             assert (listing.done_before, listing.done_otherwise) == (1, 3)
@@ -292,5 +292,5 @@ def test_only_new_agrees_with_plain_sets(
     new, before = _new(settings)
     assert new == [photo for photo in photos if not is_done(photo)]
     assert before == len(photos) - len(new)
-    fresh, _ = _new(replace(settings, model_changed="new-only"))
+    fresh, _ = _new(replace(settings, on_model_change="new-only"))
     assert fresh == [photo for photo in new if not is_done_otherwise(photo)]

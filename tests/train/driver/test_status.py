@@ -188,11 +188,11 @@ def test_after_a_death_a_run_waits_as_long_as_for_its_first_start(
     board.died()
     board.lives()  # what the dead one's group still had to say
     looks()
-    now = settings.max_wait - 1.0  # far longer than --max-stall
+    now = settings.start_timeout - 1.0  # far longer than --stall-timeout
     looks()
     board.begins(2, None)
     looks()
-    now += settings.max_stall
+    now += settings.stall_timeout
     with pytest.raises(ray_connection.RunStoppedError, match="2 processes run, and for 1800 s"):
         looks()
 
@@ -207,7 +207,7 @@ def watching(
 ) -> Iterator[fit._Watching]:
     settings = Settings(data="d", out="o", experiment=tiny.experiment(), cpus_per_worker=4)
     patience = fit._patience(settings)
-    patience._max_wait_s = patience._max_stall_s = seconds
+    patience._start_timeout_s = patience._stall_timeout_s = seconds
     watches = fit._Watching(Called(board or Board()), watch, lost, patience)
     with watches:
         yield watches
