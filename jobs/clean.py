@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _clean(arguments: Arguments) -> None:
     results, run_id = arguments.results, arguments.run_id
-    found = cleanup.of_run(results, run_id) if run_id else cleanup.leftovers(results)
+    found = cleanup.find_run(results, run_id) if run_id else cleanup.find_leftovers(results)
     if not arguments.dry_run:
         cleanup.delete(results, found)
     print("\n".join(_lines(arguments, found)))

@@ -72,7 +72,7 @@ def _lookers(arguments: Arguments, work: Work) -> Iterator[Looker | Spread]:
     from pipeline.runs import ray_connection  # Ray, which one process does not need
 
     with (
-        ray_connection.left_at_the_end(),
+        ray_connection.disconnect_on_exit(),
         Spread(work, workers=arguments.workers, gpus=arguments.gpus_per_worker) as spread,
     ):
         yield spread

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.bulk.driver.progress import Progress
-from pipeline.bulk.driver.run import Ended, run
+from pipeline.bulk.driver.run import BulkResult, run
 from pipeline.bulk.planning.plan import Plan
 from pipeline.bulk.settings import Settings
 from pipeline.cli import exit
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _segment(settings: Settings) -> str:
-    with ray_connection.left_at_the_end(), Display() as display:
+    with ray_connection.disconnect_on_exit(), Display() as display:
         ended = run(settings, _Announced(settings, display))
     return _last_line(settings, ended)
 
@@ -93,7 +93,7 @@ def _otherwise_lines(plan: Plan) -> list[str]:
     return [f"  {everything}another model or other settings have done {done} images; {answer}"]
 
 
-def _estimate_lines(settings: Settings, ended: Ended) -> list[str]:
+def _estimate_lines(settings: Settings, ended: BulkResult) -> list[str]:
     """What the run would take, on what that was measured, and where it does not hold."""
     if (found := ended.estimate) is None:
         return [f"  no estimate: {ended.no_estimate}"] if ended.no_estimate else []
@@ -114,7 +114,7 @@ def _estimate_lines(settings: Settings, ended: Ended) -> list[str]:
     ]
 
 
-def _last_line(settings: Settings, ended: Ended) -> str:
+def _last_line(settings: Settings, ended: BulkResult) -> str:
     facts: dict[str, object] = {"run": ended.plan.run_id, "images": ended.plan.counts.images}
     if ended.outcome is not None:
         facts |= {"ok": ended.outcome.ok, "errors": ended.outcome.errors}

@@ -55,7 +55,7 @@ def _train(argv: Sequence[str]) -> str:
     settings = _settings(recipe, rest)
     if settings.dry_run:
         return dry_run(recipe, settings, estimate(settings, _say))
-    with ray_connection.left_at_the_end(), TrainingDisplay(settings) as display:
+    with ray_connection.disconnect_on_exit(), TrainingDisplay(settings) as display:
         ended = fit(settings, _say, display)
     return _ended(settings, ended)
 

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from pipeline.bulk.driver import actor_pool
-from pipeline.bulk.driver.preflight import pool_of, work_of
+from pipeline.bulk.driver.preflight import build_pool, build_worker_context
 from pipeline.bulk.driver.progress import Progress
 from pipeline.bulk.driver.run import run
 from pipeline.bulk.planning import plan
@@ -91,12 +91,12 @@ def through_ray_and_plainly(images: str, checkpoint: str, *, limit: int, gpu: bo
 
 def _loop(settings: Settings, planned: Plan) -> _Clock:
     layout = RunLayout(results=settings.results, run_id=planned.run_id)
-    work = work_of(settings, layout, planned, pool_of(settings))
+    work = build_worker_context(settings, layout, planned, build_pool(settings))
     clock, done = _Clock(), 0
     with closing(Segmenter(work)) as segmenter:
         for part in planned.parts:
             for row in plan.read_part(layout, part).to_pylist():
-                photos = actor_pool.photos_of(row["images"])
+                photos = actor_pool.images_of(row["images"])
                 segmenter.rows_of(row["shard"], photos)
                 done += len(photos)
                 clock.note(done)

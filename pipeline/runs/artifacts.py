@@ -13,10 +13,10 @@ from pipeline.runs.ray_connection import RunStoppedError
 T = TypeVar("T")
 
 
-def read_back(uri: str, parse: Callable[[bytes], T], *, way_out: str) -> T:
+def read_artifact(uri: str, parse: Callable[[bytes], T], *, hint: str) -> T:
     """What `parse` makes of the object's bytes.
 
-    Raises RunStoppedError that names the object and says the `way_out` where it makes nothing of
+    Raises RunStoppedError that names the object and says the `hint` where it makes nothing of
     them: arguments are not to blame for a file that something else cut or wrote over. Raises
     StorageError where storage refuses.
     """
@@ -25,4 +25,4 @@ def read_back(uri: str, parse: Callable[[bytes], T], *, way_out: str) -> T:
         return parse(data)
     except (ValueError, KeyError, TypeError, OSError, pa.ArrowException) as error:
         why = f"{type(error).__name__}: {error}"
-        raise RunStoppedError(f"{uri} is broken ({why:.200}): {way_out}") from error
+        raise RunStoppedError(f"{uri} is broken ({why:.200}): {hint}") from error

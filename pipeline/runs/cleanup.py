@@ -27,7 +27,7 @@ _THREADS = 16
 _CHUNK_OBJECTS = 100
 
 
-def of_run(results: str, run_id: str) -> list[storage.Object]:
+def find_run(results: str, run_id: str) -> list[storage.Object]:
     """Every object of the run, in the order in which they are to be deleted.
 
     The lease of an unfinished run is watched first, for `lease.STALE_S` at most.
@@ -50,7 +50,7 @@ def of_run(results: str, run_id: str) -> list[storage.Object]:
     return found
 
 
-def leftovers(results: str) -> list[storage.Object]:
+def find_leftovers(results: str) -> list[storage.Object]:
     """What killed runs left that nobody needs.
 
     Temporary files; leases, single rows and accounts of finished runs; files beside a plan that it
@@ -90,8 +90,8 @@ def folder_of(results: str, item: storage.Object) -> str:
 
 
 def _refuse_if_held(run: RunLayout) -> None:
-    if living := lease.watch([run.lease], run.run_id):
-        held = lease.said_of(living[run.lease], run.run_id)
+    if living := lease.find_live([run.lease], run.run_id):
+        held = lease.describe_holder(living[run.lease], run.run_id)
         raise lease.HeldError(f"{held}; stop it, and clean then")
 
 
@@ -111,7 +111,7 @@ def _unplanned(results: str) -> list[storage.Object]:
         if (run_id := layout.run_of(results, item.uri))
     }
     unplanned = [item for item, run in runs.items() if _has_no_plan(run)]
-    living = lease.watch((item.uri for item in [*new, *unplanned]), "unknown")
+    living = lease.find_live((item.uri for item in [*new, *unplanned]), "unknown")
     found = [item for item in new if item.uri not in living]
     for item in unplanned:
         if item.uri not in living and _has_no_plan(runs[item]):

@@ -60,8 +60,8 @@ class Lease:
                 storage.delete([self._uri], within=self._within)
 
     def _take_over(self) -> None:
-        if living := watch([self._uri], self._run_id):
-            raise HeldError(said_of(living[self._uri], self._run_id))
+        if living := find_live([self._uri], self._run_id):
+            raise HeldError(describe_holder(living[self._uri], self._run_id))
         storage.write(self._uri, self._content())
         time.sleep(0.5)  # of several that take over at once, the last writer has it
         if _read(self._uri).get("token") != self._token:
@@ -92,7 +92,7 @@ class Lease:
 
 
 @contextlib.contextmanager
-def held(uri: str, run_id: str, *, within: str | None = None) -> Iterator[Lease]:
+def hold(uri: str, run_id: str, *, within: str | None = None) -> Iterator[Lease]:
     """The run's lease, while the block runs."""
     lease = Lease(uri, run_id, within=within)
     lease.acquire()
@@ -102,7 +102,7 @@ def held(uri: str, run_id: str, *, within: str | None = None) -> Iterator[Lease]
         lease.release()
 
 
-def watch(uris: Iterable[str], run_id: str) -> dict[str, dict[str, Any]]:
+def find_live(uris: Iterable[str], run_id: str) -> dict[str, dict[str, Any]]:
     """Those of the leases that somebody holds, with what they say; the others are nobody's.
 
     One that is not there, or whose holder is known to be dead, is known at once. The others are
@@ -112,8 +112,8 @@ def watch(uris: Iterable[str], run_id: str) -> dict[str, dict[str, Any]]:
     living: dict[str, dict[str, Any]] = {}
     unknown = {uri: holder for uri in uris if not _is_dead(holder := _read(uri))}
     for holder in unknown.values():
-        held = said_of(holder, run_id)
-        logger.warning("%s; watching for %g s whether it still lives", held, STALE_S)
+        hold = describe_holder(holder, run_id)
+        logger.warning("%s; watching for %g s whether it still lives", hold, STALE_S)
     deadline = time.monotonic() + STALE_S
     while unknown and time.monotonic() < deadline:
         time.sleep(HEARTBEAT_S / 10)
@@ -125,16 +125,16 @@ def watch(uris: Iterable[str], run_id: str) -> dict[str, dict[str, Any]]:
     return living
 
 
-def said_of(holder: dict[str, Any], run_id: str) -> str:
+def describe_holder(holder: dict[str, Any], run_id: str) -> str:
     """Who holds a lease that `run_id` wants, since when, and for which run where it is another."""
     run = holder.get("run_id", run_id)
     since = f" since {holder['since']}" if "since" in holder else ""
-    held = f"run {run} is being worked on by {holder.get('host')}:{holder.get('pid')}{since}"
+    hold = f"run {run} is being worked on by {holder.get('host')}:{holder.get('pid')}{since}"
     other = f", and run {run_id} would do the same work" if run != run_id else ""
-    return held + other
+    return hold + other
 
 
-def clear(uri: str, *, within: str | None = None) -> None:
+def clear_stale(uri: str, *, within: str | None = None) -> None:
     """Deletes the lease of a holder that is known to be dead: a run that is finished needs none.
 
     Storage that refuses keeps it.

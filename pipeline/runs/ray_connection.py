@@ -59,7 +59,7 @@ def connect(*, workers: int, cpus: int, gpus: float, quiet: bool = False) -> Non
 
 
 @contextmanager
-def left_at_the_end() -> Iterator[None]:
+def disconnect_on_exit() -> Iterator[None]:
     """A Ray that the block joins or starts is left at its end: it prints nothing afterwards.
 
     Not where the block is interrupted: who does that may wait for a few seconds only.
@@ -126,7 +126,7 @@ def _warn_where_nothing_fits(cpus: int, gpus: float) -> None:
         )
 
 
-def room(cpus: int, gpus: float) -> int:
+def worker_slots(cpus: int, gpus: float) -> int:
     """How many workers of that size the nodes that are there hold, were nothing else on them."""
     nodes = [each["Resources"] for each in ray.nodes() if each["Alive"]]  # type: ignore[no-untyped-call]
     return sum(

@@ -1,7 +1,7 @@
-"""How long a run waits: for processes to start long, for a sign of life from them less long.
+"""The two timeouts of a run: for its first process to start, and for progress after that.
 
-Waiting for a cluster that grows is no failure, and is said every so often. Processes that run
-while nothing moves are one. The clock is given, so that both can be worked by hand.
+Waiting for a cluster that scales up is not a failure, and is logged every `LOG_EVERY_S`. Processes
+that run without any progress are a failure.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import ray
 
 from pipeline.runs.ray_connection import RunStoppedError
 
-SAY_EVERY_S = 30.0
+LOG_EVERY_S = 30.0
 
 logger = logging.getLogger(__name__)
 
 
-class Patience:
-    """Is shown again and again how many processes run, and how much has moved since the start.
+class StallTimer:
+    """Stops a run that waits too long for processes, or whose processes make no progress.
 
-    The processes have `cpus` and `gpus` each. `nothing` names what did not move, and `stuck` says
-    what is known of it.
+    The processes need `cpus` and `gpus` each. `missing` says what did not happen during a stall,
+    and `details()` what is known about it. `clock` returns seconds.
     """
 
     def __init__(
@@ -33,48 +33,52 @@ class Patience:
         gpus: float,
         start_timeout_s: float,
         stall_timeout_s: float,
-        nothing: str = "no photo got through",
-        stuck: Callable[[], str] = str,
+        missing: str = "no image was completed",
+        details: Callable[[], str] = str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cpus = cpus
         self._gpus = gpus
         self._start_timeout_s = start_timeout_s
         self._stall_timeout_s = stall_timeout_s
-        self._nothing = nothing
-        self._stuck = stuck
+        self._missing = missing
+        self._details = details
         self._clock = clock
-        self._seen = (0, 0)
-        self._since = self._said = clock()
+        self._state = (0, 0)  # processes, progress
+        self._since = self._logged_at = clock()
 
-    def look(self, running: int, moved: int = 0) -> None:
-        """Raises RunStoppedError where it took too long."""
+    def check(self, running: int, progress: int = 0) -> None:
+        """Compare with the last call: `running` processes, and a count that grows with progress.
+
+        Raises RunStoppedError after `start_timeout_s` without a process, or `stall_timeout_s`
+        without progress.
+        """
         now = self._clock()
-        seen = (running, moved if running else 0)
-        if seen != self._seen:
-            self._seen = seen
-            self._since = self._said = now
+        state = (running, progress if running else 0)
+        if state != self._state:
+            self._state = state
+            self._since = self._logged_at = now
         elif running:
             self._check_stall(now - self._since)
         else:
-            self._check_wait(now)
+            self._check_start(now)
 
     def _check_stall(self, seconds: float) -> None:
         if seconds >= self._stall_timeout_s:
             raise RunStoppedError(
-                f"nothing moves: {self._seen[0]} processes run, and for {seconds:.0f} s "
-                f"(--stall-timeout) {self._nothing}{self._stuck()}"
+                f"the run stalled: {self._state[0]} processes are running, but {self._missing} "
+                f"for {seconds:.0f} s (--stall-timeout){self._details()}"
             )
 
-    def _check_wait(self, now: float) -> None:
+    def _check_start(self, now: float) -> None:
         seconds = now - self._since
         if seconds >= self._start_timeout_s:
             raise RunStoppedError(
-                f"{self._waiting()}: {seconds:.0f} s were in vain (--start-timeout); "
-                "the same command continues once the cluster has one"
+                f"gave up {self._waiting()} after {seconds:.0f} s (--start-timeout); "
+                "run the same command again once the cluster has one"
             )
-        if now - self._said >= SAY_EVERY_S:
-            self._said = now
+        if now - self._logged_at >= LOG_EVERY_S:
+            self._logged_at = now
             logger.warning(
                 "%s, %.0f s so far (--start-timeout %g)",
                 self._waiting(),
@@ -86,7 +90,7 @@ class Patience:
         need = f"{self._cpus} CPUs" + (f" and {self._gpus:g} GPUs" if self._gpus else "")
         nodes = [each["Resources"] for each in ray.nodes() if each["Alive"]]  # type: ignore[no-untyped-call]
         if any(_fits(node, self._cpus, self._gpus) for node in nodes):
-            return f"waiting for a process to start: a node with {need} is there, busy or loading"
+            return f"waiting for a process to start: a node with {need} exists, busy or loading"
         return f"waiting for a node with {need}"
 
 

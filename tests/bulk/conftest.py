@@ -16,7 +16,7 @@ from finishing import Made, Rows, opened_finish
 from PIL import Image
 from small_photos import DEMO, encoded, photo
 
-from pipeline.bulk.driver.finalize import Finish
+from pipeline.bulk.driver.finalize import RunFinalizer
 from pipeline.bulk.planning.listing import Listed, Listing
 from pipeline.bulk.settings import Settings, fingerprint
 from pipeline.bulk.worker.segmenter import Work, checkpoint_fingerprint
@@ -150,7 +150,7 @@ def finish_of() -> Iterator[Made]:
     """Makes the files of a run of these rows below a prefix; the end of that run, opened."""
     with contextlib.ExitStack() as opened:
 
-        def made(prefix: str, rows: Rows) -> tuple[Finish, RunLayout]:
+        def made(prefix: str, rows: Rows) -> tuple[RunFinalizer, RunLayout]:
             finishing, layout = opened_finish(prefix, rows)
             return opened.enter_context(finishing), layout
 

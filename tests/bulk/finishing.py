@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.bulk.driver.finalize import Finish
+from pipeline.bulk.driver.finalize import RunFinalizer
 from pipeline.bulk.planning.plan import Counts, Plan
 from pipeline.data import storage
 from pipeline.data.labels import VOC
@@ -18,7 +18,7 @@ from pipeline.results import tables
 from pipeline.results.layout import RunLayout
 
 Rows = list[dict[str, Any]]
-Made = Callable[[str, Rows], tuple[Finish, RunLayout]]
+Made = Callable[[str, Rows], tuple[RunFinalizer, RunLayout]]
 
 
 def _class(c: int, draw: random.Random, *, labelled: bool) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def rows_of(count: int, *, labels: str = "some", errors: str = "some", classes: 
     return rows
 
 
-def opened_finish(prefix: str, rows: Rows) -> tuple[Finish, RunLayout]:
+def opened_finish(prefix: str, rows: Rows) -> tuple[RunFinalizer, RunLayout]:
     """Puts the shards of these rows below the prefix; the end of their run, to be entered."""
     layout = RunLayout(results=f"{prefix}/o'results [1]", run_id="r")
     schema = tables.with_footer(tables.IMAGES, VOC)
@@ -77,7 +77,7 @@ def opened_finish(prefix: str, rows: Rows) -> tuple[Finish, RunLayout]:
         settings="s",
         counts=Counts(images=len(rows), shards=len({row["shard"] for row in rows})),
     )
-    return Finish(layout, plan, VOC), layout
+    return RunFinalizer(layout, plan, VOC), layout
 
 
 def class_parts(layout: RunLayout) -> list[bytes]:

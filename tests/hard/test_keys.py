@@ -21,8 +21,8 @@ from PIL import Image
 from small_photos import DEMO, encoded
 
 from jobs import query
-from pipeline.bulk.driver.actor_pool import photos_of
-from pipeline.bulk.driver.finalize import Finish
+from pipeline.bulk.driver.actor_pool import images_of
+from pipeline.bulk.driver.finalize import RunFinalizer
 from pipeline.bulk.planning import plan
 from pipeline.bulk.settings import Settings, fingerprint
 from pipeline.bulk.worker.segmenter import Segmenter, Work, checkpoint_fingerprint
@@ -101,12 +101,12 @@ def whole_run(settings: Settings) -> RunLayout:
     try:
         for part in made.parts:
             for row in plan.read_part(layout, part).to_pylist():
-                segmenter.segment(row["shard"], photos_of(row["images"]))
+                segmenter.segment(row["shard"], images_of(row["images"]))
     finally:
         segmenter.close()
     facts = {"checkpoint": CHECKPOINT, "checkpoint_sha256": "0", "code_version": "1"}
     facts |= {"bytes_read": 1, "seconds": 1.0, "images_per_second": None}
-    with Finish(layout, made, segmenter.classes) as finish:
+    with RunFinalizer(layout, made, segmenter.classes) as finish:
         finish.write_classes()
         finish.write_done()
         finish.write_record(finish.outcome(), facts)

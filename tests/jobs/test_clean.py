@@ -61,7 +61,7 @@ def test_a_run_that_is_not_there_or_in_use_is_one_line_and_exit_1(
     write_run(results, "a", finished=False)
     assert main([results, "--run-id", "b"]) == 1
     assert capsys.readouterr() == ("", f"no run b lies at {results}\n")
-    with lease.held(RunLayout(results=results, run_id="a").lease, "a"):
+    with lease.hold(RunLayout(results=results, run_id="a").lease, "a"):
         before = names(results)
         assert main([results, "--run-id", "a"]) == 1
         assert names(results) == before

@@ -12,7 +12,7 @@ from small_photos import DEMO, photo
 
 from jobs.segment import main
 from pipeline.bulk.driver import preflight
-from pipeline.bulk.driver.actor_pool import photos_of
+from pipeline.bulk.driver.actor_pool import images_of
 from pipeline.bulk.planning import plan
 from pipeline.bulk.settings import Settings
 from pipeline.bulk.worker.segmenter import Segmenter
@@ -39,12 +39,12 @@ def segmented(prefix: str) -> RunLayout:
         storage.write(f"{prefix}/photos/{name}", image)
     settings = parse(Settings, arguments(prefix), description="")
     layout = RunLayout(results=settings.results, run_id="a")
-    identity = settings.identity(model=preflight.look(settings).fingerprint)
+    identity = settings.identity(model=preflight.preflight(settings).fingerprint)
     made = plan.make(settings, layout, identity)
-    work = preflight.work_of(settings, layout, made, preflight.pool_of(settings))
+    work = preflight.build_worker_context(settings, layout, made, preflight.build_pool(settings))
     with closing(Segmenter(work)) as segmenter:
         for row in plan.read_part(layout, made.parts[0]).to_pylist():
-            data, _ = segmenter.rows_of(row["shard"], photos_of(row["images"]))
+            data, _ = segmenter.rows_of(row["shard"], images_of(row["images"]))
             storage.create(layout.shard(row["shard"]), data)
     return layout
 

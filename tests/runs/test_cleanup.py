@@ -82,7 +82,7 @@ def test_a_run_goes_whole_and_its_neighbours_by_name_stay(prefix: str) -> None:
         write_all(prefix, run_id)
     others = names(prefix)
     write_all(prefix, "a")
-    objects = cleanup.of_run(prefix, "a")
+    objects = cleanup.find_run(prefix, "a")
     assert set(found(prefix, objects)) == names(prefix) - others
     cleanup.delete(prefix, objects)
     assert names(prefix) == others
@@ -90,7 +90,7 @@ def test_a_run_goes_whole_and_its_neighbours_by_name_stay(prefix: str) -> None:
 
 def test_the_record_goes_first_and_the_plan_before_its_parts(prefix: str) -> None:
     write_all(prefix, "a")
-    order = found(prefix, cleanup.of_run(prefix, "a"))
+    order = found(prefix, cleanup.find_run(prefix, "a"))
     folders = list(dict.fromkeys(name.partition("/")[0] for name in order))
     assert folders == ["runs", "done", "classes", "images", "plans", "singles", "usage", "leases"]
     assert set(folders) == set(FOLDERS)
@@ -105,20 +105,20 @@ def test_a_deletion_cut_off_anywhere_is_no_finished_run_and_is_ended_by_another(
     write_all(results, "other")
     write_all(results, "a")
     while left := [name for name in names(results) if "run=a" in name]:
-        cleanup.delete(results, cleanup.of_run(results, "a")[:1])
+        cleanup.delete(results, cleanup.find_run(results, "a")[:1])
         with connect(results) as con:
             assert con.execute("SELECT run_id FROM runs").fetchall() == [("other",)]
             con.execute("SELECT * FROM classes").fetchall()
         assert len([name for name in names(results) if "run=a" in name]) == len(left) - 1
     with pytest.raises(LookupError, match="no run a lies at"):
-        cleanup.of_run(results, "a")
+        cleanup.find_run(results, "a")
 
 
 def test_local_folders_go_with_their_last_file_and_temporary_files_too(tmp_path: Path) -> None:
     results = tmp_path / "store"
     run = write_all(str(results), "a")
     (Path(run.images) / f".shard-000009.parquet.{'0' * 16}.tmp").write_bytes(b"half")
-    cleanup.delete(str(results), cleanup.of_run(str(results), "a"))
+    cleanup.delete(str(results), cleanup.find_run(str(results), "a"))
     assert list(tmp_path.rglob("*")) in ([], [results])
 
 
@@ -126,7 +126,7 @@ def test_many_objects_are_deleted(prefix: str) -> None:
     run = RunLayout(results=prefix, run_id="a")
     for i in range(250):
         storage.write(run.single(0, i), b".")
-    cleanup.delete(prefix, cleanup.of_run(prefix, "a"))
+    cleanup.delete(prefix, cleanup.find_run(prefix, "a"))
     assert names(prefix) == set()
 
 
@@ -140,7 +140,7 @@ def test_an_unfinished_run_is_not_deleted_while_somebody_works_on_it_whatever_th
         beating(run.lease, age_s=behind_s),
         pytest.raises(HeldError, match=r"run a is being worked on by node7:42"),
     ):
-        cleanup.of_run(prefix, "a")
+        cleanup.find_run(prefix, "a")
     assert names(prefix) == before
 
 
@@ -151,7 +151,7 @@ def test_an_unfinished_run_whose_lease_does_not_change_while_watched_is_deleted(
     run = write_all(prefix, "a", finished=False)
     storage.write(run.lease, content)
     started = time.monotonic()
-    assert set(found(prefix, cleanup.of_run(prefix, "a"))) == names(prefix)
+    assert set(found(prefix, cleanup.find_run(prefix, "a"))) == names(prefix)
     assert time.monotonic() - started >= STALE_S
     assert f"watching for {STALE_S:g} s whether it still lives" in caplog.text
 
@@ -162,23 +162,23 @@ def test_where_there_is_no_lease_or_its_process_is_known_to_be_dead_nobody_waits
     results = str(tmp_path)
     run = write_all(results, "a", finished=False)
     storage.delete([run.lease])
-    assert cleanup.of_run(results, "a")
+    assert cleanup.find_run(results, "a")
     code = "import os, sys; from pipeline.runs.lease import Lease; Lease(*sys.argv[1:]).acquire()"
     command = [sys.executable, "-c", f"{code}; os._exit(0)", run.lease, "a"]
     subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
-    assert cleanup.of_run(results, "a")
+    assert cleanup.find_run(results, "a")
     assert caplog.text == ""
 
 
 def test_a_finished_run_is_deleted_whatever_its_lease_says(prefix: str) -> None:
     write_lease(write_all(prefix, "a"), age_s=0)
-    assert cleanup.of_run(prefix, "a")
+    assert cleanup.find_run(prefix, "a")
 
 
 def test_leftovers_are_what_finished_runs_no_longer_need(prefix: str) -> None:
     write_all(prefix, "done")
     write_all(prefix, "open", finished=False)
-    assert set(found(prefix, cleanup.leftovers(prefix))) == {
+    assert set(found(prefix, cleanup.find_leftovers(prefix))) == {
         "leases/run=done.json",
         "singles/run=done/000017/00003.parquet",
         "usage/run=done/0123456789abcdef.json",
@@ -190,10 +190,10 @@ def test_the_lease_of_what_is_new_is_a_leftover_once_nobody_holds_it(prefix: str
     run = RunLayout(results=prefix, run_id="open")
     write_lease(run, age_s=5)
     with beating(only_new_lease(prefix, "held")):
-        assert found(prefix, cleanup.leftovers(prefix)) == []
+        assert found(prefix, cleanup.find_leftovers(prefix)) == []
         storage.write(only_new_lease(prefix, "old"), storage.read(run.lease))
         storage.write(f"{prefix}/leases/notes.txt", b"of a person")
-        assert found(prefix, cleanup.leftovers(prefix)) == ["leases/only-new-old.json"]
+        assert found(prefix, cleanup.find_leftovers(prefix)) == ["leases/only-new-old.json"]
 
 
 def test_parts_that_the_plan_does_not_name_are_leftovers_once_there_is_a_plan(prefix: str) -> None:
@@ -202,8 +202,10 @@ def test_parts_that_the_plan_does_not_name_are_leftovers_once_there_is_a_plan(pr
         plan = RunLayout(results=prefix, run_id=run_id).plan
         storage.write(f"{plan}/part-00000-bb.parquet", b"of the planner that came second")
     storage.write(f"{RunLayout(results=prefix, run_id='broken').plan}/plan.json", b"{}")
-    assert found(prefix, cleanup.leftovers(prefix)) == ["plans/run=planned/part-00000-bb.parquet"]
-    assert len(cleanup.of_run(prefix, "planning")) == 1
+    assert found(prefix, cleanup.find_leftovers(prefix)) == [
+        "plans/run=planned/part-00000-bb.parquet"
+    ]
+    assert len(cleanup.find_run(prefix, "planning")) == 1
 
 
 def test_temporary_files_are_leftovers_unless_their_writer_may_still_live(tmp_path: Path) -> None:
@@ -212,14 +214,14 @@ def test_temporary_files_are_leftovers_unless_their_writer_may_still_live(tmp_pa
         file = tmp_path / "images" / "run=a" / f".{name}.{'0' * 16}.tmp"
         file.write_bytes(b"half")
         os.utime(file, (time.time() - age_s,) * 2)
-    assert found(str(tmp_path), cleanup.leftovers(str(tmp_path))) == [
+    assert found(str(tmp_path), cleanup.find_leftovers(str(tmp_path))) == [
         f"images/run=a/.old.{'0' * 16}.tmp"
     ]
 
 
 def test_a_run_id_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not usable"):
-        cleanup.of_run(str(tmp_path), "../a")
+        cleanup.find_run(str(tmp_path), "../a")
 
 
 def test_what_a_run_left_that_died_before_it_had_a_plan_is_a_leftover(prefix: str) -> None:
@@ -229,7 +231,7 @@ def test_what_a_run_left_that_died_before_it_had_a_plan_is_a_leftover(prefix: st
         storage.write(f"{run.plan}/part-00000-0.parquet", b"part")
     write_lease(dead, age_s=-1)
     with beating(planning.lease, age_s=3600):
-        assert set(found(prefix, cleanup.leftovers(prefix))) == {
+        assert set(found(prefix, cleanup.find_leftovers(prefix))) == {
             "leases/run=dead.json",
             "plans/run=dead/part-00000-0.parquet",
         }
@@ -237,4 +239,4 @@ def test_what_a_run_left_that_died_before_it_had_a_plan_is_a_leftover(prefix: st
 
 def test_cleaning_where_nothing_lies_is_an_error(prefix: str) -> None:
     with pytest.raises(LookupError, match="no results lie at"):
-        cleanup.leftovers(f"{prefix}/typo")
+        cleanup.find_leftovers(f"{prefix}/typo")

@@ -54,18 +54,18 @@ def _token(uri: str) -> str:
 
 
 def test_a_second_driver_is_refused_while_the_first_lives(uri: str) -> None:
-    with lease.held(uri, "r") as first:
+    with lease.hold(uri, "r") as first:
         for _ in range(2):
             with pytest.raises(HeldError, match=f"run r is being worked on by .*:{os.getpid()}"):
                 Lease(uri, "r").acquire()
         assert not first.lost.is_set()
-    with lease.held(uri, "r"):  # it was given back
+    with lease.hold(uri, "r"):  # it was given back
         pass
     assert not storage.exists(uri)
 
 
 def test_who_is_refused_hears_who_works_since_when_and_on_which_run(uri: str) -> None:
-    with lease.held(uri, "first"):
+    with lease.hold(uri, "first"):
         since = json.loads(storage.read(uri))["since"]
         assert abs((datetime.now(UTC) - datetime.fromisoformat(since)).total_seconds()) < 60
         with pytest.raises(HeldError) as refused:
@@ -78,12 +78,12 @@ def test_who_is_refused_hears_who_works_since_when_and_on_which_run(uri: str) ->
 
 
 def test_other_runs_have_other_leases(prefix: str) -> None:
-    with lease.held(f"{prefix}/a.json", "a"), lease.held(f"{prefix}/b.json", "b"):
+    with lease.hold(f"{prefix}/a.json", "a"), lease.hold(f"{prefix}/b.json", "b"):
         pass
 
 
 def test_a_lease_is_given_back_when_its_driver_fails(uri: str) -> None:
-    with pytest.raises(RuntimeError, match="stopped"), lease.held(uri, "r"):
+    with pytest.raises(RuntimeError, match="stopped"), lease.hold(uri, "r"):
         raise RuntimeError("stopped")
     assert not storage.exists(uri)
 
@@ -92,30 +92,30 @@ def test_the_lease_of_a_dead_process_is_taken_at_once(uri: str) -> None:
     _of_a_dead_process(uri)
     assert storage.exists(uri)
     started = time.monotonic()
-    with lease.held(uri, "r") as held:
+    with lease.hold(uri, "r") as held:
         assert time.monotonic() - started < STALE_S
         assert not held.lost.is_set()
     assert not storage.exists(uri)
 
 
 def test_a_lease_is_cleared_where_its_holder_is_known_to_be_dead(uri: str) -> None:
-    lease.clear(uri)  # there is none
+    lease.clear_stale(uri)  # there is none
     _of_a_silent_host(uri)
-    lease.clear(uri)
+    lease.clear_stale(uri)
     assert _token(uri) == "x"
     storage.delete([uri])
-    with lease.held(uri, "r"):
-        lease.clear(uri)
+    with lease.hold(uri, "r"):
+        lease.clear_stale(uri)
         assert storage.exists(uri)
     _of_a_dead_process(uri)
-    lease.clear(uri)
+    lease.clear_stale(uri)
     assert not storage.exists(uri)
 
 
 def test_the_lease_of_a_silent_host_is_taken_when_it_is_stale_and_not_before(uri: str) -> None:
     _of_a_silent_host(uri)
     started = time.monotonic()
-    with lease.held(uri, "r"):
+    with lease.hold(uri, "r"):
         assert time.monotonic() - started >= STALE_S
         assert _token(uri) != "x"
 
@@ -125,20 +125,20 @@ def test_a_lease_that_is_given_back_while_one_watches_is_taken(uri: str) -> None
     timer = threading.Timer(0.3, storage.delete, [[uri]])
     timer.start()
     started = time.monotonic()
-    with lease.held(uri, "r") as held:
+    with lease.hold(uri, "r") as held:
         assert time.monotonic() - started < STALE_S
         assert not held.lost.is_set()
 
 
 def test_a_driver_whose_lease_another_took_is_told_and_leaves_it_to_them(uri: str) -> None:
-    with lease.held(uri, "r") as held:
+    with lease.hold(uri, "r") as held:
         _of_a_silent_host(uri)
         assert held.lost.wait(5)
     assert _token(uri) == "x"
 
 
 def test_a_lease_that_someone_deleted_is_put_back(uri: str) -> None:
-    with lease.held(uri, "r") as held:
+    with lease.hold(uri, "r") as held:
         storage.delete([uri])
         deadline = time.monotonic() + 5
         while not storage.exists(uri) and time.monotonic() < deadline:

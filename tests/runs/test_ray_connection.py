@@ -109,7 +109,7 @@ def test_a_ray_that_a_job_began_is_left_at_its_end(
     state = {"up": before}
     monkeypatch.setattr(ray, "is_initialized", lambda: state["up"])
     monkeypatch.setattr(ray, "shutdown", lambda: state.update(up=False))
-    with contextlib.suppress(ValueError, KeyboardInterrupt), ray_connection.left_at_the_end():
+    with contextlib.suppress(ValueError, KeyboardInterrupt), ray_connection.disconnect_on_exit():
         state["up"] = True
         if ends_with is not None:
             raise ends_with

@@ -70,7 +70,7 @@ def _class(class_id: int, draw: random.Random) -> Row:
 def step(name: str, results: str, photos: int) -> Row:
     """Does the step in this process; what it took, and the process's peak."""
     from pipeline.bulk.driver import run  # noqa: F401 - as much as a driver imports
-    from pipeline.bulk.driver.finalize import Finish, Outcome
+    from pipeline.bulk.driver.finalize import Outcome, RunFinalizer
     from pipeline.bulk.planning.plan import Counts, Plan
     from pipeline.data.labels import VOC
     from pipeline.results.layout import RunLayout
@@ -80,7 +80,7 @@ def step(name: str, results: str, photos: int) -> Row:
     counts = Counts(images=photos, shards=-(-photos // SHARD_IMAGES))
     started_at = "2026-11-01T12:00:00+00:00"
     plan = Plan(run_id="made-up", started_at=started_at, counts=counts, **values)
-    finish = Finish(layout, plan, VOC)
+    finish = RunFinalizer(layout, plan, VOC)
     nothing = Outcome(images=photos, ok=photos, errors=0, label_errors=0, errors_by_kind=())
     facts = {"checkpoint": "c", "checkpoint_sha256": "0", "code_version": "1"}
     facts |= {"bytes_read": 0, "seconds": 1.0, "images_per_second": None}

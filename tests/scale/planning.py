@@ -84,10 +84,10 @@ def _resume(layout: Any) -> None:
         fill_shards(layout.images, numbers[0], numbers[-1] + 1)
         yield from (Summary(shard=number) for number in numbers)
 
-    actor_pool.run = appear  # type: ignore[assignment]
+    actor_pool.run_batch = appear  # type: ignore[assignment]
     known = plan.load(layout)
     assert known is not None
-    progress = preflight.progress_of(known, layout)
+    progress = preflight.build_progress(known, layout)
     work = Mock(layout=layout)
     reconciler = reconcile.Reconciler(work, Mock(max_actors=1), Mock(), progress.add)
     reconciler._board = Mock()

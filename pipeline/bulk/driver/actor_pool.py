@@ -24,8 +24,8 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.util.annotations import RayDeprecationWarning
 
-from pipeline.bulk.driver.progress_actor import Teller
-from pipeline.bulk.driver.watchdog import WatchCallback, Watchdog
+from pipeline.bulk.driver.progress_actor import ProgressReporter
+from pipeline.bulk.driver.watchdog import StallWatchdog, WatchCallback
 from pipeline.bulk.planning.listing import Listed
 from pipeline.bulk.worker import storage_probe
 from pipeline.bulk.worker.failure_streaks import CutOffError, SystemicError
@@ -34,7 +34,7 @@ from pipeline.bulk.worker.summary import Summary
 from pipeline.data.storage import StorageError
 from pipeline.runs import ray_connection
 from pipeline.runs.ray_connection import RunStoppedError
-from pipeline.runs.timeouts import Patience
+from pipeline.runs.timeouts import StallTimer
 from pipeline.text import first_line
 
 _CONCURRENT_SHARDS = 2  # one is fetched and decoded while the other is in the network
@@ -55,7 +55,7 @@ _LOST = (
 """What Ray says of shards that died with a process or a node."""
 
 
-class WaveLostError(RuntimeError):
+class BatchLostError(RuntimeError):
     """The rest of the wave was not tried: too many processes died, or one is cut off."""
 
 
@@ -74,23 +74,23 @@ class Pool:
         """Joins or starts a Ray that is large enough. Raises RunStoppedError."""
         ray_connection.connect(workers=self.max_actors, cpus=self.cpus, gpus=self.gpus)
 
-    def patience(self, stuck: Callable[[], str] = str) -> Patience:
-        """How long one waits for such actors."""
-        return Patience(
+    def stall_timer(self, details: Callable[[], str] = str) -> StallTimer:
+        """Return the timeouts that apply to these actors; `details` describes a stall."""
+        return StallTimer(
             cpus=self.cpus,
             gpus=self.gpus,
             start_timeout_s=self.start_timeout_s,
             stall_timeout_s=self.stall_timeout_s,
-            stuck=stuck,
+            details=details,
         )
 
 
-def photos_of(images: list[dict[str, Any]]) -> list[Listed]:
+def images_of(images: list[dict[str, Any]]) -> list[Listed]:
     """The photos in a plan row's list."""
     return [Listed(**image) for image in images]
 
 
-class Stage:
+class ShardWorker:
     """The actor: a segmenter, and its words to the driver. No exception leaves it."""
 
     def __init__(self, work: Work, board: Any) -> None:
@@ -107,14 +107,16 @@ class Stage:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """A batch of one shard -> its summary."""
         [row] = batch.to_pylist()
-        return pa.Table.from_pylist([self._segment(row["shard"], photos_of(row["images"]))])
+        return pa.Table.from_pylist([self._segment(row["shard"], images_of(row["images"]))])
 
     def _segment(self, shard: int, photos: list[Listed]) -> dict[str, Any]:
         summary, fatal, cut_off = Summary(shard=shard), self._fatal, self._cut_off
         if fatal is None:
             self._board.tell.remote(shard, 0)
             try:
-                summary = self._segmenter.segment(shard, photos, Teller(self._board, shard))
+                summary = self._segmenter.segment(
+                    shard, photos, ProgressReporter(self._board, shard)
+                )
             except (SystemicError, StorageError) as error:
                 fatal, cut_off = str(error), isinstance(error, CutOffError | StorageError)
             except Exception as error:  # a bug: said to the driver, which ends the run
@@ -125,7 +127,7 @@ class Stage:
         return {**packed, "errors": json.dumps(summary.errors), **said}
 
 
-def run(
+def run_batch(
     work: Work,
     shards: pa.Table,
     pool: Pool,
@@ -137,17 +139,17 @@ def run(
 
     `board` is the handle of a `Board`. With `one_at_a_time` nothing is queued on an actor behind
     another shard, so that a death costs no other shard.
-    Raises WaveLostError, and RunStoppedError for what no other wave would do better.
+    Raises BatchLostError, and RunStoppedError for what no other wave would do better.
     """
     count = len(shards)
     _set_context(count)
     in_flight = 1 if one_at_a_time else _SHARDS_IN_FLIGHT
     # max_restarts and max_task_retries have no other place yet
     warnings.simplefilter("ignore", RayDeprecationWarning)
-    watchdog = Watchdog(pool.patience, board)
+    watchdog = StallWatchdog(pool.stall_timer, board)
     # a block a row, made here: from_arrow would ask the cluster's CPUs about each of them
     summaries = ray.data.from_items(shards.to_pylist(), override_num_blocks=count).map_batches(
-        Stage,
+        ShardWorker,
         fn_constructor_args=(work, board),
         batch_size=1,
         batch_format="pyarrow",
@@ -167,7 +169,7 @@ def run(
         for row in watchdog.watched(summaries):
             fatal, cut_off = row.pop("fatal"), row.pop("cut_off")
             if fatal and cut_off and not _refusal_here(work):
-                raise WaveLostError(f"a node is cut off from storage: {fatal}")
+                raise BatchLostError(f"a node is cut off from storage: {fatal}")
             if fatal:
                 raise RunStoppedError(fatal)
             board.forget.remote(row["shard"])
@@ -179,7 +181,7 @@ def run(
         raise RunStoppedError(f"Ray gave up: {first_line(error)}") from error
     else:
         return
-    raise WaveLostError(lost)
+    raise BatchLostError(lost)
 
 
 def _refusal_here(work: Work) -> StorageError | None:

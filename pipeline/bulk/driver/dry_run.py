@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from pipeline.bulk.driver import estimate
-from pipeline.bulk.driver.estimate import Estimate, Spread
-from pipeline.bulk.driver.preflight import pool_of, progress_of, work_of
+from pipeline.bulk.driver.estimate import Estimate, StratifiedSample
+from pipeline.bulk.driver.preflight import build_pool, build_progress, build_worker_context
 from pipeline.bulk.driver.progress import Progress
 from pipeline.bulk.planning import plan
 from pipeline.bulk.planning.plan import Plan
@@ -21,7 +21,7 @@ from pipeline.results.layout import RunLayout
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dry:
+class DryRunResult:
     """The plan that is there or would be; its estimate, or why there is none."""
 
     plan: Plan
@@ -35,33 +35,33 @@ def dry_run(
     identity: dict[str, Any],
     known: Plan | None,
     watch: Callable[[Plan, Progress], None],
-) -> Dry:
+) -> DryRunResult:
     """The plan as it would be, and what it would take."""
-    spread = Spread(settings.calibration_images)
+    spread = StratifiedSample(settings.calibration_images)
     written = known is not None
     look = spread.through if settings.calibration_images else iter
     known = known or plan.make(settings, layout, identity, write=False, look=look)
-    progress = progress_of(known, layout)
+    progress = build_progress(known, layout)
     watch(known, progress)
     left = progress.images - progress.images_before
     if not (settings.calibration_images and left):
-        return Dry(plan=known)
-    pool = pool_of(settings)
+        return DryRunResult(plan=known)
+    pool = build_pool(settings)
     if pool.gpus and not torch.cuda.is_available():
-        return Dry(
+        return DryRunResult(
             plan=known,
             no_estimate="its actors have GPUs, and this machine has none to measure on; "
             "a dry run on a node with one gives it",
         )
-    work = work_of(settings, layout, known, pool)
+    work = build_worker_context(settings, layout, known, pool)
     try:
         photos = (
-            estimate.spread_of(work, known, settings.calibration_images)
+            estimate.sample_plan(work, known, settings.calibration_images)
             if written
             else spread.photos()
         )
         shards = max(1, round(known.counts.shards * left / progress.images))
         found = estimate.measure(work, pool, photos, images=left, shards=shards)
     except (SystemicError, storage.StorageError) as error:
-        return Dry(plan=known, no_estimate=str(error))
-    return Dry(plan=known, estimate=found)
+        return DryRunResult(plan=known, no_estimate=str(error))
+    return DryRunResult(plan=known, estimate=found)

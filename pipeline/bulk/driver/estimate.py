@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.bulk.driver.actor_pool import Pool, photos_of
+from pipeline.bulk.driver.actor_pool import Pool, images_of
 from pipeline.bulk.planning import plan
 from pipeline.bulk.planning.listing import Listed
 from pipeline.bulk.planning.plan import Plan
@@ -23,7 +23,7 @@ _CHUNK = 8  # photos a call of the segmenter, which overlaps their loading with 
 _PARTS = 4  # of a written plan that are read for a sample
 
 
-class Spread:
+class StratifiedSample:
     """Up to `count` photos of a stream of any length, spread evenly over it."""
 
     def __init__(self, count: int) -> None:
@@ -80,13 +80,13 @@ class Estimate:
         return self.actor_hours * self.pool.gpus
 
 
-def spread_of(work: Work, known: Plan, count: int) -> list[Listed]:
+def sample_plan(work: Work, known: Plan, count: int) -> list[Listed]:
     """Photos spread over a plan that is written."""
-    spread = Spread(count)
+    spread = StratifiedSample(count)
     every = max(1, len(known.parts) // _PARTS)
     for part in known.parts[::every][:_PARTS]:
         shards = plan.read_part(work.layout, part)["images"]
-        photos = (photo for shard in shards for photo in photos_of(shard.as_py()))
+        photos = (photo for shard in shards for photo in images_of(shard.as_py()))
         for _ in spread.through(photos):
             pass
     return spread.photos()

@@ -28,7 +28,7 @@ from pipeline.data import storage
 from pipeline.data.labels import Classes
 from pipeline.results import files, tables
 from pipeline.results.layout import RunLayout, parts_of, shards_of
-from pipeline.runs.artifacts import read_back
+from pipeline.runs.artifacts import read_artifact
 from pipeline.runs.ray_connection import RunStoppedError
 
 _MEMORY_LIMIT = "600MB"  # beside what Python and Arrow take
@@ -78,10 +78,10 @@ class Outcome:
     errors_by_kind: tuple[tuple[str, int], ...]
 
 
-def recorded(layout: RunLayout) -> Outcome:
+def load_outcome(layout: RunLayout) -> Outcome:
     """What the record of a finished run says that its files hold. Raises RunStoppedError."""
     again = "delete it, and the same command ends the run again"
-    return read_back(layout.record, _recorded, way_out=again)
+    return read_artifact(layout.record, _recorded, hint=again)
 
 
 def _recorded(data: bytes) -> Outcome:
@@ -95,7 +95,7 @@ def _recorded(data: bytes) -> Outcome:
     )
 
 
-class Finish:
+class RunFinalizer:
     """The end of one run, over its committed files; as a context manager, which gathers them."""
 
     def __init__(self, layout: RunLayout, plan: Plan, classes: Classes) -> None:
@@ -103,7 +103,7 @@ class Finish:
         self._plan = plan
         self._classes = classes
 
-    def __enter__(self) -> Finish:
+    def __enter__(self) -> RunFinalizer:
         results = self._layout.results
         shards = shards_of(storage.list_objects(self._layout.images))
         with contextlib.ExitStack() as opened:
@@ -138,7 +138,7 @@ class Finish:
         schema = tables.with_footer(tables.CLASSES, self._classes)
         reader = self._con.sql(_CLASSES).to_arrow_reader(parquet_writer.ROW_GROUP)
         written = []
-        for number, part in enumerate(parquet_writer.cut(reader, schema)):
+        for number, part in enumerate(parquet_writer.write_row_groups(reader, schema)):
             written.append(self._layout.class_part(number))
             self._put(written[-1], part)
         self._delete_others(self._layout.classes, written)
@@ -147,7 +147,7 @@ class Finish:
     def write_done(self) -> None:
         """`done/`: the keys of what later runs may leave out; the last file makes all count."""
         found = self._con.sql(f"select {', '.join(tables.DONE.names)} from images order by uri")
-        files_of_done = parquet_writer.cut(
+        files_of_done = parquet_writer.write_row_groups(
             found.to_arrow_reader(parquet_writer.ROW_GROUP), tables.DONE
         )
         last, written = next(files_of_done), []

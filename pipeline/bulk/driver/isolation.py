@@ -24,26 +24,26 @@ from pipeline.bulk.worker.segmenter import Segmenter, Work
 from pipeline.bulk.worker.summary import Summary
 from pipeline.data import storage
 from pipeline.results import tables
-from pipeline.runs.artifacts import read_back
+from pipeline.runs.artifacts import read_artifact
 from pipeline.runs.ray_connection import RunStoppedError
 from pipeline.text import last_line
 
-DEATHS = 2
+MAX_CRASHES = 2
 """Deaths of a process with the photo alone on it that condemn the photo."""
 
 _DIED = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
 """What Ray says of a process that died; the latter where Ray itself killed it, for memory."""
 
-TRIES = 10
+MAX_ATTEMPTS = 10
 """Processes that are started for one photo at most, those that nodes took with them included."""
 
-DEADLINE_S = 900.0
+IMAGE_TIMEOUT_S = 900.0
 """Seconds for one photo alone, the model's loading included."""
 
 logger = logging.getLogger(__name__)
 
 
-class AloneStage:
+class IsolatedWorker:
     """The actor: a segmenter that is given one photo at a time."""
 
     def __init__(self, work: Work) -> None:
@@ -60,7 +60,7 @@ class AloneStage:
         return self._segmenter.rows_of(shard, [photo])[0]
 
 
-class Alone:
+class ImageIsolator:
     """Segments shards photo by photo, and creates their files."""
 
     def __init__(self, work: Work, pool: Pool, rows: RowMaker) -> None:
@@ -70,7 +70,7 @@ class Alone:
         self._schema = tables.with_footer(tables.IMAGES, rows.classes)
         self._actor: Any = None
         self._node: str | None = None  # None until the actor's segmenter stands
-        self._stage = ray.remote(AloneStage).options(
+        self._stage = ray.remote(IsolatedWorker).options(
             num_cpus=pool.cpus, num_gpus=pool.gpus, max_restarts=0, max_task_retries=0
         )
 
@@ -99,25 +99,29 @@ class Alone:
         uri = self._work.layout.single(shard, position)
         if storage.exists(uri):
             again = "delete it, and the same command segments the photo again"
-            return read_back(uri, _table, way_out=again)
+            return read_artifact(uri, _table, hint=again)
         data = self._file_of(shard, photo)
         storage.create(uri, data)
         return _table(data)
 
     def _file_of(self, shard: int, photo: Listed) -> bytes:
         deaths = 0
-        for _ in range(TRIES):
+        for _ in range(MAX_ATTEMPTS):
             try:
                 if self._actor is None:
                     self._actor = self._stage.remote(self._work)
                     self._node = self._started(self._actor.start.remote())
-                data: bytes = ray.get(self._actor.file_of.remote(shard, photo), timeout=DEADLINE_S)
+                data: bytes = ray.get(
+                    self._actor.file_of.remote(shard, photo), timeout=IMAGE_TIMEOUT_S
+                )
             except ray.exceptions.GetTimeoutError:
                 self.close()
-                return self._condemned(shard, photo, "timeout", f"no mask within {DEADLINE_S:g} s")
+                return self._condemned(
+                    shard, photo, "timeout", f"no mask within {IMAGE_TIMEOUT_S:g} s"
+                )
             except _DIED as error:
                 deaths += self._died_of(photo, error)
-                if deaths == DEATHS:
+                if deaths == MAX_CRASHES:
                     return self._condemned(shard, photo, *_cause(error))
             except ray.exceptions.RayError as error:  # a bug, or a fault of the system
                 raise RunStoppedError(last_line(error)) from error
@@ -127,9 +131,9 @@ class Alone:
 
     def _started(self, starting: Any) -> str:
         """The node on which the actor started; there may be none for it yet."""
-        patience = self._pool.patience()
+        timer = self._pool.stall_timer()
         while not ray.wait([starting], timeout=1.0)[0]:
-            patience.look(running=0)
+            timer.check(running=0)
         node: str = ray.get(starting)
         return node
 
@@ -152,9 +156,9 @@ def _table(data: bytes) -> pa.Table:
 def _cause(error: Exception) -> tuple[str, str]:
     """The kind of error, and words, of a photo with which the process died so."""
     if isinstance(error, ray.exceptions.OutOfMemoryError):
-        message = f"its process was killed {DEATHS} times to save the node's memory"
+        message = f"its process was killed {MAX_CRASHES} times to save the node's memory"
         return "out_of_memory", f"{message}, with nothing else on it"
-    return "worker_died", f"its process died {DEATHS} times with nothing else on it"
+    return "worker_died", f"its process died {MAX_CRASHES} times with nothing else on it"
 
 
 def _is_alive(node: str) -> bool:

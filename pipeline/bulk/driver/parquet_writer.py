@@ -20,7 +20,7 @@ ROW_GROUP = 100_000
 """Rows of a row group; a class over a million photos lies in few of them."""
 
 
-def cut(reader: pa.RecordBatchReader, schema: pa.Schema) -> Iterator[bytes]:
+def write_row_groups(reader: pa.RecordBatchReader, schema: pa.Schema) -> Iterator[bytes]:
     """Parquet files of at least `PART_BYTES`, the last one smaller; none without rows."""
     buffer = io.BytesIO()
     writer = None

@@ -36,7 +36,7 @@ class Checkpoint:
     classes: Classes
 
 
-def look(settings: Settings) -> Checkpoint:
+def preflight(settings: Settings) -> Checkpoint:
     """Looks at what the settings name, before anything is written or started."""
     data = weights.read(settings.checkpoint)
     model, classes = weights.load(settings.checkpoint, data=data)
@@ -75,7 +75,7 @@ def _code_version() -> str:
     return f"{version}+{code.hexdigest()[:8]}"
 
 
-def pool_of(settings: Settings) -> Pool:
+def build_pool(settings: Settings) -> Pool:
     """The actors asked for; without a word on CPUs they share those of this machine.
 
     On a cluster this machine says nothing about the others: there it is two each.
@@ -93,7 +93,7 @@ def pool_of(settings: Settings) -> Pool:
     )
 
 
-def work_of(settings: Settings, layout: RunLayout, known: Plan, pool: Pool) -> Work:
+def build_worker_context(settings: Settings, layout: RunLayout, known: Plan, pool: Pool) -> Work:
     """What every shard of the run shares."""
     return Work(
         layout=layout,
@@ -109,7 +109,7 @@ def work_of(settings: Settings, layout: RunLayout, known: Plan, pool: Pool) -> W
     )
 
 
-def progress_of(known: Plan, layout: RunLayout) -> Progress:
+def build_progress(known: Plan, layout: RunLayout) -> Progress:
     """How far the run is, by the files that are there."""
     done = sum(map(len, storage.list_pages(layout.images)))
     # shards are equal but for the last, or where bytes cut them: good enough for a display

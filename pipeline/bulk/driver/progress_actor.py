@@ -10,7 +10,7 @@ import ray
 _TELL_EVERY_S = 2.0
 
 
-class Board:
+class ProgressActor:
     """An actor that knows how many photos of each shard are through, for who watches the run."""
 
     def __init__(self) -> None:
@@ -37,12 +37,12 @@ class Board:
         return sum(self._through.values())
 
 
-def start_board() -> Any:
+def start_progress_actor() -> Any:
     """The handle of a board; it is started again where its node goes, and knows nothing then."""
-    return ray.remote(Board).options(num_cpus=0, max_restarts=-1).remote()
+    return ray.remote(ProgressActor).options(num_cpus=0, max_restarts=-1).remote()
 
 
-class Teller:
+class ProgressReporter:
     """Tells the board about one shard, not too often."""
 
     def __init__(self, board: Any, shard: int) -> None:

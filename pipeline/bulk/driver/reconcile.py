@@ -19,8 +19,8 @@ import pyarrow as pa
 import ray
 
 from pipeline.bulk.driver import actor_pool, progress_actor
-from pipeline.bulk.driver.actor_pool import Pool, WaveLostError, photos_of
-from pipeline.bulk.driver.isolation import Alone
+from pipeline.bulk.driver.actor_pool import BatchLostError, Pool, images_of
+from pipeline.bulk.driver.isolation import ImageIsolator
 from pipeline.bulk.planning import plan
 from pipeline.bulk.planning.plan import Part
 from pipeline.bulk.worker.rows import RowMaker
@@ -64,7 +64,7 @@ class Reconciler:
         if missing := self._missing(part):
             shards = plan.read_part(self._work.layout, part)
             self._pool.connect()
-            self._board = self._board or progress_actor.start_board()
+            self._board = self._board or progress_actor.start_progress_actor()
             if self._pool.max_actors > 1 and len(missing) == part.shards and not part.first_shard:
                 # one shard by one actor, before the pool grows: what fails at once costs little
                 self._wave(shards.slice(0, 1), replace(self._pool, min_actors=1, max_actors=1))
@@ -93,7 +93,7 @@ class Reconciler:
         """
         try:
             self._wave(shards, self._pool, one_at_a_time=one_at_a_time)
-        except WaveLostError as error:
+        except BatchLostError as error:
             return str(error)
         return None
 
@@ -103,7 +103,7 @@ class Reconciler:
         return [i for i, number in enumerate(part.numbers) if number not in done]
 
     def _wave(self, shards: pa.Table, pool: Pool, *, one_at_a_time: bool = False) -> None:
-        summaries = actor_pool.run(
+        summaries = actor_pool.run_batch(
             self._work, shards, pool, self._board, one_at_a_time=one_at_a_time
         )
         # closed at once when something is raised here, so that the actors stop
@@ -112,6 +112,6 @@ class Reconciler:
                 self._count(summary)
 
     def _photo_by_photo(self, shards: pa.Table) -> None:
-        with contextlib.closing(Alone(self._work, self._pool, self._rows)) as alone:
+        with contextlib.closing(ImageIsolator(self._work, self._pool, self._rows)) as alone:
             for row in shards.to_pylist():
-                self._count(alone.segment(row["shard"], photos_of(row["images"])))
+                self._count(alone.segment(row["shard"], images_of(row["images"])))

@@ -13,11 +13,16 @@ from typing import Any
 from pipeline.bulk.driver import preflight, usage
 from pipeline.bulk.driver.dry_run import dry_run
 from pipeline.bulk.driver.estimate import Estimate
-from pipeline.bulk.driver.finalize import Finish, Outcome, recorded
-from pipeline.bulk.driver.preflight import Checkpoint, pool_of, progress_of, work_of
+from pipeline.bulk.driver.finalize import Outcome, RunFinalizer, load_outcome
+from pipeline.bulk.driver.preflight import (
+    Checkpoint,
+    build_pool,
+    build_progress,
+    build_worker_context,
+)
 from pipeline.bulk.driver.progress import Progress
 from pipeline.bulk.driver.reconcile import Reconciler
-from pipeline.bulk.driver.usage import Usage
+from pipeline.bulk.driver.usage import UsageLog
 from pipeline.bulk.planning import plan
 from pipeline.bulk.planning.plan import Plan
 from pipeline.bulk.settings import Settings
@@ -29,7 +34,7 @@ from pipeline.results.layout import RunLayout, only_new_lease
 from pipeline.runs import lease, ray_connection
 from pipeline.runs.ray_connection import RunStoppedError
 
-Watch = Callable[[Plan, Progress], None]
+ProgressCallback = Callable[[Plan, Progress], None]
 """Is told how far the run is: once when it begins, and after every shard."""
 
 ERRORS_ALWAYS_ALLOWED = 10
@@ -38,7 +43,7 @@ and an unfinished run is what every following night takes up first."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ended:
+class BulkResult:
     """How a run ended."""
 
     plan: Plan
@@ -51,13 +56,13 @@ class Ended:
 
 
 @files.interruptible()
-def run(settings: Settings, watch: Watch) -> Ended:
+def run(settings: Settings, watch: ProgressCallback) -> BulkResult:
     """Does what the settings ask, or what is left of it.
 
     Raises ValueError or StorageError for what the settings name and cannot be used,
     lease.HeldError where another driver works on the run, RunStoppedError where it cannot go on.
     """
-    checkpoint = preflight.look(settings)
+    checkpoint = preflight.preflight(settings)
     identity = settings.identity(model=checkpoint.fingerprint)
     layout = RunLayout(results=settings.results, run_id=plan.run_id_of(settings, identity))
     known = plan.load(layout)
@@ -65,7 +70,7 @@ def run(settings: Settings, watch: Watch) -> Ended:
         plan.check_same(known, identity)
     if settings.dry_run:
         dry = dry_run(settings, layout, identity, known, watch)
-        return Ended(
+        return BulkResult(
             plan=dry.plan,
             outcome=None,
             seconds=0.0,
@@ -75,13 +80,13 @@ def run(settings: Settings, watch: Watch) -> Ended:
         )
     if known is not None and storage.exists(layout.record):
         for uri in _leases(settings, layout, checkpoint):
-            lease.clear(uri, within=layout.results)
+            lease.clear_stale(uri, within=layout.results)
         return _finished_before(layout, known)
     if ray_connection.has_cluster():
-        pool_of(settings).connect()  # before anything is written
+        build_pool(settings).connect()  # before anything is written
     with contextlib.ExitStack() as leases:
         held = [
-            leases.enter_context(lease.held(uri, layout.run_id, within=layout.results))
+            leases.enter_context(lease.hold(uri, layout.run_id, within=layout.results))
             for uri in _leases(settings, layout, checkpoint)
         ]
         known = plan.load(layout) or plan.make(settings, layout, identity)
@@ -102,13 +107,13 @@ def _leases(settings: Settings, layout: RunLayout, checkpoint: Checkpoint) -> li
     return [only_new_lease(layout.results, work), layout.lease]
 
 
-def _finished_before(layout: RunLayout, known: Plan) -> Ended:
+def _finished_before(layout: RunLayout, known: Plan) -> BulkResult:
     """What a finished run says again; its driver may have died before it had tidied up."""
     with contextlib.suppress(storage.StorageError):
-        usage.forget(layout)
-    return Ended(
+        usage.delete(layout)
+    return BulkResult(
         plan=known,
-        outcome=recorded(layout),
+        outcome=load_outcome(layout),
         seconds=0.0,
         images_per_second=None,
         nothing_to_do=True,
@@ -124,7 +129,7 @@ class _Run:
         layout: RunLayout,
         known: Plan,
         checkpoint: Checkpoint,
-        watch: Watch,
+        watch: ProgressCallback,
         held: list[lease.Lease],
     ) -> None:
         self._settings = settings
@@ -133,12 +138,12 @@ class _Run:
         self._checkpoint = checkpoint
         self._watch = watch
         self._held = held
-        self._progress = progress_of(known, layout)
-        self._pool = pool_of(settings)
-        self._work = work_of(settings, layout, known, self._pool)
-        self._usage = Usage(layout, self._progress, self._pool.gpus)
+        self._progress = build_progress(known, layout)
+        self._pool = build_pool(settings)
+        self._work = build_worker_context(settings, layout, known, self._pool)
+        self._usage = UsageLog(layout, self._progress, self._pool.gpus)
 
-    def to_its_end(self) -> Ended:
+    def to_its_end(self) -> BulkResult:
         try:
             return self._to_its_end()
         except BaseException:
@@ -146,7 +151,7 @@ class _Run:
                 self._usage.save()
             raise
 
-    def _to_its_end(self) -> Ended:
+    def _to_its_end(self) -> BulkResult:
         self._watch(self._plan, self._progress)
         rows = RowMaker(
             run_id=self._layout.run_id,
@@ -158,10 +163,10 @@ class _Run:
         self._progress.in_work = reconciler.photos_in_work
         for part in self._plan.parts:
             reconciler.complete(part)
-        with Finish(self._layout, self._plan, self._checkpoint.classes) as finish:
+        with RunFinalizer(self._layout, self._plan, self._checkpoint.classes) as finish:
             return self._finish(finish)
 
-    def _finish(self, finish: Finish) -> Ended:
+    def _finish(self, finish: RunFinalizer) -> BulkResult:
         outcome = finish.outcome()
         self._check_outcome(outcome)
         self._check_held()
@@ -184,8 +189,8 @@ class _Run:
                 "images_per_second": rate,
             },
         )
-        usage.forget(self._layout)
-        return Ended(plan=self._plan, outcome=outcome, seconds=seconds, images_per_second=rate)
+        usage.delete(self._layout)
+        return BulkResult(plan=self._plan, outcome=outcome, seconds=seconds, images_per_second=rate)
 
     def _count(self, summary: Summary) -> None:
         """Counts a shard, tells who watches, and stops the run by the rules."""

@@ -10,27 +10,27 @@ from typing import Any
 import ray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from pipeline.runs.timeouts import Patience
+from pipeline.runs.timeouts import StallTimer
 
 _LOOK_EVERY_S = 1.0
 _BOARD_TIMEOUT_S = 5.0
 
 
-class Watchdog:
+class StallWatchdog:
     """Looks whether a wave gets on, between the steps of its execution."""
 
-    _ours: Watchdog | None = None  # whose wave begins
+    _ours: StallWatchdog | None = None  # whose wave begins
 
-    def __init__(self, patience: Callable[[Callable[[], str]], Patience], board: Any) -> None:
+    def __init__(self, stall_timer: Callable[[Callable[[], str]], StallTimer], board: Any) -> None:
         self._board = board
-        self._patience = patience(self._shards_in_work)
+        self._stall_timer = stall_timer(self._shards_in_work)
         self._next = 0.0
         self._asked: Any = None
         self._told = self._done = 0
 
     def watched(self, summaries: Any) -> Iterator[dict[str, Any]]:
         """The data set's rows; raises RunStoppedError where none comes for too long."""
-        Watchdog._ours = self
+        StallWatchdog._ours = self
         for row in summaries.iter_rows():
             self._done += 1
             yield row
@@ -40,7 +40,7 @@ class Watchdog:
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + _LOOK_EVERY_S
             self._ask_board()
-            self._patience.look(running_actors(executor), self._told + self._done)
+            self._stall_timer.check(running_actors(executor), self._told + self._done)
 
     def _ask_board(self) -> None:
         """Takes the board's answer to the last question, and asks again; waits for nothing."""
@@ -62,7 +62,7 @@ class WatchCallback(ExecutionCallback):
     """What Ray Data makes and calls for each wave; it travels to the actors by name alone."""
 
     def __init__(self) -> None:
-        self._watchdog, Watchdog._ours = Watchdog._ours, None
+        self._watchdog, StallWatchdog._ours = StallWatchdog._ours, None
 
     def on_execution_step(self, executor: Any) -> None:
         if self._watchdog is not None:

@@ -24,7 +24,7 @@ from pipeline.bulk.planning.listing import Listed, Listing
 from pipeline.bulk.settings import Settings, fingerprint
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout
-from pipeline.runs.artifacts import read_back
+from pipeline.runs.artifacts import read_artifact
 
 WAVE_SHARDS = 10_000
 """Shards a part, and so a wave: what a driver's memory holds for one data set."""
@@ -135,7 +135,7 @@ def load(layout: RunLayout) -> Plan | None:
     """The run's plan, None where it has none yet. Raises RunStoppedError, StorageError."""
     uri = f"{layout.plan}/plan.json"
     try:
-        return read_back(uri, Plan.from_json, way_out=f"no plan of this version; {_ANEW}")
+        return read_artifact(uri, Plan.from_json, hint=f"no plan of this version; {_ANEW}")
     except storage.StorageError as error:
         if error.kind == "vanished":
             return None
@@ -285,4 +285,4 @@ def _part_bytes(first: int, shards: list[list[Listed]]) -> bytes:
 def read_part(layout: RunLayout, part: Part) -> pa.Table:
     """The part's shards, one row each. Raises RunStoppedError, StorageError."""
     uri = f"{layout.plan}/{part.name}"
-    return read_back(uri, lambda data: pq.read_table(io.BytesIO(data)), way_out=_ANEW)
+    return read_artifact(uri, lambda data: pq.read_table(io.BytesIO(data)), hint=_ANEW)

@@ -24,7 +24,7 @@ from pipeline.data import storage
 from pipeline.runs import lease, ray_connection
 from pipeline.runs.lease import Lease
 from pipeline.runs.ray_connection import RunStoppedError
-from pipeline.runs.timeouts import Patience
+from pipeline.runs.timeouts import StallTimer
 from pipeline.text import last_line
 from pipeline.train.driver.preflight import Begun, begin, look
 from pipeline.train.driver.ray_trainer import trainer
@@ -63,14 +63,14 @@ def fit(settings: Settings, say: Callable[[str], None], watch: Watch) -> Ended:
     record = recorded(settings.out)
     uri = storage.join(settings.out, "lease.json")
     if record is not None:
-        lease.clear(uri, within=settings.out)
+        lease.clear_stale(uri, within=settings.out)
         return Ended(record=record, nothing_to_do=True)
     looked = look(settings, say)
     ray_connection.connect(
         workers=settings.most_workers, cpus=settings.cpus, gpus=settings.gpus_per_worker, quiet=True
     )
     settings = _fitted(settings, say)
-    with lease.held(uri, settings.out, within=settings.out) as held:
+    with lease.hold(uri, settings.out, within=settings.out) as held:
         record = recorded(settings.out)  # by the driver that had the lease before
         if record is not None:
             return Ended(record=record, nothing_to_do=True)
@@ -89,10 +89,10 @@ def _fitted(settings: Settings, say: Callable[[str], None]) -> Settings:
     if settings.cpus_per_worker is None and ray_connection.has_cluster():
         # the largest first: of those that give as many workers, max takes the first
         sizes = range(GPU_CPUS if gpus else settings.cpus, 0, -1)
-        cpus = max(sizes, key=lambda each: min(ray_connection.room(each, gpus), most))
-        if ray_connection.room(cpus, gpus) >= wanted:
+        cpus = max(sizes, key=lambda each: min(ray_connection.worker_slots(each, gpus), most))
+        if ray_connection.worker_slots(cpus, gpus) >= wanted:
             return replace(settings, cpus_per_worker=cpus)
-    room = ray_connection.room(settings.cpus, gpus)
+    room = ray_connection.worker_slots(settings.cpus, gpus)
     if room >= wanted:
         return settings
     say(
@@ -126,7 +126,7 @@ def _train(begun: Begun, watch: Watch, held: Lease) -> Ended:
     # where the driver is: other nodes may go
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = actor.options(num_cpus=0, scheduling_strategy=here).remote()
-    watching = _Watching(board, watch, held.lost, _patience(begun.settings))
+    watching = _Watching(board, watch, held.lost, _stall_timer(begun.settings))
     with watching, _interruptible():
         try:
             trainer(begun, board).fit()
@@ -146,13 +146,13 @@ def _train(begun: Begun, watch: Watch, held: Lease) -> Ended:
     return Ended(record=record)
 
 
-def _patience(settings: Settings) -> Patience:
-    return Patience(
+def _stall_timer(settings: Settings) -> StallTimer:
+    return StallTimer(
         cpus=settings.cpus,
         gpus=settings.gpus_per_worker,
         start_timeout_s=settings.start_timeout,
         stall_timeout_s=settings.stall_timeout,
-        nothing="no step was done",
+        missing="no step was completed",
     )
 
 
@@ -173,12 +173,12 @@ class _Watching:
     """Looks at the board every few seconds, as long as it is entered, and tells who watches.
 
     It interrupts this driver, `stopped` saying why, where `lost` is set, which says that the run is
-    another one's now, and where `patience` ends: Ray notices the dead, not those that are stuck.
+    another one's now, and where `timer` says so: Ray notices the dead, not those that are stuck.
     """
 
-    def __init__(self, board: Any, watch: Watch, lost: threading.Event, patience: Patience) -> None:
+    def __init__(self, board: Any, watch: Watch, lost: threading.Event, timer: StallTimer) -> None:
         self.stopped = ""
-        self._board, self._watch, self._lost, self._patience = board, watch, lost, patience
+        self._board, self._watch, self._lost, self._stall_timer = board, watch, lost, timer
         self._unshown = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
@@ -210,7 +210,7 @@ class _Watching:
         try:
             seen: Watched = ray.get(self._board.watched.remote(), timeout=LOOK_EVERY_S)
             self._show(seen)
-            self._patience.look(seen.workers, seen.signs)
+            self._stall_timer.check(seen.workers, seen.signs)
         except ray.exceptions.RayError:  # only a display is poorer
             return
 

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.bulk.driver import estimate
 from pipeline.bulk.driver.actor_pool import Pool
-from pipeline.bulk.driver.estimate import Estimate, Spread
+from pipeline.bulk.driver.estimate import Estimate, StratifiedSample
 from pipeline.bulk.planning import plan
 from pipeline.bulk.planning.listing import Listed
 from pipeline.bulk.worker.segmenter import Segmenter
@@ -26,7 +26,7 @@ def _photos(count: int) -> list[Listed]:
 
 @pytest.mark.parametrize("count", [0, 1, 23, 24, 25, 48, 100, 1000, 12_345])
 def test_a_sample_is_spread_over_any_number_of_photos_that_pass_unchanged(count: int) -> None:
-    spread, photos = Spread(24), _photos(count)
+    spread, photos = StratifiedSample(24), _photos(count)
     assert list(spread.through(iter(photos))) == photos
     numbers = [photo.bytes for photo in spread.photos()]
     assert len(numbers) == len(set(numbers)) == min(24, count)
@@ -87,7 +87,7 @@ def test_a_sample_of_a_written_plan_holds_its_photos_spread_over_its_shards(
     made = plan.make(settings, layout, settings.identity(model="m"))
     rows = plan.read_part(layout, made.parts[0]).to_pylist()
     order = [image["uri"] for row in rows for image in row["images"]]
-    sample = estimate.spread_of(work_for(settings), made, 8)
+    sample = estimate.sample_plan(work_for(settings), made, 8)
     places = [order.index(photo.uri) for photo in sample]
     assert len(places) == 8
     assert places == sorted(set(places))

@@ -23,7 +23,7 @@ from finishing import (
     tuples_of,
 )
 
-from pipeline.bulk.driver.finalize import Finish, Outcome
+from pipeline.bulk.driver.finalize import Outcome, RunFinalizer
 from pipeline.data import storage
 from pipeline.data.labels import VOC
 from pipeline.results import files, tables
@@ -39,7 +39,7 @@ FACTS = {
 }
 
 
-def _record(finishing: Finish, layout: RunLayout) -> dict[str, Any]:
+def _record(finishing: RunFinalizer, layout: RunLayout) -> dict[str, Any]:
     finishing.write_record(finishing.outcome(), FACTS)
     table = table_of(storage.read(layout.record))
     assert table.schema.equals(tables.RUNS, check_metadata=False)

@@ -13,7 +13,7 @@ import ray
 
 from pipeline.bulk.driver import isolation
 from pipeline.bulk.driver.actor_pool import Pool
-from pipeline.bulk.driver.isolation import Alone
+from pipeline.bulk.driver.isolation import ImageIsolator
 from pipeline.bulk.planning.listing import Listed
 from pipeline.bulk.worker.rows import RowMaker
 from pipeline.bulk.worker.segmenter import Work
@@ -31,7 +31,7 @@ def segmented(
     """`segmented(names, deaths)`: a shard's rows; the words of its deaths are taken one by one."""
     work = work_for(settings_for(str(tmp_path)))
     rows = RowMaker(run_id="test", model=work.model, settings=work.settings, classes=VOC)
-    monkeypatch.setattr(Alone, "_started", lambda *_: "node")
+    monkeypatch.setattr(ImageIsolator, "_started", lambda *_: "node")
     monkeypatch.setattr(isolation, "_is_alive", lambda node: node == "node")
 
     def segment(names: list[str], deaths: dict[str, list[Exception]]) -> list[dict[str, Any]]:
@@ -42,7 +42,7 @@ def segmented(
             return tables.to_parquet([row], tables.with_footer(tables.IMAGES, VOC))
 
         monkeypatch.setattr(ray, "get", answer)
-        stage = Alone(work, Pool(min_actors=1, max_actors=1, cpus=1, gpus=0), rows)
+        stage = ImageIsolator(work, Pool(min_actors=1, max_actors=1, cpus=1, gpus=0), rows)
         actor = Mock()
         actor.file_of.remote = lambda shard, photo: photo
         stage._stage = Mock(remote=lambda *_: actor)

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from pipeline.bulk.driver import actor_pool
-from pipeline.bulk.driver.actor_pool import Pool, WaveLostError
+from pipeline.bulk.driver.actor_pool import BatchLostError, Pool
 from pipeline.bulk.driver.reconcile import Reconciler
 from pipeline.bulk.planning import plan
 from pipeline.bulk.settings import Settings
@@ -55,9 +55,9 @@ def reconciled(
                 storage.create(work.layout.shard(shard), b"")
                 yield Summary(shard=shard)
             if number + 1 < len(done):
-                raise WaveLostError("the actor died")
+                raise BatchLostError("the actor died")
 
-        monkeypatch.setattr(actor_pool, "run", wave)
+        monkeypatch.setattr(actor_pool, "run_batch", wave)
         pool = _NoRay(min_actors=1, max_actors=1, cpus=1, gpus=0)
         reconciler = Reconciler(work, pool, None, lambda _: None)  # type: ignore[arg-type]
         monkeypatch.setattr(reconciler, "_board", object())
@@ -101,10 +101,10 @@ def one_row(
 
     def wave(fatal: str, cut_off: bool) -> Any:
         row = {**asdict(Summary(shard=0)), "errors": "{}", "fatal": fatal, "cut_off": cut_off}
-        monkeypatch.setattr(actor_pool, "Watchdog", lambda *_: Mock(watched=lambda _: [row]))
+        monkeypatch.setattr(actor_pool, "StallWatchdog", lambda *_: Mock(watched=lambda _: [row]))
         monkeypatch.setattr("ray.data.from_items", Mock())
         pool = _NoRay(min_actors=1, max_actors=1, cpus=1, gpus=0)
-        return list(actor_pool.run(work, pa.table({"shard": [0]}), pool, Mock()))
+        return list(actor_pool.run_batch(work, pa.table({"shard": [0]}), pool, Mock()))
 
     wave.work = work  # type: ignore[attr-defined]
     return wave
@@ -113,7 +113,7 @@ def one_row(
 def test_a_node_that_alone_is_cut_off_from_storage_costs_its_wave_and_not_the_run(
     one_row: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(WaveLostError, match="a node is cut off from storage: no route"):
+    with pytest.raises(BatchLostError, match="a node is cut off from storage: no route"):
         one_row("no route", True)
     assert not list(storage.list_objects(one_row.work.layout.singles))
     assert len(one_row("", False)) == 1
@@ -128,10 +128,10 @@ def test_processes_that_ray_kills_for_memory_cost_their_wave_and_not_the_run(
         raise ray.exceptions.OutOfMemoryError("the node runs out of memory")
 
     one_row("", False)
-    monkeypatch.setattr(actor_pool, "Watchdog", lambda *_: Mock(watched=killed))
+    monkeypatch.setattr(actor_pool, "StallWatchdog", lambda *_: Mock(watched=killed))
     pool = _NoRay(min_actors=1, max_actors=1, cpus=1, gpus=0)
-    with pytest.raises(WaveLostError, match="runs out of memory"):
-        list(actor_pool.run(one_row.work, pa.table({"shard": [0]}), pool, Mock()))
+    with pytest.raises(BatchLostError, match="runs out of memory"):
+        list(actor_pool.run_batch(one_row.work, pa.table({"shard": [0]}), pool, Mock()))
 
 
 @pytest.mark.parametrize("refused", ["read", "write"])

@@ -21,10 +21,10 @@ import ray
 
 from cluster.local import with_descendants
 from pipeline.bulk.driver import isolation
-from pipeline.bulk.driver.actor_pool import Pool, photos_of
-from pipeline.bulk.driver.isolation import Alone
-from pipeline.bulk.driver.run import Ended, run
-from pipeline.bulk.driver.watchdog import Watchdog, running_actors
+from pipeline.bulk.driver.actor_pool import Pool, images_of
+from pipeline.bulk.driver.isolation import ImageIsolator
+from pipeline.bulk.driver.run import BulkResult, run
+from pipeline.bulk.driver.watchdog import StallWatchdog, running_actors
 from pipeline.bulk.planning import plan
 from pipeline.bulk.planning.listing import Listed
 from pipeline.bulk.settings import Inference, Settings
@@ -70,7 +70,7 @@ def looped(settings: Settings, work: Work) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for part in known.parts:
         for row in plan.read_part(layout, part).to_pylist():
-            data, _ = segmenter.rows_of(row["shard"], photos_of(row["images"]))
+            data, _ = segmenter.rows_of(row["shard"], images_of(row["images"]))
             rows += pq.read_table(io.BytesIO(data)).to_pylist()
     segmenter.close()
     return rows
@@ -166,15 +166,15 @@ def test_a_wave_that_is_lost_lets_its_actors_go_before_the_next_one_needs_their_
     settings = settings_for(
         str(tmp_path), shard_images=1, cpus_per_actor=2, actors=(2, 2), inference=slow
     )
-    look, lost = Watchdog.look, []
+    look, lost = StallWatchdog.look, []
 
-    def loses_one(watchdog: Watchdog, executor: Any) -> None:
+    def loses_one(watchdog: StallWatchdog, executor: Any) -> None:
         look(watchdog, executor)
         if watchdog._done and running_actors(executor) == 2 and not lost:
             lost.append(True)
             raise ray.exceptions.ActorDiedError
 
-    monkeypatch.setattr(Watchdog, "look", loses_one)
+    monkeypatch.setattr(StallWatchdog, "look", loses_one)
     run(settings, quiet)
     assert lost
     assert rows_of(settings) == looped(settings, work_for(settings))
@@ -187,13 +187,13 @@ def test_a_pool_grows_from_its_least_to_its_most_actors(
     slow = Inference(scales=(3.0, 4.0))
     settings = settings_for(str(tmp_path), shard_images=1, actors=(1, 3), inference=slow)
     seen: list[int] = []
-    look = Watchdog.look
+    look = StallWatchdog.look
 
-    def noted(watchdog: Watchdog, executor: Any) -> None:
+    def noted(watchdog: StallWatchdog, executor: Any) -> None:
         look(watchdog, executor)
         seen.append(running_actors(executor))
 
-    monkeypatch.setattr(Watchdog, "look", noted)
+    monkeypatch.setattr(StallWatchdog, "look", noted)
     run(settings, quiet)
     grown = [n for n in seen[seen.index(0, seen.index(1)) :] if n]  # after the first shard's one
     # two may have come between two looks, and the last ones go when their work is done
@@ -211,7 +211,7 @@ def _actor_processes() -> list[int]:
     return found
 
 
-class _DiesOfSome(isolation.AloneStage):
+class _DiesOfSome(isolation.IsolatedWorker):
     """Dies as a segfault would of any photo whose name says so."""
 
     def file_of(self, shard: int, photo: Listed) -> bytes:
@@ -234,9 +234,9 @@ def test_only_the_photo_that_kills_its_process_alone_is_condemned(
     settings = settings_for(str(tmp_path))
     work = work_for(settings)
     ray.cloudpickle.register_pickle_by_value(__import__(__name__))
-    monkeypatch.setattr(isolation, "AloneStage", _DiesOfSome)
+    monkeypatch.setattr(isolation, "IsolatedWorker", _DiesOfSome)
     rows = RowMaker(run_id="test", model=work.model, settings=work.settings, classes=VOC)
-    stage = Alone(work, Pool(min_actors=1, max_actors=1, cpus=1, gpus=0), rows)
+    stage = ImageIsolator(work, Pool(min_actors=1, max_actors=1, cpus=1, gpus=0), rows)
     summary = stage.segment(0, listed(settings))
     stage.close()
     found = {Path(row["uri"]).name: row["error_kind"] for row in rows_of(settings)}
@@ -307,7 +307,7 @@ def test_a_second_driver_is_refused_while_the_first_works(
     monkeypatch.setattr(lease, "HEARTBEAT_S", 0.5)
     fill(str(tmp_path), 6)
     settings = settings_for(str(tmp_path), shard_images=2)
-    ended: list[Ended] = []
+    ended: list[BulkResult] = []
     first = threading.Thread(target=lambda: ended.append(run(settings, quiet)))
     first.start()
     layout = RunLayout(results=settings.results, run_id="test")
@@ -325,16 +325,16 @@ def test_a_driver_that_waited_for_the_lease_leaves_the_finished_run_alone(
     fill(str(tmp_path), 2)
     settings = settings_for(str(tmp_path))
     layout = RunLayout(results=settings.results, run_id="test")
-    held = lease.held
+    held = lease.hold
 
     def late(*given: Any, **more: Any) -> Any:  # another driver does the run before we have it
-        monkeypatch.setattr(lease, "held", held)
+        monkeypatch.setattr(lease, "hold", held)
         run(settings, quiet)
         records.append(storage.read(layout.record))
         return held(*given, **more)
 
     records: list[bytes] = []
-    monkeypatch.setattr(lease, "held", late)
+    monkeypatch.setattr(lease, "hold", late)
     ended = run(settings, quiet)
     assert ended.nothing_to_do
     assert ended.outcome is not None
@@ -358,7 +358,7 @@ def test_a_photos_row_that_is_broken_is_said_in_one_line(
     work = work_for(settings_for(str(tmp_path)))
     storage.write(work.layout.single(3, 0), b"PAR1 half a r")
     rows = RowMaker(run_id="test", model=work.model, settings=work.settings, classes=VOC)
-    stage = Alone(work, Pool(min_actors=1, max_actors=1, cpus=1, gpus=0), rows)
+    stage = ImageIsolator(work, Pool(min_actors=1, max_actors=1, cpus=1, gpus=0), rows)
     photo = Listed(f"{tmp_path}/photos/1.jpg", "e", 1, None, None)
     with pytest.raises(RunStoppedError, match=r"000003/00000\.parquet is broken .*: delete it"):
         stage.segment(3, [photo])

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.bulk.driver import usage
 from pipeline.bulk.driver.progress import Progress
-from pipeline.bulk.driver.usage import Usage, Used
+from pipeline.bulk.driver.usage import ResourceUsage, UsageLog
 from pipeline.bulk.worker.summary import Summary
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout
@@ -29,23 +29,23 @@ def test_a_run_has_used_what_all_its_drivers_have(
     prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout = RunLayout(results=prefix, run_id="r")
-    first = Usage(layout, _progress(("a", 100.0, 5), ("b", 60.0, 7)), gpus=1.0)
+    first = UsageLog(layout, _progress(("a", 100.0, 5), ("b", 60.0, 7)), gpus=1.0)
     first.save_sometimes()
     assert not list(storage.list_objects(prefix))  # it has just begun
     monkeypatch.setattr(usage, "SAVE_EVERY_S", 0.0)
-    second = Usage(layout, _progress(("c", 20.0, 3)), gpus=0.5)
+    second = UsageLog(layout, _progress(("c", 20.0, 3)), gpus=0.5)
     second.save_sometimes()  # and is killed
     first.save()
     first.save()
-    Usage(layout, _progress(), gpus=1.0).save()  # it had no shard
+    UsageLog(layout, _progress(), gpus=1.0).save()  # it had no shard
     assert len(list(storage.list_objects(layout.usage))) == 2
-    last = Usage(layout, _progress(("d", 2.0, 1)), gpus=2.0)
+    last = UsageLog(layout, _progress(("d", 2.0, 1)), gpus=2.0)
     last.save()
-    assert last.total() == Used(actor_seconds=182.0, gpu_seconds=174.0, bytes_read=16)
-    usage.forget(layout)
+    assert last.total() == ResourceUsage(actor_seconds=182.0, gpu_seconds=174.0, bytes_read=16)
+    usage.delete(layout)
     assert not list(storage.list_objects(prefix))
 
 
 def test_cost_is_gpu_hours_times_the_price_and_unknown_without_one() -> None:
-    assert Used(gpu_seconds=5400.0).cost(2.0) == 3.0
-    assert Used(gpu_seconds=5400.0).cost(None) is None
+    assert ResourceUsage(gpu_seconds=5400.0).cost(2.0) == 3.0
+    assert ResourceUsage(gpu_seconds=5400.0).cost(None) is None

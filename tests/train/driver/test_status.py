@@ -97,8 +97,8 @@ def test_room_for_workers_is_counted_node_by_node(monkeypatch: pytest.MonkeyPatc
         {"Alive": False, "Resources": {"CPU": 8.0, "GPU": 8.0}},
     ]
     monkeypatch.setattr("ray.nodes", lambda: nodes)
-    assert ray_connection.room(2, 1.0) == 3 + 1
-    assert ray_connection.room(2, 0.0) == 3 + 32
+    assert ray_connection.worker_slots(2, 1.0) == 3 + 1
+    assert ray_connection.worker_slots(2, 0.0) == 3 + 32
 
 
 def test_a_driver_whose_run_was_taken_over_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def test_a_display_that_fails_does_not_keep_the_watch_from_its_work(
     try:
         with watching(threading.Event(), board, seconds=0.3, watch=broken) as told:
             assert raised.wait(10)
-        assert told.stopped.startswith("nothing moves: 2 processes run")
+        assert told.stopped.startswith("the run stalled: 2 processes are running")
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(shown) > 2
@@ -144,7 +144,10 @@ def test_a_display_that_fails_does_not_keep_the_watch_from_its_work(
 
 @pytest.mark.parametrize(
     ("workers", "said"),
-    [(2, "2 processes run, and for .* no step was done"), (0, "waiting for a node with 4 CPUs")],
+    [
+        (2, "2 processes are running, but no step was completed"),
+        (0, "waiting for a node with 4 CPUs"),
+    ],
 )
 def test_a_run_that_does_not_move_ends_and_says_what_it_waited_for(
     workers: int, said: str, monkeypatch: pytest.MonkeyPatch
@@ -174,14 +177,14 @@ def test_after_a_death_a_run_waits_as_long_as_for_its_first_start(
     monkeypatch.setattr("ray.nodes", list)
     now = 0.0
     settings = Settings(data="d", out="o", experiment=tiny.experiment(), cpus_per_worker=4)
-    patience = fit._patience(settings)
-    patience._clock = lambda: now
-    patience._since = patience._said = now
+    timer = fit._stall_timer(settings)
+    timer._clock = lambda: now
+    timer._since = timer._logged_at = now
     board = Board()
 
     def looks() -> None:
         seen = board.watched()
-        patience.look(seen.workers, seen.signs)
+        timer.check(seen.workers, seen.signs)
 
     board.begins(2, None)
     looks()
@@ -193,7 +196,10 @@ def test_after_a_death_a_run_waits_as_long_as_for_its_first_start(
     board.begins(2, None)
     looks()
     now += settings.stall_timeout
-    with pytest.raises(ray_connection.RunStoppedError, match="2 processes run, and for 1800 s"):
+    with pytest.raises(
+        ray_connection.RunStoppedError,
+        match="2 processes are running, but no step was completed for 1800 s",
+    ):
         looks()
 
 
@@ -206,9 +212,9 @@ def watching(
     watch: fit.Watch = lambda _: None,
 ) -> Iterator[fit._Watching]:
     settings = Settings(data="d", out="o", experiment=tiny.experiment(), cpus_per_worker=4)
-    patience = fit._patience(settings)
-    patience._start_timeout_s = patience._stall_timeout_s = seconds
-    watches = fit._Watching(Called(board or Board()), watch, lost, patience)
+    timer = fit._stall_timer(settings)
+    timer._start_timeout_s = timer._stall_timeout_s = seconds
+    watches = fit._Watching(Called(board or Board()), watch, lost, timer)
     with watches:
         yield watches
 
@@ -247,7 +253,7 @@ def test_workers_have_as_many_cpus_as_the_cluster_has_room_for(
         cpus_per_worker=given, gpus_per_worker=gpus,
     )  # fmt: skip
     assert fit._fitted(settings, lines.append).cpus == cpus
-    few = ray_connection.room(cpus, gpus) < 2
+    few = ray_connection.worker_slots(cpus, gpus) < 2
     assert len(lines) == few
     assert all("--cpus-per-worker" in line for line in lines)
 
