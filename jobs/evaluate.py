@@ -22,10 +22,10 @@ from pipeline.cli.exit import last_line
 from pipeline.cli.progress import Display
 from pipeline.cli.tables import Scores, class_table, mean_table
 from pipeline.data.samples import SampleError
-from pipeline.evaluation.evaluator import Looker, Work, WorkersError
+from pipeline.evaluation.evaluator import Evaluator, EvaluatorSpec, WorkersError
 
 if TYPE_CHECKING:
-    from pipeline.evaluation.ray_pool import Spread
+    from pipeline.evaluation.ray_pool import DistributedEvaluator
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def _evaluate(arguments: Arguments) -> str:
 
 
 def _scores(arguments: Arguments, plan: Plan) -> list[Scores]:
-    """Looks at the photos in every way. Raises as `Looker.look` and `Spread.look` do."""
+    """Looks at the photos in every way. Raises as the evaluators' `evaluate` does."""
     rows = []
     with Display(count_errors=False) as display, _lookers(arguments, plan.work) as lookers:
         for name, look in plan.looks.items():
@@ -57,23 +57,27 @@ def _scores(arguments: Arguments, plan: Plan) -> list[Scores]:
                 progress.add(Summary(shard=0, images=images))
                 display(progress, name)
 
-            seen = lookers.look(look, plan.indices, tell)
+            seen = lookers.evaluate(look, plan.indices, tell)
             rows.append(Scores.of(name, seen, plan.over))
     return rows
 
 
 @contextmanager
-def _lookers(arguments: Arguments, work: Work) -> Iterator[Looker | Spread]:
+def _lookers(
+    arguments: Arguments, work: EvaluatorSpec
+) -> Iterator[Evaluator | DistributedEvaluator]:
     """Who looks: this process, or Ray's actors."""
     if arguments.workers == 1:
-        yield Looker(work)
+        yield Evaluator(work)
         return
-    from pipeline.evaluation.ray_pool import Spread
+    from pipeline.evaluation.ray_pool import DistributedEvaluator
     from pipeline.runs import ray_connection  # Ray, which one process does not need
 
     with (
         ray_connection.disconnect_on_exit(),
-        Spread(work, workers=arguments.workers, gpus=arguments.gpus_per_worker) as spread,
+        DistributedEvaluator(
+            work, workers=arguments.workers, gpus=arguments.gpus_per_worker
+        ) as spread,
     ):
         yield spread
 

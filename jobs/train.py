@@ -28,11 +28,11 @@ from pipeline.data.storage import StorageError
 from pipeline.runs import lease, ray_connection
 from pipeline.runs.ray_connection import RunStoppedError
 from pipeline.train.driver.estimate import estimate
-from pipeline.train.driver.fit import Ended, fit
+from pipeline.train.driver.fit import TrainingResult, fit
 from pipeline.train.recipes import registry
 from pipeline.train.recipes.experiment import Experiment
 from pipeline.train.recipes.registry import Recipe
-from pipeline.train.settings import Settings
+from pipeline.train.settings import TrainingSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,11 +80,11 @@ def _recipe(name: str | None, rest: Sequence[str]) -> Recipe:
     raise ArgumentsError("missing: --recipe; --list prints all of them")
 
 
-def _settings(recipe: Recipe, argv: Sequence[str]) -> Settings:
+def _settings(recipe: Recipe, argv: Sequence[str]) -> TrainingSettings:
     """The command line's settings; the flags' defaults are the recipe's."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Given(Settings):
+    class Given(TrainingSettings):
         experiment: Experiment = field(default_factory=lambda: recipe.experiment)
 
     about = (
@@ -103,7 +103,7 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _ended(settings: Settings, ended: Ended) -> str:
+def _ended(settings: TrainingSettings, ended: TrainingResult) -> str:
     record = ended.record
     if ended.nothing_to_do:
         print(f"{settings.out} was finished before: there is nothing to do")

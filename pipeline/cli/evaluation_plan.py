@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pipeline.data import labels, storage
 from pipeline.data.datasets import Layout, open_split
 from pipeline.data.labels import Classes
-from pipeline.evaluation.evaluator import Look, Work, digest_of
+from pipeline.evaluation.evaluator import EvalConfig, EvaluatorSpec, digest_of
 from pipeline.model import devices, weights
 from pipeline.model.config import ModelConfig
 from pipeline.train.recipes.experiment import PAPER_SCALES
@@ -61,7 +61,7 @@ class Arguments:
             raise ValueError(f"--gpus-per-worker {self.gpus_per_worker}: must be at least 0")
         if self.table and (self.flip or self.output_stride is not None):
             raise ValueError("--table looks in every way: leave out --flip and --output-stride")
-        Look(scales=self.scales or (1.0,))
+        EvalConfig(scales=self.scales or (1.0,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +71,9 @@ class Plan:
     `over` are the ids of the classes of another mean.
     """
 
-    work: Work
+    work: EvaluatorSpec
     indices: range
-    looks: dict[str, Look]
+    looks: dict[str, EvalConfig]
     over: tuple[int, ...]
 
 
@@ -89,7 +89,7 @@ def plan_of(arguments: Arguments) -> Plan:
     classes = _classes(arguments, classes)
     split = open_split(arguments.data, arguments.split, layout=arguments.layout, classes=classes)
     return Plan(
-        work=Work(
+        work=EvaluatorSpec(
             checkpoint=arguments.checkpoint,
             digest=digest_of(data),
             split=split,
@@ -108,25 +108,25 @@ def _check_gpus(arguments: Arguments) -> None:
         devices.check_gpus(workers * each, f"--gpus-per-worker {each:g} on {workers} workers")
 
 
-def _looks(arguments: Arguments, config: ModelConfig) -> dict[str, Look]:
+def _looks(arguments: Arguments, config: ModelConfig) -> dict[str, EvalConfig]:
     """The ways to look, by name. Raises ValueError on a stride that the network cannot have."""
     if arguments.table:
         scales = arguments.scales or PAPER_SCALES
         looks = [  # strides that every network has
-            Look(output_stride=16),
-            Look(output_stride=8),
-            Look(output_stride=8, scales=scales),
-            Look(output_stride=8, scales=scales, flip=True),
+            EvalConfig(output_stride=16),
+            EvalConfig(output_stride=8),
+            EvalConfig(output_stride=8, scales=scales),
+            EvalConfig(output_stride=8, scales=scales, flip=True),
         ]
     else:
         stride = arguments.output_stride or config.output_stride
         dataclasses.replace(config, output_stride=stride)  # which checks it
         scales = arguments.scales or (1.0,)
-        looks = [Look(output_stride=stride, scales=scales, flip=arguments.flip)]
+        looks = [EvalConfig(output_stride=stride, scales=scales, flip=arguments.flip)]
     return {_name(look): look for look in looks}
 
 
-def _name(look: Look) -> str:
+def _name(look: EvalConfig) -> str:
     several = " + MS" if len(look.scales) > 1 else f" x {look.scales[0]:g}"
     name = f"OS {look.output_stride}" + (several if look.scales != (1.0,) else "")
     return name + (" + flip" if look.flip else "")

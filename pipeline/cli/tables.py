@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.data.labels import Classes
-from pipeline.evaluation.bootstrap import bootstrap, mean_over
-from pipeline.evaluation.evaluator import Seen
+from pipeline.evaluation.bootstrap import bootstrap_interval, mean_iou
+from pipeline.evaluation.evaluator import EvalResult
 
 _NONE = "-"
 
@@ -32,19 +32,19 @@ class Scores:
     pixel_accuracy: float | None
 
     @classmethod
-    def of(cls, name: str, seen: Seen, over: Sequence[int]) -> Scores:
+    def of(cls, name: str, seen: EvalResult, over: Sequence[int]) -> Scores:
         """The scores of what was seen; `over` are the ids of the choice, () for none."""
         counts = seen.evaluation.counts
         # in the split's order, so that the interval is the same whoever looked at which photo
-        photos = np.stack([seen.photos[index] for index in sorted(seen.photos)])
+        photos = np.stack([seen.per_image[index] for index in sorted(seen.per_image)])
         return cls(
             name=name,
             images=seen.evaluation.images,
             ious=counts.iou(),
             miou=counts.mean_iou(),
-            interval=bootstrap(photos),
-            over=mean_over(counts, over) if over else None,
-            over_interval=bootstrap(photos, classes=over) if over else None,
+            interval=bootstrap_interval(photos),
+            over=mean_iou(counts, over) if over else None,
+            over_interval=bootstrap_interval(photos, classes=over) if over else None,
             pixel_accuracy=seen.evaluation.pixel_accuracy,
         )
 

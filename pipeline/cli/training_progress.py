@@ -10,8 +10,8 @@ from pipeline.cli.progress import duration
 from pipeline.cli.sanitize import visible
 from pipeline.data import labels
 from pipeline.evaluation.score import Score
-from pipeline.train.driver.status import Watched
-from pipeline.train.settings import Settings
+from pipeline.train.driver.status import Status
+from pipeline.train.settings import TrainingSettings
 from pipeline.train.worker.history import Step
 
 LINE_EVERY_S = 5.0
@@ -20,10 +20,10 @@ LINE_EVERY_S = 5.0
 class TrainingDisplay:
     """Prints on stderr what a run's board says; call it as often as there may be news."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: TrainingSettings) -> None:
         self._augment = settings.experiment.augment
-        self._max_steps = settings.experiment.optimiser.max_steps
-        self._batch_size = settings.experiment.optimiser.batch_size
+        self._max_steps = settings.experiment.optimizer.max_steps
+        self._batch_size = settings.experiment.optimizer.batch_size
         self._classes = settings.experiment.data.classes
         self._scored = self._warned = 0
         self._step = -1
@@ -36,7 +36,7 @@ class TrainingDisplay:
         with contextlib.suppress(BrokenPipeError):  # nobody reads it any more
             sys.stderr.flush()
 
-    def __call__(self, watched: Watched) -> None:
+    def __call__(self, watched: Status) -> None:
         for warning in watched.warnings[self._warned :]:
             print(f"WARNING {visible(warning)}", file=sys.stderr)
         self._warned = len(watched.warnings)
@@ -49,7 +49,7 @@ class TrainingDisplay:
             )
             print(f"  {self._ious(score)}", file=sys.stderr)
         self._scored = len(watched.scores)
-        row, now = watched.row, time.monotonic()
+        row, now = watched.latest, time.monotonic()
         if row is None or row.step == self._step or now < self._next:
             return
         self._step, self._next = row.step, now + LINE_EVERY_S

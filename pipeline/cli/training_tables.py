@@ -9,26 +9,26 @@ from typing import Any
 
 from pipeline.cli.progress import duration
 from pipeline.model.config import ModelConfig
-from pipeline.train.driver.estimate import Estimate
-from pipeline.train.driver.preflight import Looked
-from pipeline.train.recipes.experiment import EvaluationConfig, Experiment, OptimiserConfig
+from pipeline.train.driver.estimate import TrainingEstimate
+from pipeline.train.driver.preflight import DataReport
+from pipeline.train.recipes.experiment import EvaluationConfig, Experiment, OptimizerConfig
 from pipeline.train.recipes.recipe import WIDTH, Recipe
-from pipeline.train.settings import Settings
+from pipeline.train.settings import TrainingSettings
 
 
-def dry_run(recipe: Recipe, settings: Settings, found: Estimate) -> str:
+def dry_run(recipe: Recipe, settings: TrainingSettings, found: TrainingEstimate) -> str:
     """The resolved recipe, the splits, how frequent each class is, and how long it would take."""
     experiment = settings.experiment
-    values = dict(_values(experiment, found.looked))
+    values = dict(_values(experiment, found.report))
     width = max(map(len, values))
-    steps = f"{experiment.optimiser.max_steps} steps of {found.step_s:.2f} s"
-    steps += f" ({found.waiting:.0%} of it waiting for photos)"
+    steps = f"{experiment.optimizer.max_steps} steps of {found.step_s:.2f} s"
+    steps += f" ({found.wait_share:.0%} of it waiting for photos)"
     return "\n".join(
         [
             f"recipe {recipe.name} ({recipe.source}): {recipe.about}",
             *(f"  {name:<{width}}  {value}" for name, value in values.items()),
             "",
-            *_frequencies(found.looked),
+            *_frequencies(found.report),
             "",
             "every value of the experiment, as flags:",
             *_command(flags(experiment)),
@@ -68,9 +68,9 @@ def class_table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _values(experiment: Experiment, looked: Looked) -> Iterator[tuple[str, str]]:
+def _values(experiment: Experiment, looked: DataReport) -> Iterator[tuple[str, str]]:
     """Name and value of what a person would want to see before hours of training."""
-    data, augment, config = experiment.data, experiment.augment, experiment.optimiser
+    data, augment, config = experiment.data, experiment.augment, experiment.optimizer
     yield "network", _network(experiment.model)
     yield "starts from", experiment.init or "random weights"
     yield "train", f"{data.train_split}, {_photos(looked, data.repeat_classes)}"
@@ -100,14 +100,14 @@ def _network(model: ModelConfig) -> str:
     return ", ".join([*parts, f"{model.num_classes} classes"])
 
 
-def _photos(looked: Looked, repeat_classes: tuple[str, ...]) -> str:
+def _photos(looked: DataReport, repeat_classes: tuple[str, ...]) -> str:
     photos, entries = len(looked.train), len(looked.indices)
     if entries == photos:
         return f"{photos} photos"
     return f"{photos} photos ({entries} with those of {', '.join(repeat_classes)} repeated)"
 
 
-def _rate(config: OptimiserConfig) -> str:
+def _rate(config: OptimizerConfig) -> str:
     head = f", the head's {config.head_lr_factor:g} times" if config.head_lr_factor != 1 else ""
     return (
         f"{config.base_lr:g}{head}, power {config.power:g}, momentum {config.momentum:g}, "
@@ -115,7 +115,7 @@ def _rate(config: OptimiserConfig) -> str:
     )
 
 
-def _loss(config: OptimiserConfig) -> str:
+def _loss(config: OptimizerConfig) -> str:
     parts = ["all pixels" if config.hard_share == 1 else f"hardest {config.hard_share:.0%}"]
     if config.class_weights != "none":
         parts.append("median-frequency class weights")
@@ -132,7 +132,7 @@ def _evaluation(config: EvaluationConfig) -> str:
     return ", ".join([*parts, *(["flip"] if config.eval_flip else [])])
 
 
-def _frequencies(looked: Looked) -> Iterator[str]:
+def _frequencies(looked: DataReport) -> Iterator[str]:
     """How much of the labelled pixels each class has, and in how many photos to train on it is."""
     survey, names = looked.survey, looked.train.classes.names
     total = max(1, int(survey.pixels.sum()))

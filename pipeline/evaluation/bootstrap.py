@@ -15,13 +15,13 @@ from pipeline.metrics import Counts, Int64s
 _PART = 256  # samples at a time: 256 x photos weights, whatever their number
 
 
-def photo_counts(confusion: Int64s) -> Int64s:
+def image_counts(confusion: Int64s) -> Int64s:
     """A photo's tp, fp and fn (3, k) of its confusion (k, k): what `bootstrap` takes, stacked."""
     counts = Counts.from_confusion(confusion)
     return np.stack([counts.tp, counts.fp, counts.fn])
 
 
-def mean_over(counts: Counts, classes: Sequence[int] | None = None) -> float | None:
+def mean_iou(counts: Counts, classes: Sequence[int] | None = None) -> float | None:
     """The mean IoU over `classes` (ids; all by default) that have one; None where none has."""
     ious = counts.iou()
     chosen = ious if classes is None else [ious[i] for i in classes]
@@ -29,7 +29,7 @@ def mean_over(counts: Counts, classes: Sequence[int] | None = None) -> float | N
     return sum(known) / len(known) if known else None
 
 
-def bootstrap(
+def bootstrap_interval(
     photos: Int64s,
     *,
     classes: Sequence[int] | None = None,

@@ -26,7 +26,7 @@ from pipeline.metrics import Counts, Int64s
 from pipeline.model import predict
 from pipeline.model.deeplab import DeepLabV3
 
-Tell = Callable[[int, Int64s], None]
+OnImage = Callable[[int, Int64s], None]
 
 _PHOTOS_AHEAD = 4  # fetched or decoded while one is in the network
 _FETCHERS = 8  # a photo and its label each
@@ -81,7 +81,7 @@ class Evaluation:
         return Score(step=step, time=time, miou=miou, pixel_accuracy=pixel_accuracy, ious=ious)
 
 
-def share(n: int, rank: int, world: int) -> range:
+def worker_indices(n: int, rank: int, world: int) -> range:
     """The photos of 0 to n - 1 that worker `rank` of `world` looks at: every one is in one share.
 
     A share may be empty. Raises ValueError where there is no such worker.
@@ -101,7 +101,7 @@ def evaluate(
     flip: bool = False,
     output_stride: int | None = None,
     window: predict.Window = predict.DEFAULT_WINDOW,
-    tell: Tell | None = None,
+    on_image: OnImage | None = None,
 ) -> Evaluation:
     """What the network makes of the photos `indices` (all by default) of the split.
 
@@ -132,8 +132,8 @@ def evaluate(
                 ignore_index=split.classes.ignore_index,
             )
             total += Evaluation(confusion=confusion, images=1)
-            if tell is not None:
-                tell(index, confusion)
+            if on_image is not None:
+                on_image(index, confusion)
     return total
 
 

@@ -15,13 +15,13 @@ import torch
 
 from pipeline.data import storage
 from pipeline.data.datasets import Split
-from pipeline.evaluation.bootstrap import photo_counts
+from pipeline.evaluation.bootstrap import image_counts
 from pipeline.evaluation.evaluate import Evaluation, evaluate
 from pipeline.metrics import Int64s
 from pipeline.model import optimize, weights
 from pipeline.model.config import MAX_SCALE
 
-Tell = Callable[[int], None]
+OnProgress = Callable[[int], None]
 
 
 class WorkersError(RuntimeError):
@@ -29,7 +29,7 @@ class WorkersError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class EvalConfig:
     """How photos are looked at: averaged over `scales` and mirrored copies, at `output_stride`.
 
     None is the checkpoint's own stride. Raises ValueError on scales that no photo can have.
@@ -48,7 +48,7 @@ class Look:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class EvaluatorSpec:
     """What every process of an evaluation shares.
 
     `digest` is what `digest_of` says of the checkpoint; `cpus` are torch's threads.
@@ -62,22 +62,23 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Seen:
+class EvalResult:
     """An evaluation, and tp, fp and fn (3, k) int64 of each photo, by its index in the split."""
 
     evaluation: Evaluation
-    photos: dict[int, Int64s]
+    per_image: dict[int, Int64s]
 
-    def __add__(self, other: Seen) -> Seen:
-        return Seen(
-            evaluation=self.evaluation + other.evaluation, photos=self.photos | other.photos
+    def __add__(self, other: EvalResult) -> EvalResult:
+        return EvalResult(
+            evaluation=self.evaluation + other.evaluation,
+            per_image=self.per_image | other.per_image,
         )
 
 
-class Looker:
+class Evaluator:
     """The checkpoint, ready. Raises ValueError where it was replaced or is none, StorageError."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: EvaluatorSpec) -> None:
         data = weights.read(work.checkpoint)
         if digest_of(data) != work.digest:
             raise ValueError(f"{work.checkpoint} was replaced meanwhile; evaluate it again")
@@ -87,15 +88,17 @@ class Looker:
         self._model = optimize.prepare(model, "cuda" if work.gpu else "cpu")
         self._split = work.split
 
-    def look(self, how: Look, indices: Sequence[int], tell: Tell | None = None) -> Seen:
+    def evaluate(
+        self, how: EvalConfig, indices: Sequence[int], tell: OnProgress | None = None
+    ) -> EvalResult:
         """What the checkpoint makes of these photos of the split; `tell` hears of each: 1.
 
         Raises as `evaluate` does.
         """
-        photos: dict[int, Int64s] = {}
+        per_image: dict[int, Int64s] = {}
 
         def note(index: int, confusion: Int64s) -> None:
-            photos[index] = photo_counts(confusion)
+            per_image[index] = image_counts(confusion)
             if tell is not None:
                 tell(1)
 
@@ -107,9 +110,9 @@ class Looker:
             scales=how.scales,
             flip=how.flip,
             output_stride=how.output_stride,
-            tell=note,
+            on_image=note,
         )
-        return Seen(evaluation=evaluation, photos=photos)
+        return EvalResult(evaluation=evaluation, per_image=per_image)
 
     def _read(self, uri: str) -> bytes:
         """The object as it was when the split was opened."""

@@ -16,7 +16,14 @@ from ray.exceptions import RayActorError
 
 from pipeline.data.samples import SampleError
 from pipeline.evaluation.evaluate import Evaluation
-from pipeline.evaluation.evaluator import Look, Looker, Seen, Tell, Work, WorkersError
+from pipeline.evaluation.evaluator import (
+    EvalConfig,
+    EvalResult,
+    Evaluator,
+    EvaluatorSpec,
+    OnProgress,
+    WorkersError,
+)
 from pipeline.runs import ray_connection
 from pipeline.runs.ray_connection import RunStoppedError
 
@@ -24,40 +31,42 @@ _PART_PHOTOS = 8
 _DEATHS = 3  # of one actor, before the evaluation ends
 
 
-class Stage:
+class EvaluatorActor:
     """The actor. What is expected to go wrong is a value; what is raised is a bug."""
 
     def __init__(self) -> None:
-        self._looker: Looker | None = None
+        self._looker: Evaluator | None = None
 
     def ready(self) -> None:
         """Comes back when the actor lives."""
 
-    def look(self, work: Work, how: Look, part: Sequence[int]) -> Seen | SampleError | str:
+    def evaluate(
+        self, work: EvaluatorSpec, how: EvalConfig, part: Sequence[int]
+    ) -> EvalResult | SampleError | str:
         """What is seen of a part of the photos, or why it is not."""
         try:
             if self._looker is None:
-                self._looker = Looker(work)
-            return self._looker.look(how, part)
+                self._looker = Evaluator(work)
+            return self._looker.evaluate(how, part)
         except SampleError as error:
             return error
         except (OSError, ValueError) as error:
             return f"a worker cannot go on: {error}"
 
 
-class Spread:
+class DistributedEvaluator:
     """So many actors with the checkpoint, for as many evaluations as it is entered for.
 
     Raises WorkersError where Ray does not answer.
     """
 
-    def __init__(self, work: Work, *, workers: int, gpus: float = 0.0) -> None:
+    def __init__(self, work: EvaluatorSpec, *, workers: int, gpus: float = 0.0) -> None:
         try:
             ray_connection.connect(workers=workers, cpus=work.cpus, gpus=gpus)
         except RunStoppedError as error:
             raise WorkersError(str(error)) from error
         self._work = work
-        stage: Any = ray.remote(Stage)
+        stage: Any = ray.remote(EvaluatorActor)
         options = stage.options(
             num_cpus=work.cpus,
             num_gpus=gpus,
@@ -68,19 +77,23 @@ class Spread:
         self._shared = ray.put(work)
         self.actors = [options.remote() for _ in range(workers)]
 
-    def __enter__(self) -> Spread:
+    def __enter__(self) -> DistributedEvaluator:
         return self
 
     def __exit__(self, *_: object) -> None:
         for actor in self.actors:
             ray.kill(actor)
 
-    def look(self, how: Look, indices: Sequence[int], tell: Tell | None = None) -> Seen:
+    def evaluate(
+        self, how: EvalConfig, indices: Sequence[int], tell: OnProgress | None = None
+    ) -> EvalResult:
         """As `Looker.look`; `tell` hears how many photos came back. Raises WorkersError too."""
         parts = deque(
             indices[start : start + _PART_PHOTOS] for start in range(0, len(indices), _PART_PHOTOS)
         )
-        total = Seen(evaluation=Evaluation.zeros(self._work.split.classes.num_classes), photos={})
+        total = EvalResult(
+            evaluation=Evaluation.zeros(self._work.split.classes.num_classes), per_image={}
+        )
         # parts go to actors that live: one that finds no place in the cluster keeps none waiting
         waiting: dict[Any, tuple[Any, Sequence[int]]] = {
             actor.ready.remote(): (actor, ()) for actor in self.actors
@@ -95,12 +108,12 @@ class Spread:
                     tell(seen.evaluation.images)
             if parts:
                 part = parts.popleft()
-                waiting[actor.look.remote(self._shared, how, part)] = (actor, part)
+                waiting[actor.evaluate.remote(self._shared, how, part)] = (actor, part)
         return total
 
-    def _came_back(self, reference: Any, part: Sequence[int]) -> Seen | None:
+    def _came_back(self, reference: Any, part: Sequence[int]) -> EvalResult | None:
         try:
-            found: Seen | SampleError | str | None = ray.get(reference)
+            found: EvalResult | SampleError | str | None = ray.get(reference)
         except RayActorError as error:
             names = [self._work.split.pairs[index].image for index in part]
             last = f", last on a part that begins with {names[0]}" if names else ""

@@ -15,7 +15,7 @@ _LOADERS_AT_MOST = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class TrainingSettings:
     """Trains a DeepLabv3 on Ray; the same command goes on with a run that was stopped."""
 
     data: str
@@ -91,7 +91,7 @@ class Settings:
             )
 
     def _check_batch(self) -> None:
-        batch_size = self.experiment.optimiser.batch_size
+        batch_size = self.experiment.optimizer.batch_size
         if batch_size < self.most_workers:
             raise ValueError(
                 f"--batch-size {batch_size}, but there are {self.most_workers} workers, and each "
@@ -103,7 +103,7 @@ class Settings:
 
     def _check_shares(self, workers: int) -> None:
         """Whether batch normalisation can be trained on what each of so many workers has."""
-        config, model = self.experiment.optimiser, self.experiment.model
+        config, model = self.experiment.optimizer, self.experiment.model
         if config.freeze_bn or model.style == "tensorflow":  # whose normalisation is folded
             return
         shares = {config.batch_size // workers, -(-config.batch_size // workers)}

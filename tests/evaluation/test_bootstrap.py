@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pipeline.evaluation.bootstrap import bootstrap, mean_over, photo_counts
+from pipeline.evaluation.bootstrap import bootstrap_interval, image_counts, mean_iou
 from pipeline.metrics import Counts
 
 
@@ -27,8 +27,8 @@ def plain_mean(photos: list[np.ndarray], classes: list[int]) -> float:
 def test_the_interval_of_two_photos_worked_by_hand() -> None:
     # one is all right, one all wrong: both twice, 1/4 each; one of each, 1/2
     photos = np.array([[[8], [0], [0]], [[0], [4], [4]]])
-    assert bootstrap(photos) == (0.0, 1.0)
-    assert bootstrap(photos, level=0.3) == (0.5, 0.5)
+    assert bootstrap_interval(photos) == (0.0, 1.0)
+    assert bootstrap_interval(photos, level=0.3) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("classes", [[0, 1, 2], [2], [2, 0]])
@@ -39,7 +39,7 @@ def test_the_interval_agrees_with_all_samples_of_four_photos(classes: list[int])
         plain_mean([photos[i] for i in drawn], classes)
         for drawn in itertools.product(range(4), repeat=4)
     )
-    found = bootstrap(photos, classes=classes, samples=40_000)
+    found = bootstrap_interval(photos, classes=classes, samples=40_000)
     assert found is not None
     for value, share in zip(found, (0.025, 0.975), strict=True):
         # a sample's share may differ by some thousandths from its probability
@@ -49,33 +49,33 @@ def test_the_interval_agrees_with_all_samples_of_four_photos(classes: list[int])
 
 def test_the_same_counts_give_the_same_interval_around_their_mean() -> None:
     photos = np.random.default_rng(5).integers(0, 90, size=(30, 3, 4))
-    first = bootstrap(photos)
-    assert first == bootstrap(photos.copy())
+    first = bootstrap_interval(photos)
+    assert first == bootstrap_interval(photos.copy())
     assert first is not None
     assert first[0] < plain_mean(list(photos), [0, 1, 2, 3]) < first[1]
 
 
 def test_photos_that_are_all_alike_leave_no_doubt() -> None:
     photos = np.tile(np.array([[[3, 0], [1, 0], [0, 0]]]), (9, 1, 1))
-    assert bootstrap(photos) == (0.75, 0.75)
-    assert bootstrap(photos, classes=[1]) is None
+    assert bootstrap_interval(photos) == (0.75, 0.75)
+    assert bootstrap_interval(photos, classes=[1]) is None
 
 
 def test_counts_of_a_photo_and_their_mean_over_some_classes() -> None:
     confusion = np.array([[5, 1, 0], [2, 3, 0], [0, 0, 0]])
-    tp, fp, fn = photo_counts(confusion)
+    tp, fp, fn = image_counts(confusion)
     assert (tp.tolist(), fp.tolist(), fn.tolist()) == ([5, 3, 0], [2, 1, 0], [1, 2, 0])
     counts = Counts(tp=tp, fp=fp, fn=fn)
-    assert mean_over(counts) == pytest.approx((5 / 8 + 3 / 6) / 2)
-    assert mean_over(counts, [1, 2]) == pytest.approx(3 / 6)
-    assert mean_over(counts, [2]) is None
+    assert mean_iou(counts) == pytest.approx((5 / 8 + 3 / 6) / 2)
+    assert mean_iou(counts, [1, 2]) == pytest.approx(3 / 6)
+    assert mean_iou(counts, [2]) is None
 
 
 def test_arguments_that_cannot_be_right_are_refused() -> None:
     one = np.ones((1, 3, 2), dtype=np.int64)
     with pytest.raises(ValueError, match=r"must be \(n, 3, k\)"):
-        bootstrap(one[:0])
+        bootstrap_interval(one[:0])
     with pytest.raises(ValueError, match="level is 95"):
-        bootstrap(one, level=95)
+        bootstrap_interval(one, level=95)
     with pytest.raises(ValueError, match="samples is 0"):
-        bootstrap(one, samples=0)
+        bootstrap_interval(one, samples=0)

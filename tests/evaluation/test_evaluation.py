@@ -15,9 +15,16 @@ from pipeline.data import storage
 from pipeline.data.datasets import Split, open_split
 from pipeline.data.labels import Classes
 from pipeline.data.samples import SampleError
-from pipeline.evaluation.evaluate import Evaluation, evaluate, share
-from pipeline.evaluation.evaluator import Look, Looker, Seen, Work, WorkersError, digest_of
-from pipeline.evaluation.ray_pool import Spread
+from pipeline.evaluation.evaluate import Evaluation, evaluate, worker_indices
+from pipeline.evaluation.evaluator import (
+    EvalConfig,
+    EvalResult,
+    Evaluator,
+    EvaluatorSpec,
+    WorkersError,
+    digest_of,
+)
+from pipeline.evaluation.ray_pool import DistributedEvaluator
 from pipeline.model import weights
 from pipeline.model.config import ModelConfig
 from pipeline.model.deeplab import DeepLabV3
@@ -67,10 +74,12 @@ def model() -> DeepLabV3:
 
 
 @pytest.fixture(scope="module")
-def work(model: DeepLabV3, split: Split, tmp_path_factory: pytest.TempPathFactory) -> Work:
+def work(model: DeepLabV3, split: Split, tmp_path_factory: pytest.TempPathFactory) -> EvaluatorSpec:
     path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
     path.write_bytes(weights.to_bytes(model, CLASSES))
-    return Work(checkpoint=str(path), digest=digest_of(path.read_bytes()), split=split, cpus=1)
+    return EvaluatorSpec(
+        checkpoint=str(path), digest=digest_of(path.read_bytes()), split=split, cpus=1
+    )
 
 
 def counted(model: DeepLabV3, root: Path, indices: list[int]) -> np.ndarray:
@@ -95,7 +104,7 @@ def test_the_confusion_agrees_with_a_forward_pass_and_counting_pixels_one_by_one
 ) -> None:
     heard: dict[int, np.ndarray] = {}
     chosen = [3, 0, 6]
-    found = evaluate(model, split, read=storage.read, indices=chosen, tell=heard.__setitem__)
+    found = evaluate(model, split, read=storage.read, indices=chosen, on_image=heard.__setitem__)
     expected = counted(model, root, chosen)
     assert np.count_nonzero(expected.sum(axis=0)) > 1  # the network sees more than one class
     assert found.confusion.dtype == np.int64
@@ -113,7 +122,9 @@ def test_any_number_of_shares_adds_up_to_the_same_evaluation(
     whole = evaluate(model, split, read=storage.read)
     total = Evaluation.zeros(4)
     for rank in range(world):
-        total += evaluate(model, split, read=storage.read, indices=share(len(split), rank, world))
+        total += evaluate(
+            model, split, read=storage.read, indices=worker_indices(len(split), rank, world)
+        )
     assert (total.confusion == whole.confusion).all()
     assert total.images == whole.images == PHOTOS
 
@@ -121,10 +132,10 @@ def test_any_number_of_shares_adds_up_to_the_same_evaluation(
 def test_every_photo_is_in_one_share() -> None:
     for n in range(12):
         for world in range(1, 6):
-            dealt = [i for rank in range(world) for i in share(n, rank, world)]
+            dealt = [i for rank in range(world) for i in worker_indices(n, rank, world)]
             assert sorted(dealt) == list(range(n))
     with pytest.raises(ValueError, match="rank is 2"):
-        share(5, 2, 2)
+        worker_indices(5, 2, 2)
 
 
 def snapshot(model: DeepLabV3) -> tuple[object, ...]:
@@ -188,7 +199,7 @@ def test_the_next_photos_are_read_while_one_is_in_the_network(
     def tell(index: int, _: np.ndarray) -> None:
         assert third.wait(timeout=30), f"photo 2 was not read while {index} was in work"
 
-    evaluate(model, split, read=read, indices=[0, 1, 2], tell=tell)
+    evaluate(model, split, read=read, indices=[0, 1, 2], on_image=tell)
 
 
 def test_output_strides_and_scales_are_those_asked_for(model: DeepLabV3, split: Split) -> None:
@@ -225,20 +236,20 @@ def test_a_score_holds_the_means_of_the_counts() -> None:
     assert score.pixel_accuracy == pytest.approx(10 / 12)
 
 
-def assert_same(found: Seen, expected: Seen) -> None:
+def assert_same(found: EvalResult, expected: EvalResult) -> None:
     assert (found.evaluation.confusion == expected.evaluation.confusion).all()
     assert found.evaluation.images == expected.evaluation.images
-    assert found.photos.keys() == expected.photos.keys()
-    assert all((found.photos[i] == expected.photos[i]).all() for i in found.photos)
+    assert found.per_image.keys() == expected.per_image.keys()
+    assert all((found.per_image[i] == expected.per_image[i]).all() for i in found.per_image)
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
 def test_actors_see_what_one_process_sees_even_when_one_of_them_dies(
-    work: Work, monkeypatch: pytest.MonkeyPatch
+    work: EvaluatorSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.evaluation.ray_pool._PART_PHOTOS", 2)
-    expected = Looker(work).look(Look(), range(PHOTOS))
+    expected = Evaluator(work).evaluate(EvalConfig(), range(PHOTOS))
     heard: list[int] = []
 
     def tell(images: int) -> None:
@@ -246,11 +257,11 @@ def test_actors_see_what_one_process_sees_even_when_one_of_them_dies(
             ray.kill(spread.actors[0], no_restart=False)
         heard.append(images)
 
-    with Spread(work, workers=2) as spread:
-        assert_same(spread.look(Look(), range(PHOTOS), tell), expected)
+    with DistributedEvaluator(work, workers=2) as spread:
+        assert_same(spread.evaluate(EvalConfig(), range(PHOTOS), tell), expected)
         assert_same(
-            spread.look(Look(output_stride=8, flip=True), range(3)),
-            Looker(work).look(Look(output_stride=8, flip=True), range(3)),
+            spread.evaluate(EvalConfig(output_stride=8, flip=True), range(3)),
+            Evaluator(work).evaluate(EvalConfig(output_stride=8, flip=True), range(3)),
         )
     assert sum(heard) == PHOTOS
 
@@ -258,7 +269,7 @@ def test_actors_see_what_one_process_sees_even_when_one_of_them_dies(
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
 def test_actors_that_keep_dying_or_cannot_read_a_photo_end_the_evaluation(
-    work: Work, root: Path, monkeypatch: pytest.MonkeyPatch
+    work: EvaluatorSpec, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.evaluation.ray_pool._PART_PHOTOS", 2)
 
@@ -267,24 +278,24 @@ def test_actors_that_keep_dying_or_cannot_read_a_photo_end_the_evaluation(
             ray.kill(actor, no_restart=True)
 
     with (
-        Spread(work, workers=1) as spread,
+        DistributedEvaluator(work, workers=1) as spread,
         pytest.raises(WorkersError, match="a worker died"),
     ):
-        spread.look(Look(), range(PHOTOS), kill)
+        spread.evaluate(EvalConfig(), range(PHOTOS), kill)
     photo = root / "val" / "images" / "05.png"
     data = photo.read_bytes()
     photo.write_bytes(data[:40])
     try:
         with (
-            Spread(work, workers=2) as spread,
+            DistributedEvaluator(work, workers=2) as spread,
             pytest.raises(SampleError, match=r"05\.png"),
         ):
-            spread.look(Look(), range(PHOTOS))
+            spread.evaluate(EvalConfig(), range(PHOTOS))
     finally:
         photo.write_bytes(data)
 
 
-def test_a_checkpoint_that_was_replaced_is_refused(work: Work) -> None:
-    other = Work(checkpoint=work.checkpoint, digest="0", split=work.split, cpus=1)
+def test_a_checkpoint_that_was_replaced_is_refused(work: EvaluatorSpec) -> None:
+    other = EvaluatorSpec(checkpoint=work.checkpoint, digest="0", split=work.split, cpus=1)
     with pytest.raises(ValueError, match="was replaced meanwhile"):
-        Looker(other)
+        Evaluator(other)

@@ -23,8 +23,8 @@ class Dies(Heard):
         super().__init__()
         self._at = at
 
-    def now(self, row: Step, scored: Score | None) -> None:
-        super().now(row, scored)
+    def report_step(self, row: Step, scored: Score | None) -> None:
+        super().report_step(row, scored)
         if row.step == self._at:
             raise Killed
 

@@ -19,19 +19,19 @@ from pipeline.data import storage
 from pipeline.data.samples import SampleError
 from pipeline.model import weights
 from pipeline.train.driver.estimate import estimate
-from pipeline.train.driver.preflight import begin, look
+from pipeline.train.driver.preflight import inspect_data, prepare
 from pipeline.train.recipes.experiment import AugmentConfig, Experiment
 from pipeline.train.recipes.registry import by_name
-from pipeline.train.settings import Settings
+from pipeline.train.settings import TrainingSettings
 
 POOLED = replace(tiny.MOBILENET, image_pooling=True)
 
 
-def said(*, batch_size: int = 8, pooled: bool = False, **values: Any) -> Settings:
+def said(*, batch_size: int = 8, pooled: bool = False, **values: Any) -> TrainingSettings:
     optimiser = {key: values.pop(key) for key in ("micro_batch", "freeze_bn") if key in values}
     what = tiny.experiment(batch_size=batch_size, **optimiser)
     what = replace(what, model=POOLED) if pooled else what
-    return Settings(**{"data": "d", "out": "o", "experiment": what, **values})
+    return TrainingSettings(**{"data": "d", "out": "o", "experiment": what, **values})
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def root(tmp_path: Path) -> Path:
 
 def looked(root: Path, out: Path, what: Experiment, **more: Any) -> None:
     settings = tiny.settings(root, out, what, **more)
-    begin(settings, look(settings, print), print)
+    prepare(settings, inspect_data(settings, print), print)
 
 
 def changed(what: Experiment, part: str, **values: Any) -> Experiment:
@@ -185,7 +185,7 @@ def test_a_start_from_other_classes_makes_the_last_layer_anew_and_says_so(
     start.write_bytes(weights.to_bytes(three, classes))
     what = replace(tiny.experiment(), init=str(start))
     settings, lines = tiny.settings(root, tmp_path / "out", what), []
-    begin(settings, look(settings, lines.append), lines.append)
+    prepare(settings, inspect_data(settings, lines.append), lines.append)
     assert any("has 3 classes, not 4: its last layer starts anew" in line for line in lines)
     found, _ = weights.load(storage.join(settings.out, "initial.safetensors"))
     state, before = found.state_dict(), three.state_dict()
@@ -213,21 +213,21 @@ def test_labels_that_changed_since_the_run_began_are_refused(
     root: Path, tmp_path: Path, known: bool
 ) -> None:
     settings = tiny.settings(root, tmp_path / "out", tiny.experiment())
-    begin(settings, look(settings, print), print)
+    prepare(settings, inspect_data(settings, print), print)
     run = tmp_path / "out" / "run.json"
     if not known:  # a run that was begun when labels were not looked at so closely
         before = json.loads(run.read_text())
         for name in ("labels", "train_photos", "train_labels", "val_photos", "val_labels"):
             del before[name]
         run.write_text(json.dumps(before))
-    look(settings, print)
+    inspect_data(settings, print)
     path = root / "train/labels/02.png"
     Image.fromarray(np.zeros_like(np.array(Image.open(path)))).save(path)
     if known:
         with pytest.raises(ValueError, match=r"out holds another run \(labels: .*; train_labels: "):
-            look(settings, print)
+            inspect_data(settings, print)
     else:
-        look(settings, print)
+        inspect_data(settings, print)
 
 
 def rewritten(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -289,7 +289,7 @@ def test_a_copy_of_the_photos_with_other_times_is_the_same_run_and_is_looked_at_
     copy = shutil.copytree(root, tmp_path / "copy", copy_function=shutil.copyfile)
     settings, lines = tiny.settings(copy, tmp_path / "out", tiny.experiment()), []
     for _ in range(2):
-        begin(settings, look(settings, lines.append), lines.append)
+        prepare(settings, inspect_data(settings, lines.append), lines.append)
     assert [line.rpartition(" ")[2] for line in lines] == ["val", "train"]
 
 
@@ -308,9 +308,9 @@ def test_a_network_over_the_limit_of_a_create_begins_too(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = tiny.settings(root, tmp_path / "out", tiny.experiment())
-    looked = look(settings, print)
+    looked = inspect_data(settings, print)
     monkeypatch.setattr("pipeline.data.storage.base.MAX_CREATE_BYTES", 100_000)
-    begun = begin(settings, looked, print)
+    begun = prepare(settings, looked, print)
     assert storage.stat_object(begun.task.initial).size > 100_000  # type: ignore[union-attr]
 
 
@@ -320,7 +320,9 @@ def test_an_out_that_cannot_be_written_is_refused_before_any_label_is_looked_at(
     (tmp_path / "file").write_text("")
     lines: list[str] = []
     with pytest.raises((ValueError, storage.StorageError), match="file"):
-        look(tiny.settings(root, tmp_path / "file" / "out", tiny.experiment()), lines.append)
+        inspect_data(
+            tiny.settings(root, tmp_path / "file" / "out", tiny.experiment()), lines.append
+        )
     assert not any("looking at the labels" in line for line in lines)
 
 
@@ -345,7 +347,7 @@ def test_a_dry_run_for_gpus_where_there_are_none_says_so(root: Path, tmp_path: P
 def test_every_row_of_table_11_can_be_run_on_its_replicas() -> None:
     for replicas in (1, 2, 4, 8, 16, 32):
         recipe = by_name(f"table11-replicas{replicas}")
-        Settings(
+        TrainingSettings(
             data="d", out="o", workers=(replicas,), gpus_per_worker=1.0,
             experiment=recipe.experiment,
         )  # fmt: skip

@@ -20,15 +20,15 @@ from pipeline.data.labels import Classes
 from pipeline.evaluation.score import Score
 from pipeline.model.config import ModelConfig
 from pipeline.model.deeplab import DeepLabV3
-from pipeline.train.driver.preflight import begin, look
+from pipeline.train.driver.preflight import inspect_data, prepare
 from pipeline.train.recipes.experiment import (
     AugmentConfig,
     DataConfig,
     EvaluationConfig,
     Experiment,
-    OptimiserConfig,
+    OptimizerConfig,
 )
-from pipeline.train.settings import Settings
+from pipeline.train.settings import TrainingSettings
 from pipeline.train.worker.distributed import Group
 from pipeline.train.worker.history import Step
 from pipeline.train.worker.task import Task
@@ -74,8 +74,8 @@ def draw_set(root: Path, *, train: int = 6, val: int = 5) -> None:
                 Image.fromarray(pixels).save(path)
 
 
-def experiment(**optimiser: Any) -> Experiment:
-    """Four steps over photos of `draw_set`; `optimiser` are values of its OptimiserConfig."""
+def experiment(**optimizer: Any) -> Experiment:
+    """Four steps over photos of `draw_set`; `optimizer` are values of its OptimizerConfig."""
     values = {
         "max_steps": 4,
         "batch_size": 3,
@@ -89,21 +89,21 @@ def experiment(**optimiser: Any) -> Experiment:
         model=MOBILENET,
         data=DataConfig(layout="folders", classes=names, train_split="train", val_split="val"),
         augment=AugmentConfig(crop_size=(33, 35)),
-        optimiser=OptimiserConfig(**{**values, **optimiser}),
+        optimizer=OptimizerConfig(**{**values, **optimizer}),
         evaluation=EvaluationConfig(eval_every=2),
     )
 
 
-def settings(root: Path, out: Path, what: Experiment, **more: Any) -> Settings:
+def settings(root: Path, out: Path, what: Experiment, **more: Any) -> TrainingSettings:
     """A run of one worker without other processes."""
     values = {"checkpoint_every": 2, "loaders": 0, "cpus_per_worker": 1}
-    return Settings(data=str(root), out=str(out), experiment=what, **{**values, **more})
+    return TrainingSettings(data=str(root), out=str(out), experiment=what, **{**values, **more})
 
 
 def task(root: Path, out: Path, what: Experiment, **more: Any) -> Task:
     """A run that has begun below `out`."""
     said = settings(root, out, what, **more)
-    return begin(said, look(said, print), print).task
+    return prepare(said, inspect_data(said, print), print).task
 
 
 @dataclass
@@ -116,13 +116,13 @@ class Heard:
     begun: list[tuple[int, Score | None]] = field(default_factory=list)
     lived: int = 0
 
-    def begins(self, workers: int, best: Score | None) -> None:
+    def started(self, workers: int, best: Score | None) -> None:
         self.begun.append((workers, best))
 
-    def lives(self) -> None:
+    def heartbeat(self) -> None:
         self.lived += 1
 
-    def now(self, row: Step, scored: Score | None) -> None:
+    def report_step(self, row: Step, scored: Score | None) -> None:
         self.rows.append(row)
         self.scores += [scored] if scored else []
 

@@ -10,8 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.data.samples import SampleError
-from pipeline.train.driver.preflight import Looked, Say, first_model, look, task_of
-from pipeline.train.settings import Settings
+from pipeline.train.driver.preflight import (
+    DataReport,
+    Log,
+    build_worker_spec,
+    initial_model,
+    inspect_data,
+)
+from pipeline.train.settings import TrainingSettings
 from pipeline.train.worker.distributed import Group
 from pipeline.train.worker.loader import batches
 from pipeline.train.worker.task import source_of, state_of, stepper_of
@@ -21,32 +27,32 @@ WARM_UP = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class TrainingEstimate:
     """What was looked at, the median seconds of a step, and the share that waits for photos."""
 
-    looked: Looked
+    report: DataReport
     step_s: float
-    waiting: float
+    wait_share: float
     seconds: float
 
 
-def estimate(settings: Settings, say: Say) -> Estimate:
+def estimate(settings: TrainingSettings, say: Log) -> TrainingEstimate:
     """Times ten steps of one worker's part of the batch. Raises ValueError as `look` does."""
     if settings.gpus_per_worker and not torch.cuda.is_available():
         raise ValueError(
             f"--gpus-per-worker {settings.gpus_per_worker:g} --dry-run: steps are timed here, "
             "where torch finds no GPU; dry-run it on a machine with one"
         )
-    looked = look(settings, say)
-    task = task_of(settings, looked, initial="")
+    looked = inspect_data(settings, say)
+    task = build_worker_spec(settings, looked, initial="")
     torch.set_num_threads(task.threads)
     device = torch.device("cuda" if settings.gpus_per_worker else "cpu")
     group = Group(device=device)
-    first = looked.first or first_model(settings.experiment, say)
+    first = looked.first or initial_model(settings.experiment, say)
     state = state_of(task, first, group)
     stepper = stepper_of(task, state, group)
     # the first of as many workers as there will be, alone; batch normalisation wants two photos
-    config = task.experiment.optimiser
+    config = task.experiment.optimizer
     world = min(settings.most_workers, max(1, config.batch_size // 2))
     source = source_of(task, rank=0, world=world)
     seconds, waited = [], []
@@ -62,9 +68,9 @@ def estimate(settings: Settings, say: Say) -> Estimate:
         started = time.monotonic()
     warm = slice(WARM_UP if steps > WARM_UP else 0, None)
     step_s = statistics.median_high(seconds[warm])
-    return Estimate(
-        looked=looked,
+    return TrainingEstimate(
+        report=looked,
         step_s=step_s,
-        waiting=sum(waited[warm]) / sum(seconds[warm]),
+        wait_share=sum(waited[warm]) / sum(seconds[warm]),
         seconds=step_s * task.experiment.augment.steps_like(0, config.max_steps),
     )

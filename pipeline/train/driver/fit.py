@@ -26,33 +26,33 @@ from pipeline.runs.lease import Lease
 from pipeline.runs.ray_connection import RunStoppedError
 from pipeline.runs.timeouts import StallTimer
 from pipeline.text import last_line
-from pipeline.train.driver.preflight import Begun, begin, look
-from pipeline.train.driver.ray_trainer import trainer
+from pipeline.train.driver.preflight import PreparedRun, inspect_data, prepare
+from pipeline.train.driver.ray_trainer import build_trainer
 from pipeline.train.driver.run_identity import check_experiment
-from pipeline.train.driver.status import Board, Watched
-from pipeline.train.settings import Settings
+from pipeline.train.driver.status import Status, StatusActor
+from pipeline.train.settings import TrainingSettings
 from pipeline.train.worker import checkpoints
 
-LOOK_EVERY_S = 2.0
+POLL_EVERY_S = 2.0
 
 GPU_CPUS = 16
 """CPUs for a worker with a GPU, at most: half of them read and augment photos."""
 
 logger = logging.getLogger(__name__)
 
-Watch = Callable[[Watched], None]
+OnStatus = Callable[[Status], None]
 """Is told how far the run is, every few seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ended:
+class TrainingResult:
     """How a run ended: its record, and whether it had ended before."""
 
     record: dict[str, Any]
     nothing_to_do: bool = False
 
 
-def fit(settings: Settings, say: Callable[[str], None], watch: Watch) -> Ended:
+def fit(settings: TrainingSettings, say: Callable[[str], None], watch: OnStatus) -> TrainingResult:
     """Trains what the settings say, or what is left of it.
 
     Raises ValueError (SampleError and CheckpointError are ones) or StorageError for what the
@@ -60,26 +60,26 @@ def fit(settings: Settings, say: Callable[[str], None], watch: Watch) -> Ended:
     RunStoppedError where it cannot go on.
     """
     check_experiment(settings)
-    record = recorded(settings.out)
+    record = load_record(settings.out)
     uri = storage.join(settings.out, "lease.json")
     if record is not None:
         lease.clear_stale(uri, within=settings.out)
-        return Ended(record=record, nothing_to_do=True)
-    looked = look(settings, say)
+        return TrainingResult(record=record, nothing_to_do=True)
+    looked = inspect_data(settings, say)
     ray_connection.connect(
         workers=settings.most_workers, cpus=settings.cpus, gpus=settings.gpus_per_worker, quiet=True
     )
-    settings = _fitted(settings, say)
+    settings = _fit_to_cluster(settings, say)
     with lease.hold(uri, settings.out, within=settings.out) as held:
-        record = recorded(settings.out)  # by the driver that had the lease before
+        record = load_record(settings.out)  # by the driver that had the lease before
         if record is not None:
-            return Ended(record=record, nothing_to_do=True)
-        begun = begin(settings, looked, say)
+            return TrainingResult(record=record, nothing_to_do=True)
+        begun = prepare(settings, looked, say)
         say(_start(begun))
         return _train(begun, watch, held)
 
 
-def _fitted(settings: Settings, say: Callable[[str], None]) -> Settings:
+def _fit_to_cluster(settings: TrainingSettings, say: Callable[[str], None]) -> TrainingSettings:
     """The settings, with the CPUs a worker, unless they are given, that give the most workers.
 
     Among these it is the most that the cluster's nodes have. Where it has no room for the workers,
@@ -102,7 +102,7 @@ def _fitted(settings: Settings, say: Callable[[str], None]) -> Settings:
     return settings
 
 
-def recorded(out: str) -> dict[str, Any] | None:
+def load_record(out: str) -> dict[str, Any] | None:
     """The record of a finished run, None of one that is not."""
     uri = storage.join(out, checkpoints.RECORD)
     if not storage.exists(uri):
@@ -111,8 +111,8 @@ def recorded(out: str) -> dict[str, Any] | None:
     return record
 
 
-def _start(begun: Begun) -> str:
-    config = begun.task.experiment.optimiser
+def _start(begun: PreparedRun) -> str:
+    config = begun.task.experiment.optimizer
     done = checkpoints.newest_step(begun.task.out)
     steps = f"{config.max_steps} steps of {config.batch_size} photos"
     workers = " to ".join(map(str, dict.fromkeys(begun.settings.workers)))
@@ -120,16 +120,16 @@ def _start(begun: Begun) -> str:
     return f"{begins}, on {workers} worker{'s' if workers != '1' else ''}"
 
 
-def _train(begun: Begun, watch: Watch, held: Lease) -> Ended:
+def _train(begun: PreparedRun, watch: OnStatus, held: Lease) -> TrainingResult:
     started = time.time()
-    actor: Any = ray.remote(Board)
+    actor: Any = ray.remote(StatusActor)
     # where the driver is: other nodes may go
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = actor.options(num_cpus=0, scheduling_strategy=here).remote()
-    watching = _Watching(board, watch, held.lost, _stall_timer(begun.settings))
+    watching = _RunMonitor(board, watch, held.lost, _stall_timer(begun.settings))
     with watching, _interruptible():
         try:
-            trainer(begun, board).fit()
+            build_trainer(begun, board).fit()
         except KeyboardInterrupt:
             if watching.stopped:
                 raise RunStoppedError(watching.stopped) from None
@@ -143,10 +143,10 @@ def _train(begun: Begun, watch: Watch, held: Lease) -> Ended:
     record = begun.record(checkpoints.latest(begun.task.out), seconds=time.time() - started)
     out = begun.task.out
     storage.write(storage.join(out, checkpoints.RECORD), json.dumps(record, indent=1).encode())
-    return Ended(record=record)
+    return TrainingResult(record=record)
 
 
-def _stall_timer(settings: Settings) -> StallTimer:
+def _stall_timer(settings: TrainingSettings) -> StallTimer:
     return StallTimer(
         cpus=settings.cpus,
         gpus=settings.gpus_per_worker,
@@ -169,14 +169,16 @@ def _interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, ours)
 
 
-class _Watching:
+class _RunMonitor:
     """Looks at the board every few seconds, as long as it is entered, and tells who watches.
 
     It interrupts this driver, `stopped` saying why, where `lost` is set, which says that the run is
     another one's now, and where `timer` says so: Ray notices the dead, not those that are stuck.
     """
 
-    def __init__(self, board: Any, watch: Watch, lost: threading.Event, timer: StallTimer) -> None:
+    def __init__(
+        self, board: Any, watch: OnStatus, lost: threading.Event, timer: StallTimer
+    ) -> None:
         self.stopped = ""
         self._board, self._watch, self._lost, self._stall_timer = board, watch, lost, timer
         self._unshown = False
@@ -191,7 +193,7 @@ class _Watching:
         self._thread.join()
 
     def _look(self) -> None:
-        while not self._ended.wait(LOOK_EVERY_S):
+        while not self._ended.wait(POLL_EVERY_S):
             try:
                 self._once()
             except RunStoppedError as error:
@@ -208,13 +210,13 @@ class _Watching:
 
     def _once(self) -> None:
         try:
-            seen: Watched = ray.get(self._board.watched.remote(), timeout=LOOK_EVERY_S)
+            seen: Status = ray.get(self._board.status.remote(), timeout=POLL_EVERY_S)
             self._show(seen)
-            self._stall_timer.check(seen.workers, seen.signs)
+            self._stall_timer.check(seen.workers, seen.heartbeats)
         except ray.exceptions.RayError:  # only a display is poorer
             return
 
-    def _show(self, seen: Watched) -> None:
+    def _show(self, seen: Status) -> None:
         """Tells who watches, whose errors (a terminal that is gone) are no reason to look away."""
         try:
             self._watch(seen)

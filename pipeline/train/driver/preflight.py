@@ -23,18 +23,18 @@ from pipeline.model.deeplab import DeepLabV3
 from pipeline.runs import ray_connection
 from pipeline.train.driver import run_identity
 from pipeline.train.recipes.experiment import Experiment
-from pipeline.train.settings import Settings
+from pipeline.train.settings import TrainingSettings
 from pipeline.train.worker import checkpoints
 from pipeline.train.worker.state import Snapshot
 from pipeline.train.worker.task import Task, node_cache
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 SAY_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Looked:
+class DataReport:
     """The splits of a run, what their labels hold, and the network to start from.
 
     `survey` is of the labels to train on, `survey_val` of val's. `first` is None where the run has
@@ -52,10 +52,10 @@ class Looked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Begun:
+class PreparedRun:
     """A run whose workers can start."""
 
-    settings: Settings
+    settings: TrainingSettings
     task: Task
 
     def record(self, last: Snapshot | None, *, seconds: float) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Begun:
         }
 
 
-def look(settings: Settings, say: Say) -> Looked:
+def inspect_data(settings: TrainingSettings, say: Log) -> DataReport:
     """Opens the splits, checks every label, and reads the weights to start from. Writes nothing.
 
     Raises ValueError where one of these cannot be used, or --out holds another run.
@@ -101,16 +101,16 @@ def look(settings: Settings, say: Say) -> Looked:
     known = run_identity.of_lists(settings, train, val)
     run_identity.check_same(settings.out, known)
     begun = storage.exists(storage.join(settings.out, checkpoints.INITIAL))
-    first = None if begun else first_model(settings.experiment, say)
+    first = None if begun else initial_model(settings.experiment, say)
     read = node_cache(train, val, max_bytes=settings.cache_bytes)
     found_val = _surveyed(settings, val, checkpoints.SURVEY_VAL, read, say)
     _check_labelled(found_val, val)
     found = _surveyed(settings, train, checkpoints.SURVEY, read, say)
     chosen = repeated(found, classes, data.repeat_classes, data.repeats)
-    balanced = settings.experiment.optimiser.class_weights == "median_frequency"
+    balanced = settings.experiment.optimizer.class_weights == "median_frequency"
     known |= run_identity.of_contents(found, found_val)
     run_identity.check_same(settings.out, known)
-    return Looked(
+    return DataReport(
         train=train,
         val=val,
         survey=found,
@@ -122,7 +122,7 @@ def look(settings: Settings, say: Say) -> Looked:
     )
 
 
-def begin(settings: Settings, looked: Looked, say: Say) -> Begun:
+def prepare(settings: TrainingSettings, looked: DataReport, say: Log) -> PreparedRun:
     """Writes what the run is, and the network that it starts from, unless it has begun before."""
     out = settings.out
     storage.create(storage.join(out, checkpoints.RUN), json.dumps(looked.identity).encode())
@@ -134,10 +134,10 @@ def begin(settings: Settings, looked: Looked, say: Say) -> Begun:
     if looked.first is not None:
         # under the lease, and the same for the same run: a large network is over `create`'s limit
         storage.write(initial, weights.to_bytes(looked.first, looked.train.classes))
-    return Begun(settings=settings, task=task_of(settings, looked, initial))
+    return PreparedRun(settings=settings, task=build_worker_spec(settings, looked, initial))
 
 
-def task_of(settings: Settings, looked: Looked, initial: str) -> Task:
+def build_worker_spec(settings: TrainingSettings, looked: DataReport, initial: str) -> Task:
     """What the workers need to know."""
     return Task(
         experiment=settings.experiment,
@@ -154,7 +154,7 @@ def task_of(settings: Settings, looked: Looked, initial: str) -> Task:
     )
 
 
-def first_model(experiment: Experiment, say: Say) -> DeepLabV3:
+def initial_model(experiment: Experiment, say: Log) -> DeepLabV3:
     """The network before the first step: fresh weights by the seed, then those of `init`."""
     torch.manual_seed(experiment.seed)
     model = DeepLabV3(experiment.model)
@@ -179,7 +179,7 @@ def first_model(experiment: Experiment, say: Say) -> DeepLabV3:
     return model
 
 
-def _check_gpus(settings: Settings, say: Say) -> None:
+def _check_gpus(settings: TrainingSettings, say: Log) -> None:
     if ray_connection.has_cluster():
         return
     workers, each = settings.workers_range[0], settings.gpus_per_worker
@@ -197,7 +197,7 @@ def _check_labelled(found: Survey, val: Split) -> None:
         )
 
 
-def _surveyed(settings: Settings, split: Split, name: str, read: Read, say: Say) -> Survey:
+def _surveyed(settings: TrainingSettings, split: Split, name: str, read: Read, say: Log) -> Survey:
     """What an earlier driver found in the labels of `split` and kept as `name`, or a look at them.
 
     Raises SampleError where one of them, or its photo's header, is not as it must be.
@@ -224,7 +224,7 @@ def _check_writable(out: str) -> None:
 class _Progress:
     """Says how many labels of a split were looked at, where it takes long."""
 
-    def __init__(self, split: Split, say: Say) -> None:
+    def __init__(self, split: Split, say: Log) -> None:
         self._split, self._say = split, say
         self._next = time.monotonic() + SAY_EVERY_S
 

@@ -13,8 +13,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 
 from pipeline.runs import ray_connection
-from pipeline.train.driver.preflight import Begun
-from pipeline.train.driver.status import Teller
+from pipeline.train.driver.preflight import PreparedRun
+from pipeline.train.driver.status import StatusReporter
 from pipeline.train.worker import checkpoints, loop
 from pipeline.train.worker.distributed import RayGroup
 from pipeline.train.worker.task import Task
@@ -23,12 +23,12 @@ _PATIENCE_S = 24 * 3600
 """Seconds that a worker waits for another one, which may be slow on val; Ray notices the dead."""
 
 
-def trainer(begun: Begun, board: Any) -> TorchTrainer:
+def build_trainer(begun: PreparedRun, board: Any) -> TorchTrainer:
     """Ray Train's trainer of the run, whose workers tell the actor `board` how they do."""
     settings, task = begun.settings, begun.task
     where = checkpoints.ray_storage(task.out)
     low, high = settings.workers_range
-    kind = TorchTrainer if ray_connection.has_cluster() else _OnOurOwnRay
+    kind = TorchTrainer if ray_connection.has_cluster() else _LocalRayTrainer
     return kind(
         _worker,
         train_loop_config={"task": task, "board": board},
@@ -57,10 +57,10 @@ class _Deaths(UserCallback):
         self._board = board
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        self._board.died.remote()
+        self._board.worker_crashed.remote()
 
 
-class _OnOurOwnRay(TorchTrainer):
+class _LocalRayTrainer(TorchTrainer):
     """A trainer on a Ray that this process started, and that ends with it.
 
     Ray Train has an actor that frees the workers' CPUs should their driver die, for those who
@@ -75,7 +75,7 @@ class _OnOurOwnRay(TorchTrainer):
 def _worker(config: dict[str, Any]) -> None:
     """What Ray Train calls on every worker."""
     task: Task = config["task"]
-    teller = Teller(config["board"])
+    teller = StatusReporter(config["board"])
     logging.getLogger("pipeline").addHandler(teller)  # what a worker prints, nobody sees
     try:
         loop.train(task, RayGroup.join(), teller)

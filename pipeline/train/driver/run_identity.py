@@ -16,13 +16,13 @@ from pipeline.data import storage
 from pipeline.data.datasets import Split
 from pipeline.data.survey import Survey
 from pipeline.train.recipes.experiment import Experiment, differences
-from pipeline.train.settings import Settings
+from pipeline.train.settings import TrainingSettings
 from pipeline.train.worker import checkpoints
 
 Identity = dict[str, Any]
 
 
-def of_lists(settings: Settings, train: Split, val: Split) -> Identity:
+def of_lists(settings: TrainingSettings, train: Split, val: Split) -> Identity:
     """What is known before a file is read: the experiment, and the names of the photos."""
     known = hashlib.sha256()
     for split in (train, val):
@@ -52,7 +52,7 @@ def of_contents(train: Survey, val: Survey) -> Identity:
     }
 
 
-def check_experiment(settings: Settings) -> None:
+def check_experiment(settings: TrainingSettings) -> None:
     """Raises ValueError where --out holds a run of another experiment, on whatever photos."""
     check_same(settings.out, {"experiment": json.loads(settings.experiment.to_json())})
 

@@ -1,4 +1,4 @@
-"""Where a run's workers write how it goes, and its driver reads it: a small actor."""
+"""The status of a training run: workers report to a small actor, and the driver polls it."""
 
 from __future__ import annotations
 
@@ -13,94 +13,95 @@ from pipeline.train.worker.history import Step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Watched:
-    """The newest step, the scores and the warnings so far; None and () before the first.
+class Status:
+    """The latest step, all scores and warnings so far; `latest` is None before the first step.
 
-    `best` is the best score of the whole run, earlier drivers' included. `workers` train since the
-    newest start, 0 before the first and after a death, and `signs` grows with whatever they do.
+    `best` is the best score of the whole run, including earlier drivers'. `workers` is the number
+    of workers training since the last start: 0 before the first start and after a crash.
+    `heartbeats` grows with every report.
     """
 
-    row: Step | None
+    latest: Step | None
     scores: tuple[Score, ...]
     warnings: tuple[str, ...] = ()
     best: Score | None = None
     workers: int = 0
-    signs: int = 0
+    heartbeats: int = 0
 
 
-class Board:
-    """The actor."""
+class StatusActor:
+    """The actor that holds the status."""
 
     def __init__(self) -> None:
-        self._row: Step | None = None
+        self._latest: Step | None = None
         self._scores: dict[int, Score] = {}
         self._failure: str | None = None
         self._warnings: dict[str, None] = {}
         self._best: Score | None = None
-        self._workers = self._signs = 0
+        self._workers = self._heartbeats = 0
 
-    def begins(self, workers: int, best: Score | None) -> None:
+    def started(self, workers: int, best: Score | None) -> None:
         self._workers, self._best = workers, best
-        self._signs += 1
+        self._heartbeats += 1
 
-    def died(self) -> None:
-        """None trains until a new group begins: what is waited for is a start, not a step."""
+    def worker_crashed(self) -> None:
+        """Record that no worker trains until a new group starts; the driver waits for a start."""
         self._workers = 0
 
-    def lives(self) -> None:
-        self._signs += 1
+    def heartbeat(self) -> None:
+        self._heartbeats += 1
 
-    def now(self, row: Step, scored: Score | None) -> None:
-        self._signs += 1
-        self._row = row
-        if scored is not None:  # a resume may score a step again
+    def report_step(self, latest: Step, scored: Score | None) -> None:
+        self._heartbeats += 1
+        self._latest = latest
+        if scored is not None:  # a resumed run may score a step again
             self._scores[scored.step] = scored
             if self._best is None or scored.miou > self._best.miou:
                 self._best = scored
 
     def fail(self, message: str) -> None:
-        """The first worker that cannot go on says why; the others only follow."""
+        """Keep the first failure: the other workers only stop because of it."""
         self._failure = self._failure or message
 
     def warn(self, message: str) -> None:
-        """What several workers say alike is kept once."""
+        """Keep each message once, however many workers send it."""
         self._warnings[message] = None
 
-    def watched(self) -> Watched:
-        return Watched(
-            row=self._row,
+    def status(self) -> Status:
+        return Status(
+            latest=self._latest,
             scores=tuple(self._scores.values()),
             warnings=tuple(self._warnings),
             best=self._best,
             workers=self._workers,
-            signs=self._signs,
+            heartbeats=self._heartbeats,
         )
 
     def failure(self) -> str | None:
         return self._failure
 
 
-class Teller(logging.Handler):
-    """A worker's words to the board: how it goes without waiting, a failure for certain.
+class StatusReporter(logging.Handler):
+    """Sends one worker's progress to the status actor.
 
-    As a handler of the log it tells warnings too.
+    As a logging handler it sends warnings too. Only `fail` waits until the actor has the message.
     """
 
-    def __init__(self, board: Any) -> None:
+    def __init__(self, actor: Any) -> None:
         super().__init__(logging.WARNING)
-        self._board = board
+        self._actor = actor
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._board.warn.remote(record.getMessage())
+        self._actor.warn.remote(record.getMessage())
 
-    def begins(self, workers: int, best: Score | None) -> None:
-        self._board.begins.remote(workers, best)
+    def started(self, workers: int, best: Score | None) -> None:
+        self._actor.started.remote(workers, best)
 
-    def lives(self) -> None:
-        self._board.lives.remote()
+    def heartbeat(self) -> None:
+        self._actor.heartbeat.remote()
 
-    def now(self, row: Step, scored: Score | None) -> None:
-        self._board.now.remote(row, scored)
+    def report_step(self, latest: Step, scored: Score | None) -> None:
+        self._actor.report_step.remote(latest, scored)
 
     def fail(self, message: str) -> None:
-        ray.get(self._board.fail.remote(message))
+        ray.get(self._actor.fail.remote(message))

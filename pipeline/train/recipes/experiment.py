@@ -1,8 +1,8 @@
-"""What an experiment is: every value that decides what a training run computes.
+"""An experiment: every value that decides what a training run computes.
 
-Enters: a recipe and flags. Leaves: frozen, checked values; `Experiment.to_json` is what a run is
-known by, so that going on with another experiment can be refused. Defaults are the paper's; one
-that is ours says why. Source: arXiv 1706.05587, Sec. 4.
+Frozen, validated dataclasses. `Experiment.to_json` is stored with a run, so that resuming it with
+another experiment is refused. Defaults are the paper's (arXiv 1706.05587, Sec. 4); one that is not
+says so.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pipeline.checks import check_at_least, flag
 from pipeline.data.datasets import Layout
 from pipeline.model.config import MAX_SCALE, ModelConfig
 
@@ -23,224 +24,245 @@ PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which photos: the layout below --data, the classes, the splits, what is repeated."""
+    """The training data: layout, classes, splits, and which images are repeated."""
 
     layout: Layout = "voc"
-    """How photos and labels lie below --data."""
+    """Directory layout of the images and labels under --data."""
     classes: str = "voc"
     """voc, cityscapes, camvid, or JSON text {"names": [...]}."""
     train_split: str = "trainaug"
-    """Its photos are learned from."""
+    """Split used for training."""
     val_split: str = "val"
-    """Its photos are measured on."""
+    """Split used for validation."""
     repeat_classes: tuple[str, ...] = ()
-    """A photo that holds one of them is repeated (the paper's bootstrapping)."""
+    """Images with one of these classes are repeated (the paper's bootstrapping)."""
     repeats: int = 2
-    """How often the training set has such a photo."""
+    """How many times each of these images is in the training set."""
 
     def __post_init__(self) -> None:
-        _at_least("repeats", self.repeats, 1, "1 repeats nothing")
+        check_at_least(flag("repeats"), self.repeats, 1, "1 repeats nothing")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """What a photo goes through on its way into a batch: scale, crop, mirror."""
+    """Data augmentation: random scale, crop and horizontal flip."""
 
     crop_size: tuple[int, int] = (513, 513)
     """Height and width of a crop."""
     late_crop_size: tuple[int, int] | None = None
-    """That of the last steps (ours): small crops are cheap, large ones fit the test."""
+    """Crop size for the last steps (not in the paper): small crops are cheap, large ones match
+    the images at test time."""
     late_from: float = 0.75
-    """The share of all steps after which crops are the late ones."""
+    """The fraction of all steps after which --late-crop-size is used."""
     min_scale: float = 0.5
-    """A photo is made this much smaller at most."""
+    """Smallest factor by which an image is resized."""
     max_scale: float = 2.0
-    """A photo is made this much larger at most."""
+    """Largest factor by which an image is resized."""
     mirror: bool = True
-    """Mirror half of the photos, left to right."""
+    """Flip half of the images horizontally."""
 
     def __post_init__(self) -> None:
         for name in ("crop_size", "late_crop_size"):
             sizes = getattr(self, name)
             if sizes is not None and min(sizes) < 1:
-                raise ValueError(f"{name} is {sizes}; give height and width, each at least 1")
+                raise ValueError(
+                    f"{flag(name)} {_joined(sizes)}: give height and width, each at least 1"
+                )
         if not 0 < self.min_scale <= self.max_scale <= MAX_SCALE:
             raise ValueError(
-                f"min_scale {self.min_scale} and max_scale {self.max_scale}: give "
-                f"0 < min_scale <= max_scale <= {MAX_SCALE:g}"
+                f"--min-scale {self.min_scale:g} --max-scale {self.max_scale:g}: must be "
+                f"0 < min-scale <= max-scale <= {MAX_SCALE:g}"
             )
-        _share("late_from", self.late_from)
+        _check_fraction("late_from", self.late_from)
 
     def crop_at(self, step: int, max_steps: int) -> tuple[int, int]:
-        """The crop (height, width) of the batch at `step`, counted from 0."""
+        """Return the crop (height, width) of the batch at `step`, counted from 0."""
         late = self.late_crop_size is not None and step >= self.late_from * max_steps
         return self.late_crop_size if late and self.late_crop_size else self.crop_size
 
     def steps_like(self, step: int, max_steps: int) -> float:
-        """The steps from `step` on, counted in such as that one: larger crops cost more."""
+        """Return the cost of the steps from `step` on, in units of that step (cost ~ pixels)."""
         pixels = [math.prod(self.crop_at(each, max_steps)) for each in range(step, max_steps)]
         return sum(pixels) / pixels[0] if pixels else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimiserConfig:
-    """SGD with the poly schedule, and the loss that it makes smaller."""
+class OptimizerConfig:
+    """SGD with the poly schedule, and the loss that it minimizes."""
 
     max_steps: int = 30_000
-    """The schedule ends here."""
+    """Number of training steps, and the length of the schedule."""
     batch_size: int = 16
-    """Photos in a step, of all workers together."""
+    """Images per step, over all workers."""
     micro_batch: int | None = None
-    """Photos of a worker in the network at a time; gradients add up to the batch."""
+    """Images per worker and forward pass; gradients are accumulated over the batch."""
     base_lr: float = 0.007
-    """The rate of the first step."""
+    """Initial learning rate."""
     power: float = 0.9
-    """The rate falls as (1 - step / max_steps) to this power."""
+    """The learning rate decays as (1 - step / max_steps) to this power."""
     head_lr_factor: float = 1.0
-    """Multiplies the rate of the freshly made head (ours; 1 is the paper)."""
+    """Multiplies the learning rate of the newly initialized head (not in the paper; 1 is the
+    paper's)."""
     momentum: float = 0.9
-    """SGD's. The paper states none: this is the authors' code."""
+    """Momentum of SGD. The paper does not state it; this is the authors' code."""
     weight_decay: float = 1e-4
-    """Of all weights. The paper states none: this is the authors' code for ResNet."""
+    """Weight decay of all weights. The paper does not state it; this is the authors' code for
+    ResNet."""
     bn_momentum: float = 0.0003
-    """The share of a batch in the running statistics (torch's sense: 1 - the paper's decay)."""
+    """Weight of a batch in the running statistics (as in torch: 1 - the paper's decay)."""
     freeze_bn: bool = False
-    """Leave batch normalisation as it was loaded (the paper's second stage)."""
+    """Keep batch normalization as it was loaded (the paper's second stage)."""
     upsample_logits: bool = True
-    """Take the loss at the labels' resolution; else at that of the features (Table 8)."""
+    """Compute the loss at the labels' resolution instead of the features' (Table 8)."""
     class_weights: ClassWeights = "none"
-    """median_frequency makes rare classes count more."""
+    """median_frequency gives rare classes a higher weight in the loss."""
     hard_share: float = 1.0
-    """The share of the valid pixels that count, the hardest; 1 is all."""
+    """Fraction of the valid pixels, the hardest, that the loss is computed on; 1 is all."""
     auxiliary_weight: float = 0.4
-    """Of the auxiliary head's loss, where the network has one."""
+    """Weight of the auxiliary head's loss, if the network has one."""
     ema_decay: float = 0.0
-    """Of a moving average of the weights, which is then evaluated and kept; 0 keeps none."""
+    """Decay of a moving average of the weights, which is evaluated and saved; 0 keeps none."""
     bf16: bool = True
-    """Train in bf16 where the hardware has it."""
+    """Train in bf16 where the hardware supports it."""
 
     def __post_init__(self) -> None:
-        _at_least("max_steps", self.max_steps, 1, "a run needs a step")
-        _at_least("batch_size", self.batch_size, 1, "it is the batch of all workers together")
-        if self.micro_batch is not None:
-            _at_least("micro_batch", self.micro_batch, 1, "leave it out to take a whole batch")
+        check_at_least(flag("max_steps"), self.max_steps, 1)
+        check_at_least(flag("batch_size"), self.batch_size, 1, "it is the batch of all workers")
+        check_at_least(
+            flag("micro_batch"), self.micro_batch, 1, "leave it out for one pass per batch"
+        )
         for name in ("base_lr", "power", "head_lr_factor"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be over 0 and finite")
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{flag(name)} {value:g}: must be over 0 and finite")
         for name in ("weight_decay", "auxiliary_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}; it must be finite and at least 0: 0 is none"
+                    f"{flag(name)} {value:g}: must be at least 0 and finite; 0 turns it off"
                 )
         if not 0 < self.hard_share <= 1:
-            raise ValueError(f"hard_share is {self.hard_share}; give a share over 0, 1 keeps all")
+            raise ValueError(
+                f"--hard-share {self.hard_share:g}: must be over 0 and at most 1; 1 keeps all "
+                "pixels"
+            )
         for name in ("momentum", "bn_momentum", "ema_decay"):
-            _share(name, getattr(self, name))
+            _check_fraction(name, getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """How the network is measured on val."""
+    """Evaluation on the validation split."""
 
     eval_every: int = 0
-    """Steps between measurements; 0 measures at the end alone."""
+    """Steps between evaluations; 0 evaluates at the end only."""
     eval_output_stride: int | None = None
-    """The network's in measuring, if not that in training."""
+    """Output stride in evaluation; the same as in training by default."""
     eval_scales: tuple[float, ...] = (1.0,)
-    """Sizes at which a photo is seen; probabilities are averaged."""
+    """Scales at which each image is evaluated; probabilities are averaged."""
     eval_flip: bool = False
-    """See each size mirrored too."""
+    """Also evaluate horizontally flipped images."""
 
     def __post_init__(self) -> None:
-        _at_least("eval_every", self.eval_every, 0, "0 evaluates at the end alone")
+        check_at_least(flag("eval_every"), self.eval_every, 0, "0 evaluates at the end only")
         if not self.eval_scales or not all(0 < scale <= MAX_SCALE for scale in self.eval_scales):
             raise ValueError(
-                f"eval_scales is {self.eval_scales}; give some, each over 0 and at most "
-                f"{MAX_SCALE:g}"
+                f"--eval-scales {_joined(self.eval_scales) or 'without a value'}: give one or "
+                f"more, each over 0 and at most {MAX_SCALE:g}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """All that decides what a training run computes: network, photos, schedule, evaluation."""
+    """All that decides what a training run computes: network, data, schedule, evaluation."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     init: str | None = None
-    """The weight file to start from: a backbone's (ImageNet) or a whole checkpoint, whose
-    classifier is made anew where its classes are others. `zoo:NAME` is a public file."""
+    """Weights to start from: a backbone (ImageNet) or a whole checkpoint, whose classifier is
+    reinitialized if its number of classes differs. `zoo:NAME` is a public file."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: int = 0
-    """Of crops, mirrors, dropout and the order of photos."""
+    """Seed of crops, flips, dropout and the order of images."""
 
     def __post_init__(self) -> None:
-        _at_least("seed", self.seed, 0, "numpy's generators take no other")
-        if self.model.auxiliary and not self.optimiser.upsample_logits:
+        check_at_least(flag("seed"), self.seed, 0)
+        if self.model.auxiliary and not self.optimizer.upsample_logits:
             raise ValueError(
-                "upsample_logits is False, but the auxiliary head is trained on upsampled logits: "
-                "give auxiliary=False"
+                "--no-upsample-logits with --auxiliary: the auxiliary head is trained on "
+                "upsampled logits; give --no-auxiliary"
             )
         stride = self.evaluation.eval_output_stride
         if stride is not None:
             try:
                 dataclasses.replace(self.model, output_stride=stride)
             except ValueError as error:
-                raise ValueError(f"eval_output_stride is {stride}: {error}") from None
+                raise ValueError(f"--eval-output-stride {stride}: {error}") from None
 
     def to_json(self) -> str:
-        """This experiment as one line of JSON: equal lines are equal experiments."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        """Return this experiment as one line of JSON: equal lines are equal experiments."""
+        values = dataclasses.asdict(self)
+        stored = {_STORED_NAMES.get(name, name): value for name, value in values.items()}
+        return json.dumps(stored, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Experiment:
-        """The experiment that `to_json` wrote, or an older version of it, which lacks fields.
+        """Return the experiment that `to_json` wrote; a field that an older version lacked gets
+        its default.
 
-        Raises ValueError where it is not one.
+        Raises ValueError if `text` is not an experiment, or has fields this version does not know.
         """
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"experiment is no JSON: {error}") from None
-        fields = _known(cls, values, "experiment")
+            raise ValueError(f"experiment is not valid JSON: {error}") from None
+        fields = _known_fields(cls, values, "experiment")
         if "model" in fields:
             fields["model"] = ModelConfig.from_json(json.dumps(fields["model"]))
         try:
             for name, part in _PARTS.items():
                 if name in fields:
-                    fields[name] = part(**_known(part, fields[name], name))
+                    what = _STORED_NAMES.get(name, name)
+                    fields[name] = part(**_known_fields(part, fields[name], what))
         except TypeError as error:
-            raise ValueError(f"experiment has a value of another type: {error}") from None
+            raise ValueError(f"experiment has a value of the wrong type: {error}") from None
         return cls(**fields)
 
 
 _PARTS: dict[str, type] = {
     "data": DataConfig,
     "augment": AugmentConfig,
-    "optimiser": OptimiserConfig,
+    "optimizer": OptimizerConfig,
     "evaluation": EvaluationConfig,
 }
 
+# fields that run.json and the identity of a run store under another name
+_STORED_NAMES = {"optimizer": "optimiser"}
 
-def _known(part: type, values: Any, what: str) -> dict[str, Any]:
-    """The values of `part`'s fields as JSON gave them, lists as tuples."""
+
+def _known_fields(part: type, values: Any, what: str) -> dict[str, Any]:
+    """Return the fields of `part` in `values`, as parsed from JSON; lists become tuples."""
     if not isinstance(values, dict):
         raise ValueError(f"{what} must be a JSON object, got {type(values).__name__}")
-    known = [entry.name for entry in dataclasses.fields(part)]
-    unknown = sorted(set(values) - set(known))
+    stored = {
+        _STORED_NAMES.get(entry.name, entry.name): entry.name for entry in dataclasses.fields(part)
+    }
+    unknown = sorted(set(values) - set(stored))
     if unknown:
         raise ValueError(
-            f"{what} has unknown fields {unknown}, known are {known}; was it written by a newer "
-            "version?"
+            f"{what} has unknown fields {unknown}; known fields are {list(stored)}; was it written "
+            "by a newer version?"
         )
     return {
-        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        stored[key]: tuple(value) if isinstance(value, list) else value
+        for key, value in values.items()
     }
 
 
 def differences(mine: str, theirs: str) -> list[str]:
-    """What differs between two experiments' JSON, as `field: mine, theirs`; [] for nothing."""
+    """Return the differences between two JSON objects, each as `field: mine here, theirs there`."""
     flat_mine, flat_theirs = _flat(json.loads(mine)), _flat(json.loads(theirs))
     return [
         f"{name}: {flat_mine.get(name)!r} here, {flat_theirs.get(name)!r} there"
@@ -259,11 +281,10 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _at_least(name: str, value: int, least: int, hint: str) -> None:
-    if value < least:
-        raise ValueError(f"{name} is {value}; it must be at least {least}: {hint}")
-
-
-def _share(name: str, value: float) -> None:
+def _check_fraction(name: str, value: float) -> None:
     if not 0 <= value < 1:
-        raise ValueError(f"{name} is {value}; it must be at least 0 and below 1")
+        raise ValueError(f"{flag(name)} {value:g}: must be at least 0 and below 1")
+
+
+def _joined(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:g}" for value in values)

@@ -44,8 +44,8 @@ def _model(experiment: Experiment, **fields: Any) -> Experiment:
     return replace(experiment, model=replace(experiment.model, **fields))
 
 
-def _optimiser(experiment: Experiment, **fields: Any) -> Experiment:
-    return replace(experiment, optimiser=replace(experiment.optimiser, **fields))
+def _optimizer(experiment: Experiment, **fields: Any) -> Experiment:
+    return replace(experiment, optimizer=replace(experiment.optimizer, **fields))
 
 
 def _four(
@@ -79,7 +79,7 @@ COCO = replace(
     FINAL, data=DataConfig(layout="table", classes="voc", train_split="train", val_split="val")
 )
 CITYSCAPES = replace(
-    _optimiser(_model(FINAL, num_classes=19), max_steps=90_000),
+    _optimizer(_model(FINAL, num_classes=19), max_steps=90_000),
     data=DataConfig(layout="cityscapes", classes="cityscapes", train_split="train"),
     augment=AugmentConfig(crop_size=(769, 769)),
 )
@@ -162,7 +162,7 @@ def _table6() -> Iterator[Recipe]:
     about = "the final model, one stage at stride 16 on trainaug, by inference strategy"
     yield _row(6, "final", about, FINAL, *_four(77.21, 78.51, 79.45, 79.77))
     figure = Figure(miou=82.70, output_stride=8, scales=PAPER_SCALES, flip=True)
-    experiment = replace(_optimiser(FINAL, base_lr=0.0001), evaluation=figure.evaluation)
+    experiment = replace(_optimizer(FINAL, base_lr=0.0001), evaluation=figure.evaluation)
     yield _after(
         "coco-pretraining", _row(6, "coco", "the final model after COCO", experiment, figure)
     )
@@ -182,15 +182,15 @@ def _table7() -> Iterator[Recipe]:
     about = "second stage on trainval, stride 8, BN frozen, images of hard classes repeated"
     hard = ("bicycle", "chair", "diningtable", "pottedplant", "sofa")
     second = replace(FINAL, data=DataConfig(train_split="trainval", repeat_classes=hard))
-    second = _optimiser(_model(second, output_stride=8), base_lr=0.001, freeze_bn=True)
+    second = _optimizer(_model(second, output_stride=8), base_lr=0.001, freeze_bn=True)
     figure = Figure(miou=85.7, output_stride=8, scales=PAPER_SCALES, flip=True, on="VOC test")
     yield _after("table6-coco", _row(7, "test", about, second, figure))
 
 
 def _table8() -> Iterator[Recipe]:
     yield _row(8, "all", "crop 513, logits upsampled, BN tuned", FINAL, _one(77.21))
-    yield _row(8, "bn-frozen", "BN not tuned", _optimiser(FINAL, freeze_bn=True), _one(75.95))
-    small = _optimiser(FINAL, upsample_logits=False)
+    yield _row(8, "bn-frozen", "BN not tuned", _optimizer(FINAL, freeze_bn=True), _one(75.95))
+    small = _optimizer(FINAL, upsample_logits=False)
     yield _row(8, "small-labels", "labels downsampled, logits not upsampled", small, _one(76.01))
     cropped = replace(FINAL, augment=AugmentConfig(crop_size=(321, 321)))
     yield _row(8, "crop321", "crop 321", cropped, _one(67.22))
@@ -198,7 +198,7 @@ def _table8() -> Iterator[Recipe]:
 
 def _table9() -> Iterator[Recipe]:
     for size, miou in {4: 64.43, 8: 75.76, 12: 76.49, 16: 77.21}.items():
-        experiment = _optimiser(FINAL, batch_size=size)
+        experiment = _optimizer(FINAL, batch_size=size)
         yield _row(9, f"batch{size}", f"batch {size}", experiment, _one(miou))
 
 
@@ -216,8 +216,8 @@ def _table11() -> Iterator[Recipe]:
     for replicas, miou in mious.items():
         about = f"--workers {replicas}; the paper's replicas train without waiting for each other"
         # each needs a photo
-        optimiser = replace(FINAL.optimiser, batch_size=max(16, replicas))
-        experiment = replace(FINAL, optimiser=optimiser)
+        optimizer = replace(FINAL.optimizer, batch_size=max(16, replicas))
+        experiment = replace(FINAL, optimizer=optimizer)
         yield _row(11, f"replicas{replicas}", about, experiment, _one(miou))
 
 

@@ -18,7 +18,7 @@ from pipeline.train.recipes.experiment import (
     DataConfig,
     EvaluationConfig,
     Experiment,
-    OptimiserConfig,
+    OptimizerConfig,
 )
 from pipeline.train.recipes.paper import PAPER
 from pipeline.train.recipes.recipe import Figure, Recipe, describe
@@ -34,7 +34,7 @@ _MOBILENET = ModelConfig(
 
 # What all of ours share. Each says its own rate and length, so that a change for VOC leaves
 # CamVid's as they were run.
-_FINE_TUNED = OptimiserConfig(
+_FINE_TUNED = OptimizerConfig(
     head_lr_factor=10.0,  # it is new, the backbone is not
     weight_decay=4e-5,  # MobileNetV2's own
     bn_momentum=0.01,  # a short run: at .0003 ImageNet's statistics would stay
@@ -47,7 +47,7 @@ _VOC = Experiment(
     init="zoo:mobilenet_v2",
     # the rarest of the nine classes that the part of VOC at hand has enough photos of
     data=DataConfig(repeat_classes=("chair", "sofa"), repeats=3),
-    optimiser=replace(
+    optimizer=replace(
         _FINE_TUNED,
         max_steps=6_100,  # 41 epochs of 2,000 photos with their repeats
         base_lr=0.007,
@@ -61,7 +61,7 @@ _CAMVID = Experiment(
     init="zoo:mobilenet_v2",
     data=DataConfig(layout="camvid", classes="camvid", train_split="train"),
     augment=AugmentConfig(crop_size=(360, 480), min_scale=0.75),
-    optimiser=replace(
+    optimizer=replace(
         _FINE_TUNED,
         max_steps=4_600,  # 200 epochs of 367 photos
         base_lr=0.01,
@@ -78,7 +78,7 @@ _VOC_CPU = Experiment(
     augment=AugmentConfig(
         crop_size=(257, 257), late_crop_size=(385, 385), late_from=0.8, max_scale=1.5
     ),
-    optimiser=replace(
+    optimizer=replace(
         _FINE_TUNED,
         max_steps=4_800,  # 18 epochs with the repeats
         base_lr=0.007,
@@ -95,7 +95,7 @@ _CAMVID_CPU = Experiment(
     augment=AugmentConfig(
         crop_size=(240, 320), late_crop_size=(360, 480), late_from=0.75, max_scale=1.25
     ),
-    optimiser=replace(
+    optimizer=replace(
         _FINE_TUNED,
         max_steps=3_600,  # 78 epochs
         base_lr=0.007,
@@ -111,7 +111,7 @@ _CAMVID_RESNET = replace(
     # for a GPU, which can pay for stride 8 and the decoder's two convolutions
     model=replace(_CAMVID.model, backbone="resnet50", output_stride=8, num_convs=2),
     init="zoo:resnet50",
-    optimiser=replace(_CAMVID.optimiser, weight_decay=1e-4),
+    optimizer=replace(_CAMVID.optimizer, weight_decay=1e-4),
 )
 
 OURS = (

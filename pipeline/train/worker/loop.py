@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from pipeline.data.samples import BrokenFileError, SampleError
-from pipeline.evaluation.evaluate import Evaluation, evaluate, share
+from pipeline.evaluation.evaluate import Evaluation, evaluate, worker_indices
 from pipeline.evaluation.score import Score
 from pipeline.model import weights
 from pipeline.model.deeplab import DeepLabV3
@@ -39,12 +39,12 @@ logger = logging.getLogger(__name__)
 class Listener(Protocol):
     """Who is told how a run goes, by the first worker, and by the one that failed why.
 
-    `lives` says that a long evaluation gets on.
+    `heartbeat` says that a long evaluation gets on.
     """
 
-    def begins(self, workers: int, best: Score | None) -> None: ...
-    def lives(self) -> None: ...
-    def now(self, row: Step, scored: Score | None) -> None: ...
+    def started(self, workers: int, best: Score | None) -> None: ...
+    def heartbeat(self) -> None: ...
+    def report_step(self, row: Step, scored: Score | None) -> None: ...
     def fail(self, message: str) -> None: ...
 
 
@@ -71,15 +71,15 @@ class _Run:
             )
         self._state = _begin(task, group)
         self._stepper = stepper_of(task, self._state, group)
-        self._window = _Window(self._state.step, task.experiment.optimiser.batch_size)
+        self._window = _Window(self._state.step, task.experiment.optimizer.batch_size)
         self._best: bytes | None = None  # to be put with the next checkpoint
         if group.first:
             self._remake_best()
-            listener.begins(group.world, self._state.history.best)
+            listener.started(group.world, self._state.history.best)
 
     def trains(self) -> bool:
         """Whether all steps are done now."""
-        config = self._task.experiment.optimiser
+        config = self._task.experiment.optimizer
         source = source_of(self._task, rank=self._group.rank, world=self._group.world)
         start = self._state.step
         for batch in batches(source, start, config.max_steps, loaders=self._task.loaders):
@@ -108,7 +108,7 @@ class _Run:
     def _keeps_up(self) -> bool:
         """After a step: history, val and checkpoint when they are due; False where val failed."""
         step, task = self._state.step, self._task
-        last = step == task.experiment.optimiser.max_steps
+        last = step == task.experiment.optimizer.max_steps
         every = task.experiment.evaluation.eval_every
         row = self._window.row(step, self._state.history.losses)
         due = last or (every and step % every == 0)
@@ -118,9 +118,9 @@ class _Run:
         if due and scored is None:
             return False
         if step % LOOK_EVERY == 0 or due:  # evaluation is no part of a step's time
-            self._window = _Window(step, task.experiment.optimiser.batch_size)
+            self._window = _Window(step, task.experiment.optimizer.batch_size)
         if self._group.first:
-            self._listener.now(row, scored)
+            self._listener.report_step(row, scored)
         if scored or step % task.checkpoint_every == 0:
             if not self._is_sound():
                 return False
@@ -177,11 +177,11 @@ class _Run:
                 self._state.best_model,
                 task.val,
                 read=self._read,
-                indices=share(len(task.val.pairs), self._group.rank, self._group.world),
+                indices=worker_indices(len(task.val.pairs), self._group.rank, self._group.world),
                 scales=config.eval_scales,
                 flip=config.eval_flip,
                 output_stride=config.eval_output_stride,
-                tell=lambda *_: self._listener.lives() if self._group.first else None,
+                on_image=lambda *_: self._listener.heartbeat() if self._group.first else None,
             )
         except SampleError as error:
             return error
@@ -273,7 +273,7 @@ def _begin(task: Task, group: Group) -> TrainingState:
 
 def _say_what_is_not_shared(task: Task, model: DeepLabV3) -> None:
     """A warning where batch normalisation is trained: torch's synchronised one refuses CPUs."""
-    if not task.experiment.optimiser.freeze_bn and any(batch_norm.layers(model)):
+    if not task.experiment.optimizer.freeze_bn and any(batch_norm.layers(model)):
         logger.warning(
             "on CPUs each worker normalises by its own photos alone: the result depends on the "
             "number of workers; --freeze-bn normalises by the statistics that are there"

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.model import optimize
 from pipeline.model.deeplab import DeepLabV3, TrainingLogits
-from pipeline.train.recipes.experiment import OptimiserConfig
+from pipeline.train.recipes.experiment import OptimizerConfig
 from pipeline.train.worker import batch_norm
 from pipeline.train.worker.distributed import Group, seed_step
 from pipeline.train.worker.loss import PixelLoss
@@ -38,7 +38,7 @@ class Objective(nn.Module):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, model: DeepLabV3, loss: PixelLoss, config: OptimiserConfig) -> None:
+    def __init__(self, model: DeepLabV3, loss: PixelLoss, config: OptimizerConfig) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
@@ -96,7 +96,7 @@ class Stepper:
         self,
         state: TrainingState,
         loss: PixelLoss,
-        config: OptimiserConfig,
+        config: OptimizerConfig,
         group: Group,
         seed: int,
     ) -> None:
@@ -154,7 +154,7 @@ class Stepper:
         return torch.autocast(kind, torch.bfloat16, enabled=enabled)
 
 
-def build_optimiser(model: DeepLabV3, config: OptimiserConfig) -> torch.optim.SGD:
+def build_optimiser(model: DeepLabV3, config: OptimizerConfig) -> torch.optim.SGD:
     """SGD whose groups carry `lr_factor`; vectors (normalisation, biases) do not decay."""
     heads = [model.classifier] + ([model.aux_classifier] if model.aux_classifier else [])
     of_heads = {id(parameter) for head in heads for parameter in head.parameters()}
@@ -176,7 +176,7 @@ def build_optimiser(model: DeepLabV3, config: OptimiserConfig) -> torch.optim.SG
     )
 
 
-def build_average(model: DeepLabV3, config: OptimiserConfig) -> AveragedModel | None:
+def build_average(model: DeepLabV3, config: OptimizerConfig) -> AveragedModel | None:
     """The moving average of weights and buffers, where the experiment keeps one."""
     if not config.ema_decay:
         return None

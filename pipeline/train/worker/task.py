@@ -56,8 +56,8 @@ def source_of(task: Task, *, rank: int, world: int) -> Source:
         read=node_cache(task.train, task.val, max_bytes=task.cache_bytes),
         config=experiment.augment,
         fill=(red, green, blue),
-        batch_size=experiment.optimiser.batch_size,
-        max_steps=experiment.optimiser.max_steps,
+        batch_size=experiment.optimizer.batch_size,
+        max_steps=experiment.optimizer.max_steps,
         seed=experiment.seed,
         rank=rank,
         world=world,
@@ -66,7 +66,7 @@ def source_of(task: Task, *, rank: int, world: int) -> Source:
 
 def state_of(task: Task, model: DeepLabV3, group: Group) -> TrainingState:
     """The run's state before the first step."""
-    config = task.experiment.optimiser
+    config = task.experiment.optimizer
     model = model.to(group.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     batch_norm.set_momentum(model, config.bn_momentum)
     return TrainingState(
@@ -83,9 +83,9 @@ def stepper_of(task: Task, state: TrainingState, group: Group) -> Stepper:
         task.experiment.model.num_classes,
         ignore_index=task.train.classes.ignore_index,
         class_weights=None if weights is None else torch.tensor(weights),
-        hard_share=task.experiment.optimiser.hard_share,
+        hard_share=task.experiment.optimizer.hard_share,
     )
-    return Stepper(state, loss, task.experiment.optimiser, group, seed=task.experiment.seed)
+    return Stepper(state, loss, task.experiment.optimizer, group, seed=task.experiment.seed)
 
 
 def node_cache(*splits: Split, max_bytes: int) -> NodeCache:

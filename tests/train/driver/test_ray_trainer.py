@@ -13,9 +13,9 @@ from ray.train.torch import TorchTrainer
 from train import tiny
 
 from pipeline.train.driver import ray_trainer
-from pipeline.train.driver.preflight import begin, look
-from pipeline.train.driver.ray_trainer import _OnOurOwnRay
-from pipeline.train.driver.status import Board
+from pipeline.train.driver.preflight import inspect_data, prepare
+from pipeline.train.driver.ray_trainer import _LocalRayTrainer
+from pipeline.train.driver.status import StatusActor
 
 
 def callbacks(kind: type[TorchTrainer]) -> list[str]:
@@ -27,7 +27,7 @@ def callbacks(kind: type[TorchTrainer]) -> list[str]:
 @pytest.mark.usefixtures("ray_session")
 def test_a_ray_that_ends_with_its_driver_has_nobody_who_frees_its_cpus() -> None:
     everywhere = callbacks(TorchTrainer)
-    here = callbacks(_OnOurOwnRay)
+    here = callbacks(_LocalRayTrainer)
     assert set(everywhere) - set(here) == {"PlacementGroupCleanerCallback"}
     assert len(here) == len(everywhere) - 1
 
@@ -39,7 +39,7 @@ def test_a_worker_that_dies_leaves_a_board_on_which_none_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def dies(config: dict[str, Any]) -> None:
-        ray.get(config["board"].begins.remote(2, None))
+        ray.get(config["board"].started.remote(2, None))
         os._exit(1)
 
     monkeypatch.setattr(ray_trainer, "_worker", dies)
@@ -47,9 +47,9 @@ def test_a_worker_that_dies_leaves_a_board_on_which_none_trains(
     settings = tiny.settings(
         tmp_path / "set", tmp_path / "out", tiny.experiment(batch_size=2), max_failures=0
     )
-    board: Any = ray.remote(Board).options(num_cpus=0).remote()  # type: ignore[attr-defined]
-    begun = begin(settings, look(settings, print), print)
+    board: Any = ray.remote(StatusActor).options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    begun = prepare(settings, inspect_data(settings, print), print)
     with pytest.raises(TrainingFailedError):
-        ray_trainer.trainer(begun, board).fit()
-    assert ray.get(board.watched.remote()).signs == 1
-    assert ray.get(board.watched.remote()).workers == 0
+        ray_trainer.build_trainer(begun, board).fit()
+    assert ray.get(board.status.remote()).heartbeats == 1
+    assert ray.get(board.status.remote()).workers == 0

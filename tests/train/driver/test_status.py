@@ -19,16 +19,16 @@ from pipeline.cli.training_progress import TrainingDisplay
 from pipeline.evaluation.score import Score
 from pipeline.runs import ray_connection
 from pipeline.train.driver import fit
-from pipeline.train.driver.status import Board, Teller, Watched
+from pipeline.train.driver.status import Status, StatusActor, StatusReporter
 from pipeline.train.recipes.experiment import AugmentConfig
-from pipeline.train.settings import Settings
+from pipeline.train.settings import TrainingSettings
 from pipeline.train.worker.history import Step
 
 
 class Called:
     """A board whose remote calls are calls."""
 
-    def __init__(self, board: Board) -> None:
+    def __init__(self, board: StatusActor) -> None:
         self._board = board
 
     def __getattr__(self, name: str) -> Any:
@@ -36,9 +36,9 @@ class Called:
 
 
 def test_what_two_workers_warn_of_alike_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
-    board = Board()
+    board = StatusActor()
     log = logging.getLogger("pipeline.a_worker")
-    tellers = [Teller(Called(board)), Teller(Called(board))]
+    tellers = [StatusReporter(Called(board)), StatusReporter(Called(board))]
     for teller in tellers:
         log.addHandler(teller)
     try:
@@ -48,10 +48,10 @@ def test_what_two_workers_warn_of_alike_is_shown_once(capsys: pytest.CaptureFixt
         for teller in tellers:
             log.removeHandler(teller)
     what = tiny.experiment()
-    display = TrainingDisplay(Settings(data="d", out="o", experiment=what))
-    display(board.watched())
+    display = TrainingDisplay(TrainingSettings(data="d", out="o", experiment=what))
+    display(board.status())
     board.warn("another\x1b[2J")
-    display(board.watched())
+    display(board.status())
     assert capsys.readouterr().err.splitlines() == [
         "WARNING workers normalise by their own photos",
         "WARNING another\\x1b[2J",
@@ -63,8 +63,8 @@ def test_a_score_names_the_iou_of_every_class_that_val_has(
 ) -> None:
     ious = (0.5, 0.25, None, 0.75)
     score = Score(step=4, time=0.0, miou=0.5, pixel_accuracy=0.9, ious=ious)
-    display = TrainingDisplay(Settings(data="d", out="o", experiment=tiny.experiment()))
-    display(Watched(row=None, scores=(score,)))
+    display = TrainingDisplay(TrainingSettings(data="d", out="o", experiment=tiny.experiment()))
+    display(Status(latest=None, scores=(score,)))
     said = capsys.readouterr().err
     assert "ground 50.0%, square 25.0%, never 75.0%" in said
     assert "mIoU 50.00% (best 50.00%)" in said
@@ -76,13 +76,13 @@ def test_after_a_resume_the_best_is_that_of_the_whole_run_and_time_left_knows_la
     what = tiny.experiment(max_steps=100, batch_size=4)
     augment = AugmentConfig(crop_size=(100, 100), late_crop_size=(200, 200), late_from=0.9)
     display = TrainingDisplay(
-        Settings(data="d", out="o", experiment=replace(what, augment=augment))
+        TrainingSettings(data="d", out="o", experiment=replace(what, augment=augment))
     )
-    board = Board()
-    board.begins(1, Score(step=40, time=0.0, miou=0.75, pixel_accuracy=0.9, ious=(0.5,) * 4))
+    board = StatusActor()
+    board.started(1, Score(step=40, time=0.0, miou=0.75, pixel_accuracy=0.9, ious=(0.5,) * 4))
     scored = Score(step=80, time=0.0, miou=0.5, pixel_accuracy=0.9, ious=(0.5,) * 4)
-    board.now(Step(80, 0.0, 0.1, 0.01, images_per_second=2.0, wait_share=0.0), scored)
-    display(board.watched())
+    board.report_step(Step(80, 0.0, 0.1, 0.01, images_per_second=2.0, wait_share=0.0), scored)
+    display(board.status())
     said = capsys.readouterr().err
     assert "mIoU 50.00% (best 75.00%)" in said
     # ten steps of 2 s, and ten that take four times as long
@@ -102,7 +102,7 @@ def test_room_for_workers_is_counted_node_by_node(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_driver_whose_run_was_taken_over_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(fit, "POLL_EVERY_S", 0.01)
     raised = threading.Event()
     before = signal.signal(signal.SIGINT, lambda *_: raised.set())
     monkeypatch.setattr("ray.get", lambda value, **_: value)
@@ -120,16 +120,16 @@ def test_a_driver_whose_run_was_taken_over_is_interrupted(monkeypatch: pytest.Mo
 def test_a_display_that_fails_does_not_keep_the_watch_from_its_work(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(fit, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(fit, "POLL_EVERY_S", 0.01)
     monkeypatch.setattr("ray.get", lambda value, **_: value)
-    shown: list[Watched] = []
+    shown: list[Status] = []
 
-    def broken(seen: Watched) -> None:
+    def broken(seen: Status) -> None:
         shown.append(seen)
         raise BrokenPipeError("nobody reads")
 
-    board = Board()
-    board.begins(2, None)
+    board = StatusActor()
+    board.started(2, None)
     raised = threading.Event()
     before = signal.signal(signal.SIGINT, lambda *_: raised.set())
     try:
@@ -152,18 +152,18 @@ def test_a_display_that_fails_does_not_keep_the_watch_from_its_work(
 def test_a_run_that_does_not_move_ends_and_says_what_it_waited_for(
     workers: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(fit, "POLL_EVERY_S", 0.01)
     monkeypatch.setattr("ray.get", lambda value, **_: value)
     monkeypatch.setattr("ray.nodes", list)
-    board = Board()
+    board = StatusActor()
     if workers:
-        board.begins(workers, None)
+        board.started(workers, None)
     raised = threading.Event()
     before = signal.signal(signal.SIGINT, lambda *_: raised.set())
     try:
         with watching(threading.Event(), board, seconds=1.0) as told:
             for _ in range(20 if workers else 0):  # two seconds of a long evaluation
-                board.lives()
+                board.heartbeat()
                 assert not raised.wait(0.1)
             assert raised.wait(10)
         assert re.search(said, told.stopped)
@@ -176,24 +176,24 @@ def test_after_a_death_a_run_waits_as_long_as_for_its_first_start(
 ) -> None:
     monkeypatch.setattr("ray.nodes", list)
     now = 0.0
-    settings = Settings(data="d", out="o", experiment=tiny.experiment(), cpus_per_worker=4)
+    settings = TrainingSettings(data="d", out="o", experiment=tiny.experiment(), cpus_per_worker=4)
     timer = fit._stall_timer(settings)
     timer._clock = lambda: now
     timer._since = timer._logged_at = now
-    board = Board()
+    board = StatusActor()
 
     def looks() -> None:
-        seen = board.watched()
-        timer.check(seen.workers, seen.signs)
+        seen = board.status()
+        timer.check(seen.workers, seen.heartbeats)
 
-    board.begins(2, None)
+    board.started(2, None)
     looks()
-    board.died()
-    board.lives()  # what the dead one's group still had to say
+    board.worker_crashed()
+    board.heartbeat()  # what the dead one's group still had to say
     looks()
     now = settings.start_timeout - 1.0  # far longer than --stall-timeout
     looks()
-    board.begins(2, None)
+    board.started(2, None)
     looks()
     now += settings.stall_timeout
     with pytest.raises(
@@ -206,15 +206,15 @@ def test_after_a_death_a_run_waits_as_long_as_for_its_first_start(
 @contextmanager
 def watching(
     lost: threading.Event,
-    board: Board | None = None,
+    board: StatusActor | None = None,
     *,
     seconds: float = 60.0,
-    watch: fit.Watch = lambda _: None,
-) -> Iterator[fit._Watching]:
-    settings = Settings(data="d", out="o", experiment=tiny.experiment(), cpus_per_worker=4)
+    watch: fit.OnStatus = lambda _: None,
+) -> Iterator[fit._RunMonitor]:
+    settings = TrainingSettings(data="d", out="o", experiment=tiny.experiment(), cpus_per_worker=4)
     timer = fit._stall_timer(settings)
     timer._start_timeout_s = timer._stall_timeout_s = seconds
-    watches = fit._Watching(Called(board or Board()), watch, lost, timer)
+    watches = fit._RunMonitor(Called(board or StatusActor()), watch, lost, timer)
     with watches:
         yield watches
 
@@ -248,11 +248,11 @@ def test_workers_have_as_many_cpus_as_the_cluster_has_room_for(
 ) -> None:
     a_cluster_of(monkeypatch, nodes)
     lines: list[str] = []
-    settings = Settings(
+    settings = TrainingSettings(
         data="d", out="o", experiment=tiny.experiment(), workers=(2,),
         cpus_per_worker=given, gpus_per_worker=gpus,
     )  # fmt: skip
-    assert fit._fitted(settings, lines.append).cpus == cpus
+    assert fit._fit_to_cluster(settings, lines.append).cpus == cpus
     few = ray_connection.worker_slots(cpus, gpus) < 2
     assert len(lines) == few
     assert all("--cpus-per-worker" in line for line in lines)
@@ -277,8 +277,8 @@ def test_of_a_range_as_many_workers_train_as_the_cluster_has_room_for(
     cpus: int,
 ) -> None:
     a_cluster_of(monkeypatch, nodes)
-    settings = Settings(
+    settings = TrainingSettings(
         data="d", out="o", experiment=tiny.experiment(batch_size=4), workers=workers,
         gpus_per_worker=gpus,
     )  # fmt: skip
-    assert fit._fitted(settings, print).cpus == cpus
+    assert fit._fit_to_cluster(settings, print).cpus == cpus

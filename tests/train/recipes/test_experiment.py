@@ -15,7 +15,7 @@ from pipeline.train.recipes.experiment import (
     DataConfig,
     EvaluationConfig,
     Experiment,
-    OptimiserConfig,
+    OptimizerConfig,
     differences,
 )
 from pipeline.train.recipes.registry import RECIPES
@@ -32,7 +32,7 @@ def test_an_older_version_lacks_fields_and_a_newer_one_is_refused() -> None:
     values = json.loads(tiny.experiment().to_json())
     del values["optimiser"]["hard_share"], values["evaluation"], values["seed"]
     found = Experiment.from_json(json.dumps(values))
-    assert found.optimiser.hard_share == 1.0
+    assert found.optimizer.hard_share == 1.0
     for part in ("", "optimiser", "model"):
         strange = json.loads(json.dumps(values))
         (strange[part] if part else strange)["warp"] = 9
@@ -48,7 +48,7 @@ def test_other_text_is_refused(text: str) -> None:
 
 def test_differences_name_the_fields() -> None:
     mine = tiny.experiment()
-    theirs = dataclasses.replace(mine, optimiser=OptimiserConfig(), seed=4)
+    theirs = dataclasses.replace(mine, optimizer=OptimizerConfig(), seed=4)
     assert differences(mine.to_json(), mine.to_json()) == []
     found = differences(mine.to_json(), theirs.to_json())
     assert "seed: 0 here, 4 there" in found
@@ -66,34 +66,38 @@ def test_late_crops_begin_at_their_share_of_the_run(step: int, crop: tuple[int, 
 
 
 WRONG: list[tuple[type, dict[str, Any], str]] = [
-    (DataConfig, {"repeats": 0}, "repeats is 0"),
-    (AugmentConfig, {"crop_size": (0, 33)}, r"crop_size is \(0, 33\)"),
-    (AugmentConfig, {"late_crop_size": (33, -1)}, "late_crop_size"),
-    (AugmentConfig, {"min_scale": 0}, "min_scale 0 and max_scale"),
-    (AugmentConfig, {"min_scale": 2.0, "max_scale": 1.0}, "0 < min_scale <= max_scale"),
-    (AugmentConfig, {"max_scale": float("inf")}, "max_scale inf: give .* max_scale <= 8"),
-    (AugmentConfig, {"max_scale": float("nan")}, "max_scale nan"),
-    (AugmentConfig, {"late_from": 1.0}, "late_from is 1.0"),
-    (OptimiserConfig, {"max_steps": 0}, "max_steps is 0"),
-    (OptimiserConfig, {"batch_size": 0}, "batch_size is 0"),
-    (OptimiserConfig, {"micro_batch": 0}, "micro_batch is 0"),
-    (OptimiserConfig, {"base_lr": 0}, "base_lr is 0"),
-    (OptimiserConfig, {"base_lr": float("nan")}, "base_lr is nan"),
-    (OptimiserConfig, {"base_lr": float("inf")}, "base_lr is inf; it must be over 0 and finite"),
-    (OptimiserConfig, {"power": float("inf")}, "power is inf"),
-    (OptimiserConfig, {"weight_decay": -1.0}, "weight_decay is -1.0; .* at least 0"),
-    (OptimiserConfig, {"weight_decay": float("nan")}, "weight_decay is nan; it must be finite"),
-    (OptimiserConfig, {"auxiliary_weight": float("inf")}, "auxiliary_weight is inf"),
-    (OptimiserConfig, {"hard_share": 0}, "hard_share is 0"),
-    (OptimiserConfig, {"hard_share": 1.5}, "hard_share is 1.5"),
-    (OptimiserConfig, {"ema_decay": 1.0}, "ema_decay is 1.0"),
-    (OptimiserConfig, {"momentum": -0.1}, "momentum is -0.1"),
-    (EvaluationConfig, {"eval_every": -1}, "eval_every is -1"),
-    (EvaluationConfig, {"eval_scales": ()}, r"eval_scales is \(\)"),
+    (DataConfig, {"repeats": 0}, "--repeats 0"),
+    (AugmentConfig, {"crop_size": (0, 33)}, "--crop-size 0 33"),
+    (AugmentConfig, {"late_crop_size": (33, -1)}, "--late-crop-size 33 -1"),
+    (AugmentConfig, {"min_scale": 0}, "--min-scale 0 --max-scale"),
+    (AugmentConfig, {"min_scale": 2.0, "max_scale": 1.0}, "0 < min-scale <= max-scale"),
+    (AugmentConfig, {"max_scale": float("inf")}, "--max-scale inf: must be .* max-scale <= 8"),
+    (AugmentConfig, {"max_scale": float("nan")}, "--max-scale nan"),
+    (AugmentConfig, {"late_from": 1.0}, "--late-from 1"),
+    (OptimizerConfig, {"max_steps": 0}, "--max-steps 0"),
+    (OptimizerConfig, {"batch_size": 0}, "--batch-size 0"),
+    (OptimizerConfig, {"micro_batch": 0}, "--micro-batch 0"),
+    (OptimizerConfig, {"base_lr": 0}, "--base-lr 0"),
+    (OptimizerConfig, {"base_lr": float("nan")}, "--base-lr nan"),
+    (OptimizerConfig, {"base_lr": float("inf")}, "--base-lr inf: must be over 0 and finite"),
+    (OptimizerConfig, {"power": float("inf")}, "--power inf"),
+    (OptimizerConfig, {"weight_decay": -1.0}, "--weight-decay -1: must be at least 0"),
+    (
+        OptimizerConfig,
+        {"weight_decay": float("nan")},
+        "--weight-decay nan: must be at least 0 and finite",
+    ),
+    (OptimizerConfig, {"auxiliary_weight": float("inf")}, "--auxiliary-weight inf"),
+    (OptimizerConfig, {"hard_share": 0}, "--hard-share 0"),
+    (OptimizerConfig, {"hard_share": 1.5}, "--hard-share 1.5"),
+    (OptimizerConfig, {"ema_decay": 1.0}, "--ema-decay 1"),
+    (OptimizerConfig, {"momentum": -0.1}, "--momentum -0.1"),
+    (EvaluationConfig, {"eval_every": -1}, "--eval-every -1"),
+    (EvaluationConfig, {"eval_scales": ()}, "--eval-scales without a value"),
     (EvaluationConfig, {"eval_scales": (1.0, 0.0)}, "each over 0"),
-    (EvaluationConfig, {"eval_scales": (1.0, float("inf"))}, "inf.*; give some, .* at most 8"),
-    (EvaluationConfig, {"eval_scales": (float("nan"),)}, "eval_scales is .nan"),
-    (Experiment, {"seed": -1}, "seed is -1"),
+    (EvaluationConfig, {"eval_scales": (1.0, float("inf"))}, "inf: give one .* at most 8"),
+    (EvaluationConfig, {"eval_scales": (float("nan"),)}, "--eval-scales nan"),
+    (Experiment, {"seed": -1}, "--seed -1"),
 ]
 
 
@@ -104,10 +108,10 @@ def test_a_value_that_cannot_be_is_named(part: type, values: dict[str, Any], mes
 
 
 def test_values_that_do_not_fit_together_are_refused_before_anything_starts() -> None:
-    with pytest.raises(ValueError, match="eval_output_stride is 7"):
+    with pytest.raises(ValueError, match="--eval-output-stride 7"):
         Experiment(evaluation=EvaluationConfig(eval_output_stride=7))
     odd = ModelConfig(atrous_rates=(3,))
-    with pytest.raises(ValueError, match=r"eval_output_stride is 32.*no integers"):
+    with pytest.raises(ValueError, match=r"--eval-output-stride 32.*no integers"):
         Experiment(model=odd, evaluation=EvaluationConfig(eval_output_stride=32))
-    with pytest.raises(ValueError, match=r"upsample_logits is False.*give auxiliary=False"):
-        Experiment(model=tiny.RESNET, optimiser=OptimiserConfig(upsample_logits=False))
+    with pytest.raises(ValueError, match=r"--no-upsample-logits .*give --no-auxiliary"):
+        Experiment(model=tiny.RESNET, optimizer=OptimizerConfig(upsample_logits=False))

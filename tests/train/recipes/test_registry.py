@@ -295,10 +295,10 @@ def test_a_recipe_differs_from_the_final_model_in_what_the_paper_says(name):
 
 
 def test_the_final_model_is_trained_as_in_section_4_1():
-    optimiser = RECIPES["table6-final"].experiment.optimiser
-    assert (optimiser.base_lr, optimiser.power, optimiser.max_steps) == (0.007, 0.9, 30_000)
-    assert (optimiser.batch_size, 1 - optimiser.bn_momentum) == (16, pytest.approx(0.9997))
-    assert (optimiser.ema_decay, optimiser.hard_share, optimiser.head_lr_factor) == (0, 1, 1)
+    optimizer = RECIPES["table6-final"].experiment.optimizer
+    assert (optimizer.base_lr, optimizer.power, optimizer.max_steps) == (0.007, 0.9, 30_000)
+    assert (optimizer.batch_size, 1 - optimizer.bn_momentum) == (16, pytest.approx(0.9997))
+    assert (optimizer.ema_decay, optimizer.hard_share, optimizer.head_lr_factor) == (0, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -313,9 +313,9 @@ def test_the_final_model_is_trained_as_in_section_4_1():
 )
 def test_ours_stay_as_they_were_run(name, base_lr, max_steps, batch_size):
     """A rate that changed with another recipe's would refuse the resume of a run begun before."""
-    optimiser = RECIPES[name].experiment.optimiser
-    assert (optimiser.base_lr, optimiser.max_steps) == (base_lr, max_steps)
-    assert optimiser.batch_size == batch_size
+    optimizer = RECIPES[name].experiment.optimizer
+    assert (optimizer.base_lr, optimizer.max_steps) == (base_lr, max_steps)
+    assert optimizer.batch_size == batch_size
 
 
 def test_ours_have_a_cost_and_a_score_or_say_that_nobody_measured_them():
@@ -348,12 +348,12 @@ def test_an_unknown_recipe_is_answered_with_its_neighbours():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "experiment is no JSON"),
+        ("{", "experiment is not valid JSON"),
         ("[]", "experiment must be a JSON object, got list"),
         ('{"data": 3}', "data must be a JSON object, got int"),
         ('{"data": {"splits": 1}}', r"data has unknown fields \['splits'\]"),
-        ('{"optimiser": {"max_steps": 0}}', "max_steps is 0"),
-        ('{"optimiser": {"max_steps": "many"}}', "value of another type"),
+        ('{"optimiser": {"max_steps": 0}}', "--max-steps 0"),
+        ('{"optimiser": {"max_steps": "many"}}', "value of the wrong type"),
     ],
 )
 def test_what_is_no_experiment_is_said(text, message):

@@ -11,8 +11,8 @@ from train import tiny
 
 from pipeline.model import weights
 from pipeline.model.formats import CheckpointError
-from pipeline.train.driver.preflight import first_model
-from pipeline.train.recipes.experiment import OptimiserConfig
+from pipeline.train.driver.preflight import initial_model
+from pipeline.train.recipes.experiment import OptimizerConfig
 from pipeline.train.worker import state
 from pipeline.train.worker.distributed import Group
 from pipeline.train.worker.history import History, Step
@@ -20,11 +20,11 @@ from pipeline.train.worker.loss import PixelLoss
 from pipeline.train.worker.state import Snapshot, TrainingState
 from pipeline.train.worker.step import Stepper, build_average, build_optimiser
 
-CONFIG = OptimiserConfig(max_steps=9, base_lr=0.01, ema_decay=0.5, bn_momentum=0.1, bf16=False)
+CONFIG = OptimizerConfig(max_steps=9, base_lr=0.01, ema_decay=0.5, bn_momentum=0.1, bf16=False)
 FACTS = {"world": 1, "threads": 1}
 
 
-def begun(config: OptimiserConfig = CONFIG) -> tuple[TrainingState, Stepper]:
+def begun(config: OptimizerConfig = CONFIG) -> tuple[TrainingState, Stepper]:
     model = tiny.network().to(memory_format=torch.channels_last)
     made = TrainingState(
         model=model, optimiser=build_optimiser(model, config), average=build_average(model, config)
@@ -144,7 +144,7 @@ def test_who_takes_it_for_a_network_is_led_to_those(tmp_path: Path) -> None:
     path.write_bytes(state.take(begun()[0], FACTS).to_bytes())
     for takes in (
         lambda: weights.load(str(path)),
-        lambda: first_model(replace(tiny.experiment(), init=str(path)), print),
+        lambda: initial_model(replace(tiny.experiment(), init=str(path)), print),
     ):
         with pytest.raises(CheckpointError, match=r"goes on from, .*model.safetensors, or best"):
             takes()

@@ -16,7 +16,7 @@ from torch.nn import functional
 from train import tiny
 
 from pipeline.model.config import ModelConfig
-from pipeline.train.recipes.experiment import OptimiserConfig
+from pipeline.train.recipes.experiment import OptimizerConfig
 from pipeline.train.worker.distributed import Group
 from pipeline.train.worker.loss import PixelLoss
 from pipeline.train.worker.schedule import poly
@@ -38,7 +38,7 @@ class Case:
     kinks: bool = True  # without them, SiLU takes the place of ReLU and ReLU6
 
     @property
-    def config(self) -> OptimiserConfig:
+    def config(self) -> OptimizerConfig:
         values = {
             "max_steps": STEPS,
             "batch_size": 7,
@@ -48,7 +48,7 @@ class Case:
             "freeze_bn": True,
             "bf16": False,
         }
-        return OptimiserConfig(**{**values, **self.optimiser})
+        return OptimizerConfig(**{**values, **self.optimiser})
 
 
 def drawn(step: int) -> tuple[torch.Tensor, torch.Tensor]:
