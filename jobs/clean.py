@@ -10,8 +10,8 @@ from typing import Annotated
 
 import tyro
 
-from pipeline.cli import exit
 from pipeline.cli.arguments import parse
+from pipeline.cli.exit import run_interactive
 from pipeline.data import storage
 from pipeline.results.layout import check_run_id
 from pipeline.runs import cleanup, lease
@@ -44,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Who works on the run is told by a lease that changes: one that may be somebody's is watched,
     which is said on stderr.
     """
-    return exit.answer(
+    return run_interactive(
         lambda: parse(Arguments, argv, description=__doc__),
         _clean,
-        stops=(OSError, LookupError, lease.HeldError),
+        expected=(OSError, LookupError, lease.HeldError),
     )
 
 

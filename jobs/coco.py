@@ -16,9 +16,8 @@ from dataclasses import dataclass
 
 from pipeline.bulk.driver.progress import Progress
 from pipeline.bulk.worker.summary import Summary
-from pipeline.cli import exit
 from pipeline.cli.arguments import parse
-from pipeline.cli.exit import last_line
+from pipeline.cli.exit import last_line, run_job
 from pipeline.cli.progress import Display
 from pipeline.cli.sanitize import visible
 from pipeline.data import coco_labels, storage
@@ -47,10 +46,10 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job with the command line `argv`; its exit code."""
-    return exit.run(
+    return run_job(
         "coco",
         lambda: _draw(parse(Arguments, argv, description=__doc__)),
-        stops=(OSError,),
+        expected=(OSError,),
         interrupted="interrupted; the same command goes on",
     )
 

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING
 
 from pipeline.bulk.driver.progress import Progress
 from pipeline.bulk.worker.summary import Summary
-from pipeline.cli import exit
 from pipeline.cli.arguments import parse
 from pipeline.cli.evaluation_plan import Arguments, Plan, plan_of
-from pipeline.cli.exit import last_line
+from pipeline.cli.exit import hard_exit, last_line, run_job
 from pipeline.cli.progress import Display
 from pipeline.cli.tables import Scores, class_table, mean_table
 from pipeline.data.samples import SampleError
@@ -30,10 +29,10 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job with the command line `argv`; its exit code."""
-    return exit.run(
+    return run_job(
         "evaluate",
         lambda: _evaluate(parse(Arguments, argv, description=__doc__)),
-        stops=(OSError, SampleError, WorkersError),
+        expected=(OSError, SampleError, WorkersError),
         interrupted="interrupted",
     )
 
@@ -110,4 +109,4 @@ def _facts(arguments: Arguments, rows: Sequence[Scores], seconds: float) -> dict
 
 
 if __name__ == "__main__":
-    exit.leave(main())
+    hard_exit(main())

@@ -15,9 +15,9 @@ import duckdb
 import pyarrow as pa
 import tyro
 
-from pipeline.cli import exit
 from pipeline.cli.arguments import parse
-from pipeline.cli.interruptible import Beside
+from pipeline.cli.exit import discard_output, hard_exit, run_interactive
+from pipeline.cli.interruptible import BackgroundCall
 from pipeline.cli.output_formats import WRITERS, write_parquet
 from pipeline.data import storage
 from pipeline.results.query import connect
@@ -53,10 +53,10 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the answer; 0, or 1 where it failed, or 2 where the arguments are wrong."""
-    return exit.answer(
+    return run_interactive(
         lambda: _arguments(argv),
         _print_answer,
-        stops=(duckdb.Error, OSError, ValueError, pa.ArrowException),
+        expected=(duckdb.Error, OSError, ValueError, pa.ArrowException),
     )
 
 
@@ -69,16 +69,16 @@ def _arguments(argv: Sequence[str] | None) -> Arguments:
 
 def _print_answer(arguments: Arguments) -> None:
     try:
-        with Beside() as beside:
+        with BackgroundCall() as beside:
             _answer(arguments, beside)
     except KeyboardInterrupt:
-        exit.forget(sys.stdout)
+        discard_output(sys.stdout)
         raise
     except BrokenPipeError:  # who reads has seen enough
-        exit.forget(sys.stdout)
+        discard_output(sys.stdout)
 
 
-def _answer(arguments: Arguments, beside: Beside) -> None:
+def _answer(arguments: Arguments, beside: BackgroundCall) -> None:
     con, spilled = beside.wait_for(lambda: _connected(arguments.results))
     try:
         reader = beside.wait_for(lambda: _asked(con, arguments.sql), con.interrupt)
@@ -107,7 +107,7 @@ def _asked(con: duckdb.DuckDBPyConnection, sql: str) -> pa.RecordBatchReader | N
 
 
 def _interruptible(
-    con: duckdb.DuckDBPyConnection, reader: pa.RecordBatchReader, beside: Beside
+    con: duckdb.DuckDBPyConnection, reader: pa.RecordBatchReader, beside: BackgroundCall
 ) -> pa.RecordBatchReader:
     """The reader, each of whose batches can be waited for in vain."""
 
@@ -139,7 +139,7 @@ def _opened(output: Path | None) -> Iterator[BinaryIO]:
             try:
                 yield file
             except (BrokenPipeError, KeyboardInterrupt):
-                exit.forget(file)
+                discard_output(file)
                 raise
     else:
         target = output.resolve()
@@ -153,4 +153,4 @@ def _opened(output: Path | None) -> Iterator[BinaryIO]:
 
 
 if __name__ == "__main__":
-    exit.leave(main())
+    hard_exit(main())

@@ -12,8 +12,8 @@ import duckdb
 import pyarrow as pa
 import tyro
 
-from pipeline.cli import exit
 from pipeline.cli.arguments import parse
+from pipeline.cli.exit import run_interactive
 from pipeline.cli.progress import size
 from pipeline.cli.sanitize import visible
 from pipeline.data import storage
@@ -54,10 +54,10 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the report and says where; 0, or 1 where it failed, or 2 where arguments are wrong."""
-    return exit.answer(
+    return run_interactive(
         lambda: parse(Arguments, argv, description=__doc__),
         _write,
-        stops=(OSError, LookupError, ValueError, duckdb.Error, pa.ArrowException),
+        expected=(OSError, LookupError, ValueError, duckdb.Error, pa.ArrowException),
     )
 
 

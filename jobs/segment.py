@@ -14,9 +14,8 @@ from pipeline.bulk.driver.progress import Progress
 from pipeline.bulk.driver.run import BulkResult, run
 from pipeline.bulk.planning.plan import Plan
 from pipeline.bulk.settings import Settings
-from pipeline.cli import exit
 from pipeline.cli.arguments import parse
-from pipeline.cli.exit import last_line
+from pipeline.cli.exit import hard_exit, last_line, run_job
 from pipeline.cli.progress import Display, duration, size
 from pipeline.data.storage import StorageError
 from pipeline.runs import lease, ray_connection
@@ -25,10 +24,10 @@ from pipeline.runs.ray_connection import RunStoppedError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job with the command line `argv`; its exit code."""
-    return exit.run(
+    return run_job(
         "segment",
         lambda: _segment(parse(Settings, argv, description=__doc__)),
-        stops=(StorageError, RunStoppedError, lease.HeldError),
+        expected=(StorageError, RunStoppedError, lease.HeldError),
         interrupted="interrupted; the same command continues the run",
     )
 
@@ -143,4 +142,4 @@ def _last_line(settings: Settings, ended: BulkResult) -> str:
 
 
 if __name__ == "__main__":
-    exit.leave(main())
+    hard_exit(main())

@@ -19,9 +19,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pipeline.cli import exit
 from pipeline.cli.arguments import ArgumentsError, parse
-from pipeline.cli.exit import last_line
+from pipeline.cli.exit import hard_exit, last_line, run_job
 from pipeline.cli.training_progress import TrainingDisplay
 from pipeline.cli.training_tables import class_table, dry_run
 from pipeline.data.storage import StorageError
@@ -41,10 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--list" in given:
         print(registry.describe(registry.RECIPES.values()), end="")
         return 0
-    return exit.run(
+    return run_job(
         "train",
         lambda: _train(given),
-        stops=(StorageError, RunStoppedError, lease.HeldError),
+        expected=(StorageError, RunStoppedError, lease.HeldError),
         interrupted="interrupted; the same command goes on with the run",
     )
 
@@ -116,4 +115,4 @@ def _ended(settings: TrainingSettings, ended: TrainingResult) -> str:
 
 
 if __name__ == "__main__":
-    exit.leave(main())
+    hard_exit(main())

@@ -17,19 +17,19 @@ from pipeline.text import one_line
 T = TypeVar("T")
 
 
-def run(
-    job: str, work: Callable[[], str], *, stops: tuple[type[Exception], ...], interrupted: str
+def run_job(
+    job: str, work: Callable[[], str], *, expected: tuple[type[Exception], ...], interrupted: str
 ) -> int:
     """Does `work`, whose result is the last line, prints that, and gives the exit code: 0.
 
-    It is 1 where one of `stops` is raised, where the job is interrupted (the last line then says
+    It is 1 where one of `expected` is raised, where the job is interrupted (the last line then says
     `interrupted`), and for a bug; 2 for any other ValueError: arguments that cannot be right.
     """
     _warnings_to_stderr()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` is an interruption
     try:
         said = work()
-    except stops as error:
+    except expected as error:
         return failed(job, 1, error)
     except ValueError as error:
         return failed(job, 2, error)
@@ -42,13 +42,13 @@ def run(
     return 0
 
 
-def answer(
-    arguments: Callable[[], T], work: Callable[[T], None], *, stops: tuple[type[Exception], ...]
+def run_interactive(
+    arguments: Callable[[], T], work: Callable[[T], None], *, expected: tuple[type[Exception], ...]
 ) -> int:
     """Does the `work` of a job that people ask and wait for; its exit code.
 
     What goes wrong is one line on stderr: 2 where `arguments` raises ValueError, 1 where the work
-    raises one of `stops` or is interrupted. Anything else is a bug, and is raised.
+    raises one of `expected` or is interrupted. Anything else is a bug, and is raised.
     """
     _warnings_to_stderr()
     try:
@@ -57,7 +57,7 @@ def answer(
         return _complain(2, in_one_line(error))
     try:
         work(given)
-    except stops as error:
+    except expected as error:
         return _complain(1, in_one_line(error))
     except KeyboardInterrupt:
         return _complain(1, "interrupted")
@@ -75,7 +75,7 @@ def _complain(code: int, line: str) -> int:
     return code
 
 
-def leave(code: int) -> NoReturn:
+def hard_exit(code: int) -> NoReturn:
     """Ends the process with `code` once Python has tidied up, without native destructors.
 
     Ray's threads live on while those run, and now and then one crashes in what is gone: a job
@@ -88,7 +88,7 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def forget(file: IO[Any]) -> None:
+def discard_output(file: IO[Any]) -> None:
     """Lets what is written or flushed there from now on go nowhere: a pipe may have lost its
     reader, or be full for good."""
     with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:

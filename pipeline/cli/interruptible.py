@@ -18,7 +18,7 @@ _AGAIN_S = 0.05
 _LOOK_S = 0.2
 
 
-class Beside:
+class BackgroundCall:
     """A thread that works while this one waits for it; open for as long as there is work."""
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Beside:
 
         Interrupted, it calls `stop` again and again until the work has ended, for a second at
         most, and raises KeyboardInterrupt: the thread may live on then, until the process is left
-        (`ending.leave`).
+        (`exit.hard_exit`).
         """
         done: Future[T] = Future()
         try:

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.cli.exit import forget
+from pipeline.cli.exit import discard_output
 from pipeline.cli.sanitize import json_text, visible
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class _UntilStopped(io.BufferedIOBase):
         try:
             return self._file.write(data)
         except (BrokenPipeError, KeyboardInterrupt):
-            forget(self._file)
+            discard_output(self._file)
             raise
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import pytest
 
-from pipeline.cli import exit
+from pipeline.cli.exit import run_interactive
 
 CRASHES = """
 import atexit, ctypes, sys, tempfile
-from pipeline.cli import exit
+from pipeline.cli.exit import hard_exit
 
 libc = ctypes.CDLL(None)
 libc.on_exit(libc.abort, None)  # as a library's destructor that does not get through
@@ -35,7 +35,7 @@ def test_a_library_that_crashes_at_the_end_would_take_the_exit_code() -> None:
 def test_the_exit_code_is_the_jobs_and_nothing_said_or_tidied_up_is_lost(
     code: int,
 ) -> None:
-    done = ended(f"exit.leave({code})")
+    done = ended(f"hard_exit({code})")
     assert done.returncode == code, done.stderr
     folder, tidied = done.stdout.splitlines()
     assert tidied == "tidied up"
@@ -54,13 +54,13 @@ def test_what_a_person_asked_for_ends_in_a_line_where_it_could_not_be_done(
 
         return work
 
-    stops = (LookupError,)
-    assert exit.answer(refused, lambda _: None, stops=stops) == 2
+    expected = (LookupError,)
+    assert run_interactive(refused, lambda _: None, expected=expected) == 2
     assert capsys.readouterr() == ("", "--photos is -1; it must be more\n")
-    assert exit.answer(lambda: 1, does(LookupError("no \x1b run")), stops=stops) == 1
+    assert run_interactive(lambda: 1, does(LookupError("no \x1b run")), expected=expected) == 1
     assert capsys.readouterr() == ("", "no \\x1b run\n")
-    assert exit.answer(lambda: 1, does(KeyboardInterrupt()), stops=stops) == 1
+    assert run_interactive(lambda: 1, does(KeyboardInterrupt()), expected=expected) == 1
     assert capsys.readouterr() == ("", "interrupted\n")
-    assert exit.answer(lambda: 1, lambda _: None, stops=stops) == 0
+    assert run_interactive(lambda: 1, lambda _: None, expected=expected) == 0
     with pytest.raises(TypeError):
-        exit.answer(lambda: 1, does(TypeError()), stops=stops)
+        run_interactive(lambda: 1, does(TypeError()), expected=expected)

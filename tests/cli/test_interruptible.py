@@ -11,11 +11,11 @@ import weakref
 
 import pytest
 
-from pipeline.cli.interruptible import Beside
+from pipeline.cli.interruptible import BackgroundCall
 
 
 def test_what_the_work_gives_and_raises_comes_through() -> None:
-    with Beside() as beside:
+    with BackgroundCall() as beside:
         other = beside.wait_for(threading.get_ident)
         assert other != threading.get_ident()
         with pytest.raises(ZeroDivisionError):
@@ -34,7 +34,7 @@ def test_what_failed_work_held_is_let_go_of_with_its_error() -> None:
         raise ValueError(repr(what))
 
     def ask(what: Held) -> None:
-        with Beside() as beside, contextlib.suppress(ValueError):
+        with BackgroundCall() as beside, contextlib.suppress(ValueError):
             beside.wait_for(lambda: work(what))
 
     gc.disable()
@@ -63,7 +63,7 @@ def test_an_interruption_stops_the_work_or_leaves_it(listens: bool) -> None:
             ended.set()
 
     started = time.monotonic()
-    with Beside() as beside, pytest.raises(KeyboardInterrupt):
+    with BackgroundCall() as beside, pytest.raises(KeyboardInterrupt):
         beside.wait_for(work, stop)
     took = time.monotonic() - started
     ended.set()

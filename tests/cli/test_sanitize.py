@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from jobs import clean, query
-from pipeline.cli import exit
+from pipeline.cli.exit import last_line, run_job
 from pipeline.cli.sanitize import Formatter
 
 # a colour, a window title, CSI as one byte of C1, a line forged, right to left, half a character
@@ -28,12 +28,12 @@ def _is_harmless(text: str) -> bool:
 def test_the_last_line_of_a_job_is_one_line_whatever_its_values_hold(
     capsys: pytest.CaptureFixture[str], hostile: str
 ) -> None:
-    assert _is_harmless(exit.last_line("done", {"uri": f"s3://b/{hostile}.jpg"}))
+    assert _is_harmless(last_line("done", {"uri": f"s3://b/{hostile}.jpg"}))
 
     def fail() -> str:
         raise OSError(f"s3://b/{hostile}x.jpg does not exist")
 
-    assert exit.run("segment", fail, stops=(OSError,), interrupted="") == 1
+    assert run_job("segment", fail, expected=(OSError,), interrupted="") == 1
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith("segment failed exit=1")
     assert _is_harmless(line)
