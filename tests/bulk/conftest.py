@@ -12,9 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
-from finishing import Made, Rows, opened_finish
 from PIL import Image
-from small_photos import DEMO, encoded, photo
 
 from pipeline.bulk.driver.finalize import RunFinalizer
 from pipeline.bulk.planning.listing import Listed, Listing
@@ -22,6 +20,8 @@ from pipeline.bulk.settings import Settings, fingerprint
 from pipeline.bulk.worker.segmenter import Work, checkpoint_fingerprint
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout
+from tests.bulk.finishing import Made, Rows, opened_finish
+from tests.small_photos import DEMO, encoded, photo
 
 BROKEN = {
     "broken/empty.jpg": "empty",

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from outcomes import OUTCOMES, as_table
-from small_photos import photo
-from world import BROKEN, GOOD, World
 
 from pipeline.data import storage
+from tests.chaos.outcomes import OUTCOMES, as_table
+from tests.chaos.world import BROKEN, GOOD, World
+from tests.small_photos import photo
 
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 

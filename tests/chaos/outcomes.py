@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from plain_loop import seen
-from watcher import Watcher
-from world import World, results_of, rows_of
-
 from pipeline.data import storage
 from pipeline.results.layout import run_of
+from tests.chaos.watcher import Watcher
+from tests.chaos.world import World, results_of, rows_of
+from tests.plain_loop import seen
 
 
 @dataclass

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 
 import pytest
-from outcomes import check, instead, watched
-from proxy import Rule
-from world import World, results_of, wait_for_shards
+
+from tests.chaos.outcomes import check, instead, watched
+from tests.chaos.world import World, results_of, wait_for_shards
+from tests.proxy import Rule
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
 

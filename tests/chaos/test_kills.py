@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 
 import pytest
-from outcomes import check, watched
-from world import World, results_of
+
+from tests.chaos.outcomes import check, watched
+from tests.chaos.world import World, results_of
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
 

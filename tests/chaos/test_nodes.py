@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nodes import Nodes
-from outcomes import check, watched
-from world import World, results_of
+
+from tests.chaos.nodes import Nodes
+from tests.chaos.outcomes import check, watched
+from tests.chaos.world import World, results_of
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
 

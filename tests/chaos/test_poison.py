@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hooks.sitecustomize import DEADLY, GREED_BYTES, GREEDY
-from nodes import Nodes
-from outcomes import check, watched
 from PIL import Image
-from small_photos import photo
-from world import BUCKET, Run, World, results_of
 
 from pipeline.data import storage
+from tests.chaos.hooks.sitecustomize import DEADLY, GREED_BYTES, GREEDY
+from tests.chaos.nodes import Nodes
+from tests.chaos.outcomes import check, watched
+from tests.chaos.world import BUCKET, Run, World, results_of
+from tests.small_photos import photo
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outcomes import check, watched
-from plain_loop import seen
-from proxy import Rule
-from small_photos import photo
-from world import BUCKET, World, results_of, rows_of, undisturbed, wait_for_shards
 
 from pipeline.data import storage
+from tests.chaos.outcomes import check, watched
+from tests.chaos.world import BUCKET, World, results_of, rows_of, undisturbed, wait_for_shards
+from tests.plain_loop import seen
+from tests.proxy import Rule
+from tests.small_photos import photo
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
 

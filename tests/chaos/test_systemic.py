@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from outcomes import check, watched
-from proxy import Rule
-from world import BUCKET, Run, World, results_of, wait_for_shards
 
 from pipeline.data import storage
+from tests.chaos.outcomes import check, watched
+from tests.chaos.world import BUCKET, Run, World, results_of, wait_for_shards
+from tests.proxy import Rule
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
 

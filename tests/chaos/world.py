@@ -21,16 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import plain_loop
 import pyarrow.parquet as pq
-from kills import Killer, hooked
-from nodes import Nodes
-from proxy import Proxy
 
 from jobs.demo.server import free_ports, s3_server
 from pipeline.bulk.settings import Inference
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout
+from tests import plain_loop
+from tests.chaos.kills import Killer, hooked
+from tests.chaos.nodes import Nodes
+from tests.proxy import Proxy
 
 ROOT = Path(__file__).parents[2]
 BUCKET = "s3://photos"

@@ -6,9 +6,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import plain_loop
 import pytest
-from several_nodes import (
+
+from cluster.local import Cluster
+from cluster.networks import has_namespaces
+from jobs.demo.server import s3_server
+from pipeline.bulk.settings import Inference
+from pipeline.data import storage
+from tests import plain_loop
+from tests.cluster.several_nodes import (
     CHECKPOINT,
     PHOTO_COUNT,
     PHOTOS,
@@ -17,13 +23,7 @@ from several_nodes import (
     World,
     as_table,
 )
-from small_photos import photo
-
-from cluster.local import Cluster
-from cluster.networks import has_namespaces
-from jobs.demo.server import s3_server
-from pipeline.bulk.settings import Inference
-from pipeline.data import storage
+from tests.small_photos import photo
 
 
 @pytest.fixture(scope="session")

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from plain_loop import seen
 
 from cluster.local import HEAD, Cluster
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout
+from tests.plain_loop import seen
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sysconfig.get_path("scripts")) / "ray")

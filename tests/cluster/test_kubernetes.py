@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import yaml
-from custom_resources import schemas
-from rendering import Resource, render
 
 from jobs import segment, train
 from pipeline.bulk.settings import Settings as BulkSettings
 from pipeline.cli.arguments import parse
+from tests.cluster.custom_resources import schemas
+from tests.cluster.rendering import Resource, render
 
 FOLDER = Path(__file__).parents[2] / "cluster" / "kubernetes"
 OVERLAYS = ("cloud", "on-premises")

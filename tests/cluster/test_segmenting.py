@@ -7,7 +7,8 @@ import threading
 import time
 
 import pytest
-from several_nodes import (
+
+from tests.cluster.several_nodes import (
     PHOTO_COUNT,
     SHARD_IMAGES,
     Submission,

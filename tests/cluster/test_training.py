@@ -7,11 +7,11 @@ import subprocess
 import sys
 
 import pytest
-from several_nodes import ROOT, World, timed, until
-from tiny_training import arguments, put_set
 
 from pipeline.data import storage
 from pipeline.train.worker import checkpoints
+from tests.cluster.several_nodes import ROOT, World, timed, until
+from tests.tiny_training import arguments, put_set
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
 

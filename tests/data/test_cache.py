@@ -8,11 +8,11 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from data.drawn import put_all
 
 from pipeline.data import cache, storage
 from pipeline.data.cache import NodeCache
 from pipeline.data.storage import StorageError
+from tests.data.drawn import put_all
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data.coco_set import instances, rectangle
 from matplotlib.path import Path as Outline
 
 from pipeline.data import coco
 from pipeline.data.coco import Picture
+from tests.data.coco_set import instances, rectangle
 
 PERSON, CAT, TV = 15, 8, 20
 

@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data.drawn import cityscapes_files, encoded, folder_files, ids, photo, put_all, voc_files
 
 from pipeline.data import storage
 from pipeline.data.datasets import open_split
 from pipeline.data.labels import CAMVID, CITYSCAPES, CITYSCAPES_TRAIN_IDS, VOC, Classes
 from pipeline.data.pairs import Labelled
+from tests.data.drawn import cityscapes_files, encoded, folder_files, ids, photo, put_all, voc_files
 
 CLASSES = Classes.from_dict({"names": ["ground", "cat", "dog"]})
 

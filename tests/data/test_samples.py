@@ -4,12 +4,12 @@ import pickle
 
 import numpy as np
 import pytest
-from data.drawn import cityscapes_files, encoded, ids, photo, put_all, voc_files
 
 from pipeline.data import storage
 from pipeline.data.datasets import open_split
 from pipeline.data.labels import CITYSCAPES, VOC
 from pipeline.data.samples import BrokenFileError, SampleError, load
+from tests.data.drawn import cityscapes_files, encoded, ids, photo, put_all, voc_files
 
 
 def voc(prefix, **replaced):

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from proxy import Fault, Proxy, Rule
 
 from pipeline.data import storage
 from pipeline.data.storage import s3
+from tests.proxy import Fault, Proxy, Rule
 
 pytestmark = pytest.mark.s3
 

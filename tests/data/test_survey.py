@@ -5,7 +5,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from data.drawn import SIZES, encoded, ids, photo, put_all, voc_files
 from PIL import Image
 
 from pipeline.data import images, storage
@@ -13,6 +12,7 @@ from pipeline.data.datasets import open_split
 from pipeline.data.labels import CAMVID, Classes
 from pipeline.data.samples import SampleError, load
 from pipeline.data.survey import Survey, median_frequency_weights, repeated, survey
+from tests.data.drawn import SIZES, encoded, ids, photo, put_all, voc_files
 
 CLASSES = Classes.from_dict({"names": ["ground", "cat", "dog", "unicorn"]})
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pytest
-from small_photos import photo
 
 from jobs.segment import main
 from pipeline.data import masks
+from tests.small_photos import photo
 
 pytestmark = [pytest.mark.gpu, pytest.mark.ray, pytest.mark.slow]
 

@@ -8,9 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from train import tiny
-from train.tiny import Heard
-from train.worker.test_step import Case, assert_close, drawn, make, trained
 
 from pipeline.data import storage
 from pipeline.evaluation.evaluate import evaluate
@@ -19,6 +16,9 @@ from pipeline.train.worker import checkpoints, loop
 from pipeline.train.worker.distributed import Group
 from pipeline.train.worker.state import read, restore, take
 from pipeline.train.worker.task import Task
+from tests.train import tiny
+from tests.train.tiny import Heard
+from tests.train.worker.test_step import Case, assert_close, drawn, make, trained
 
 pytestmark = pytest.mark.gpu
 

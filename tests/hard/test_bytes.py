@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_photos import photo
 
 from pipeline.bulk.worker.decode import DecodeError, Decoders, Limits
 from pipeline.data.images import IMAGE_ERROR_KINDS, ImageError, Pixels, decode
 from pipeline.data.labels import VOC
+from tests.small_photos import photo
 
 MAX_PIXELS = 1_000_000
 HANG_S = 30

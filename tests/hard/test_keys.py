@@ -18,7 +18,6 @@ import pytest
 from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
 from PIL import Image
-from small_photos import DEMO, encoded
 
 from jobs import query
 from pipeline.bulk.driver.actor_pool import images_of
@@ -30,6 +29,7 @@ from pipeline.data import storage
 from pipeline.data.storage import s3
 from pipeline.results.layout import RunLayout
 from pipeline.results.query import connect
+from tests.small_photos import DEMO, encoded
 
 CHECKPOINT = str(DEMO / "tfzoo-voc-mobilenetv2.safetensors")
 PREFIX = "photos/night"

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from small_photos import encoded
 
 from pipeline.bulk.planning.listing import Listed, Listing
 from pipeline.bulk.settings import Settings
 from pipeline.bulk.worker.decode import Decoders, Limits
 from pipeline.bulk.worker.load import Loader
 from pipeline.data.labels import VOC
+from tests.small_photos import encoded
 
 HUGE_BYTES = 5 * 2**30
 

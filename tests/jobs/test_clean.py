@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from results.made_up import write_run
 
 from jobs.clean import main
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout
 from pipeline.runs import lease
+from tests.results.made_up import write_run
 
 ROOT = Path(__file__).parents[2]
 

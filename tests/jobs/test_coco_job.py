@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.coco_set import coco_files, instances, rectangle
-from data.drawn import put_all
 
 from jobs.coco import main
 from pipeline.data import masks, storage
 from pipeline.data.datasets import Split, open_split
 from pipeline.data.labels import by_name
 from pipeline.train.recipes.registry import by_name as recipe
+from tests.data.coco_set import coco_files, instances, rectangle
+from tests.data.drawn import put_all
 
 Capture = pytest.CaptureFixture[str]
 

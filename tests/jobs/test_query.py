@@ -19,11 +19,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from results.made_up import image_row, write_run
 
 from jobs import query
 from jobs.query import main
 from pipeline.results.query import connect
+from tests.results.made_up import image_row, write_run
 
 ROOT = Path(__file__).parents[2]
 NASTY = [

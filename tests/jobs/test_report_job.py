@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from results.made_up import write_run
 
 from jobs.report import main
 from pipeline.data import storage
+from tests.results.made_up import write_run
 
 Capture = pytest.CaptureFixture[str]
 

@@ -7,8 +7,6 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from proxy import Proxy, Rule
-from small_photos import DEMO, photo
 
 from jobs.segment import main
 from pipeline.bulk.driver import preflight
@@ -20,6 +18,8 @@ from pipeline.cli.arguments import parse
 from pipeline.data import storage
 from pipeline.data.storage import s3
 from pipeline.results.layout import RunLayout
+from tests.proxy import Proxy, Rule
+from tests.small_photos import DEMO, photo
 
 Capture = pytest.CaptureFixture[str]
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from tiny_training import arguments, put_set
 
 from cluster.local import with_descendants
 from jobs.demo.photos import photos
 from pipeline.model import weights
+from tests.tiny_training import arguments, put_set
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sysconfig.get_path("scripts")) / "ray")

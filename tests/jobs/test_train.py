@@ -23,7 +23,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
-from tiny_training import arguments, draw, encoded, keys, put_set
 
 from jobs import evaluate, segment, train
 from jobs.train import main
@@ -33,6 +32,7 @@ from pipeline.data import samples, storage
 from pipeline.model import predict, weights
 from pipeline.train.recipes.registry import by_name
 from pipeline.train.worker import checkpoints
+from tests.tiny_training import arguments, draw, encoded, keys, put_set
 
 STEPS = ("--max-steps", "6", "--eval-every", "3", "--checkpoint-every", "2", "--workers", "2")
 

@@ -15,12 +15,12 @@ from typing import NamedTuple
 import pytest
 import torch
 from safetensors.torch import load
-from tiny_training import arguments, keys, put_set
 
 from cluster.local import with_descendants
 from jobs.train import main
 from pipeline.data import storage
 from pipeline.train.worker import checkpoints
+from tests.tiny_training import arguments, keys, put_set
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_training import arguments, draw, encoded, keys, put_set
 
 from jobs.train import main
 from pipeline.data import storage
+from tests.tiny_training import arguments, draw, encoded, keys, put_set
 
 
 def label_37(root: Path) -> None:

@@ -2,19 +2,19 @@
 
 import pytest
 import torch
-from model.published import (
-    DEPTHS,
-    constants,
-    torchvision_shapes,
-    vainf_plus_shapes,
-    vainf_shapes,
-)
 
 from pipeline.data.labels import CITYSCAPES, VOC
 from pipeline.model import weights
 from pipeline.model.checkpoint_formats import recognise
 from pipeline.model.deeplab import DeepLabV3
 from pipeline.model.formats import CheckpointError, TensorFile
+from tests.model.published import (
+    DEPTHS,
+    constants,
+    torchvision_shapes,
+    vainf_plus_shapes,
+    vainf_shapes,
+)
 
 
 def recognised(shapes):

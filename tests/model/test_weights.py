@@ -5,7 +5,6 @@ import struct
 
 import pytest
 import torch
-from model.published import constants, resnet_shapes
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
@@ -14,6 +13,7 @@ from pipeline.model import weights
 from pipeline.model.config import ModelConfig
 from pipeline.model.deeplab import DeepLabV3
 from pipeline.model.formats import CheckpointError
+from tests.model.published import constants, resnet_shapes
 
 CLASSES = Classes(names=("sky", "sea", "land"), palette=((1, 2, 3), (4, 5, 6), (7, 8, 9)))
 SMALL = ModelConfig(

@@ -8,13 +8,13 @@ import threading
 
 import pytest
 import torch
-from model.published import constants, resnet_shapes, torchvision_shapes
 
 from pipeline.data.storage import StorageError
 from pipeline.model import weights, zoo
 from pipeline.model.config import ModelConfig
 from pipeline.model.deeplab import DeepLabV3
 from pipeline.model.formats import CheckpointError
+from tests.model.published import constants, resnet_shapes, torchvision_shapes
 
 
 def pickled(tensors):

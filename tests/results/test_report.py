@@ -14,12 +14,12 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 from PIL import Image
-from results.made_up import Row, image_row, write_run
 
 from pipeline.data import masks, storage
 from pipeline.data.labels import VOC
 from pipeline.results import files, page, report
 from pipeline.results.report import BINS, Report
+from tests.results.made_up import Row, image_row, write_run
 
 HOSTILE = "<script>alert('x')</script>\"&amp;.png"
 

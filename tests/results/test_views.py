@@ -11,12 +11,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from results.made_up import class_rows, image_row, rows_of, write_run
 
 from pipeline.data import storage
 from pipeline.results import tables
 from pipeline.results.layout import RunLayout
 from pipeline.results.query import connect
+from tests.results.made_up import class_rows, image_row, rows_of, write_run
 
 VIEWS = ("images", "classes", "runs", "latest", "iou")
 

@@ -14,13 +14,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from results.made_up import write_run
 
 from pipeline.data import storage
 from pipeline.results.layout import FOLDERS, RunLayout, only_new_lease
 from pipeline.results.query import connect
 from pipeline.runs import cleanup, lease
 from pipeline.runs.lease import HeldError
+from tests.results.made_up import write_run
 
 HEARTBEAT_S, STALE_S = 0.2, 1.5
 

@@ -1,6 +1,6 @@
 """Images a second with more actors, and what a shard costs the driver that feeds them.
 
-    python tests/scale/actors.py [ACTORS ...]
+    python -m tests.scale.actors [ACTORS ...]
 
 The actors are stubs: they sleep a while for each image and write a small file, so that CPUs do
 not limit them. Planned shards, Ray Data's stream, the listing that reconciles and progress are
@@ -22,7 +22,6 @@ from unittest.mock import Mock
 
 import pyarrow as pa
 import ray
-from measure import Row, print_table
 
 from pipeline.bulk.driver import actor_pool, reconcile
 from pipeline.bulk.driver.actor_pool import Pool
@@ -33,6 +32,7 @@ from pipeline.bulk.planning.plan import Part
 from pipeline.bulk.settings import Settings
 from pipeline.bulk.worker.summary import Summary
 from pipeline.results.layout import RunLayout
+from tests.scale.measure import Row, print_table
 
 SECONDS_AN_IMAGE = 0.05
 SHARD_IMAGES = 8

@@ -1,6 +1,6 @@
 """What the end of a run costs: minutes and peak memory at 100 thousand to 10 million photos.
 
-    python tests/scale/ending.py [PHOTOS ...]
+    python -m tests.scale.ending [PHOTOS ...]
 
 Below a temporary folder lie the `images` files of a run that never was: 64 rows a file, three
 classes and a small mask each. The driver's last steps (gather, count, classes, done, record) run
@@ -19,8 +19,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from made_up_bucket import PHOTOS, made_up
-from measure import Row, in_a_process, print_table, taken
+
+from tests.scale.made_up_bucket import PHOTOS, made_up
+from tests.scale.measure import Row, in_a_process, print_table, taken
 
 SIZES = (100_000, 1_000_000, 10_000_000)
 STEPS = ("nothing", "end")
@@ -110,7 +111,9 @@ def all_steps(photos: int, steps: Sequence[str] = STEPS) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as results:
         fill(results, photos)
         for name in steps:
-            took = in_a_process(__file__, "--step", name, "--results", results, str(photos))
+            took = in_a_process(
+                "tests.scale.ending", "--step", name, "--results", results, str(photos)
+            )
             row: Row = {"photos": photos, "step": name, **took}
             if name == "end":
                 found = {folder: written(results, folder) for folder in rows}

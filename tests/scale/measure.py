@@ -14,6 +14,8 @@ from typing import Any
 
 Row = dict[str, Any]
 
+ROOT = Path(__file__).parents[2]
+
 
 def taken(step: Callable[[], object]) -> Row:
     """Does the step in this process: minutes, CPU minutes, and the process's peak in MiB."""
@@ -35,13 +37,15 @@ def kib_of(name: str, process: int | str = "self") -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def in_a_process(script: str, *arguments: str) -> Row:
-    """What the script prints as JSON, and the MiB of temporary files that it had at most."""
+def in_a_process(module: str, *arguments: str) -> Row:
+    """Run a module; return the JSON it prints and its peak of temporary files in MiB."""
     disk = 0
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nice", "-n", "10", sys.executable, script, *arguments]
+        command = ["nice", "-n", "10", sys.executable, "-m", module, *arguments]
         environment = {**os.environ, "TMPDIR": folder}
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE
+        ) as process:
             while process.poll() is None:
                 disk = max(disk, sum(_sizes(Path(folder))))
                 time.sleep(0.1)

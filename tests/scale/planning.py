@@ -1,6 +1,6 @@
 """What a driver's planning costs: minutes and peak memory at 100 thousand to 10 million photos.
 
-    python tests/scale/planning.py [PHOTOS ...]
+    python -m tests.scale.planning [PHOTOS ...]
 
 Each step is a fresh process with all that a driver imports, over the real storage code and a stub
 S3 server (`stub_s3.py`) of made-up photos:
@@ -31,9 +31,10 @@ from urllib.request import Request, urlopen
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from made_up_bucket import LABELS, PHOTOS, made_up
-from measure import Row, in_a_process, print_table, taken
-from stub_s3 import FILL, stub_s3
+
+from tests.scale.made_up_bucket import LABELS, PHOTOS, made_up
+from tests.scale.measure import Row, in_a_process, print_table, taken
+from tests.scale.stub_s3 import FILL, stub_s3
 
 SIZES = (100_000, 1_000_000, 10_000_000)
 STEPS = ("nothing", "plan", "labelled", "only_new", "resume")
@@ -183,7 +184,7 @@ def all_steps(photos: int, steps: tuple[str, ...] = STEPS) -> Iterator[Row]:
     for name in steps:
         if name == "resume":
             fill_shards(f"{results_of(photos)}/images/run=plan", 0, shards // 2)
-        took = in_a_process(__file__, "--step", name, str(photos))
+        took = in_a_process("tests.scale.planning", "--step", name, str(photos))
         row: Row = {"photos": photos, "step": name, **took}
         if name in ("plan", "labelled", "only_new"):
             row["plan_mib"] = plan_bytes_and_check(photos, name) / 2**20

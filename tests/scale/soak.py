@@ -1,7 +1,7 @@
 """A long run watched: memory of driver, actor and decoder as it goes, files and rows at its end.
 
-    python tests/scale/soak.py shards [COUNT]    one tiny photo each: what a shard costs for good
-    python tests/scale/soak.py images [COUNT]    64 a shard: what a photo costs for good
+    python -m tests.scale.soak shards [COUNT]    one tiny photo each: what a shard costs for good
+    python -m tests.scale.soak images [COUNT]    64 a shard: what a photo costs for good
 
 The whole product runs, Ray too, with one actor on one CPU over photos of 9 x 7 pixels, so that the
 network takes little of the time. A row is printed at every twentieth of the way. Memory must be
@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from measure import Row, kib_of, print_table
 from PIL import Image
+
+from tests.scale.measure import Row, kib_of, print_table
 
 COUNT = 20_000
 SHARD_IMAGES = {"shards": 1, "images": 64}

@@ -21,7 +21,8 @@ from contextlib import contextmanager
 from xml.sax.saxutils import escape
 
 from aiohttp import web
-from made_up_bucket import LABELS, PHOTOS, MadeUp, made_up
+
+from tests.scale.made_up_bucket import LABELS, PHOTOS, MadeUp, made_up
 
 PAGE_KEYS = 1000
 FILL = "x-fill-shards"

@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from planning import put_done, results_of
-from stub_s3 import stub_s3
 
 from pipeline.bulk.settings import Inference, fingerprint
 from pipeline.bulk.worker.segmenter import checkpoint_fingerprint
+from tests.scale.planning import put_done, results_of
+from tests.scale.stub_s3 import stub_s3
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "jobs" / "demo" / "tfzoo-voc-mobilenetv2.safetensors"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ending
-import planning
 import pytest
+
+from tests.scale import ending, planning
 
 PHOTOS = 2000
 

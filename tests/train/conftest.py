@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from train import tiny
-from train.tiny import Heard
 
 from pipeline.train.worker import loop
 from pipeline.train.worker.distributed import Group
+from tests.train import tiny
+from tests.train.tiny import Heard
 
 
 @pytest.fixture(scope="module", autouse=True)

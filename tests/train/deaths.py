@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from train.tiny import Heard
-
 from pipeline.evaluation.score import Score
 from pipeline.train.worker import checkpoints
 from pipeline.train.worker.history import Step
 from pipeline.train.worker.state import Snapshot
+from tests.train.tiny import Heard
 
 
 class Killed(BaseException):

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from train import tiny
 
 from pipeline.data import storage
 from pipeline.data.samples import SampleError
@@ -23,6 +22,7 @@ from pipeline.train.driver.preflight import inspect_data, prepare
 from pipeline.train.recipes.experiment import AugmentConfig, Experiment
 from pipeline.train.recipes.registry import by_name
 from pipeline.train.settings import TrainingSettings
+from tests.train import tiny
 
 POOLED = replace(tiny.MOBILENET, image_pooling=True)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from growing_cluster import GrowingCluster, growing_cluster
 
 from pipeline.data import storage
 from pipeline.results import query
+from tests.bulk.growing_cluster import GrowingCluster, growing_cluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

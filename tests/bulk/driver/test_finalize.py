@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finishing import (
+
+from pipeline.bulk.driver.finalize import Outcome, RunFinalizer
+from pipeline.data import storage
+from pipeline.data.labels import VOC
+from pipeline.results import files, tables
+from pipeline.results.layout import RunLayout
+from tests.bulk.finishing import (
     Made,
     class_parts,
     opened_finish,
@@ -22,12 +28,6 @@ from finishing import (
     table_of,
     tuples_of,
 )
-
-from pipeline.bulk.driver.finalize import Outcome, RunFinalizer
-from pipeline.data import storage
-from pipeline.data.labels import VOC
-from pipeline.results import files, tables
-from pipeline.results.layout import RunLayout
 
 FACTS = {
     "checkpoint": "/c.safetensors",

@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from finishing import (
+
+from pipeline.bulk.driver import parquet_writer
+from pipeline.data import storage
+from pipeline.data.labels import VOC
+from pipeline.results import files, tables
+from pipeline.runs.ray_connection import RunStoppedError
+from tests.bulk.finishing import (
     Made,
     Rows,
     class_parts,
@@ -19,12 +25,6 @@ from finishing import (
     table_of,
     tuples_of,
 )
-
-from pipeline.bulk.driver import parquet_writer
-from pipeline.data import storage
-from pipeline.data.labels import VOC
-from pipeline.results import files, tables
-from pipeline.runs.ray_connection import RunStoppedError
 
 
 def test_classes_equal_a_plain_sort(finish_of: Made, prefix: str) -> None:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from finishing import (
-    Made,
-    rows_of,
-    table_of,
-    tuples_of,
-)
 
 from pipeline.bulk.driver import parquet_writer
 from pipeline.data import storage
 from pipeline.results import tables
 from pipeline.results.layout import RunLayout
+from tests.bulk.finishing import (
+    Made,
+    rows_of,
+    table_of,
+    tuples_of,
+)
 
 
 def test_done_holds_the_key_of_every_row(finish_of: Made, prefix: str) -> None:

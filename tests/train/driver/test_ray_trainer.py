@@ -10,12 +10,12 @@ import pytest
 import ray
 from ray.train import ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
-from train import tiny
 
 from pipeline.train.driver import ray_trainer
 from pipeline.train.driver.preflight import inspect_data, prepare
 from pipeline.train.driver.ray_trainer import _LocalRayTrainer
 from pipeline.train.driver.status import StatusActor
+from tests.train import tiny
 
 
 def callbacks(kind: type[TorchTrainer]) -> list[str]:

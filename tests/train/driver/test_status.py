@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from train import tiny
 
 from pipeline.cli.training_progress import TrainingDisplay
 from pipeline.evaluation.score import Score
@@ -23,6 +22,7 @@ from pipeline.train.driver.status import Status, StatusActor, StatusReporter
 from pipeline.train.recipes.experiment import AugmentConfig
 from pipeline.train.settings import TrainingSettings
 from pipeline.train.worker.history import Step
+from tests.train import tiny
 
 
 class Called:

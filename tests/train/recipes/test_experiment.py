@@ -7,7 +7,6 @@ import json
 from typing import Any
 
 import pytest
-from train import tiny
 
 from pipeline.model.config import ModelConfig
 from pipeline.train.recipes.experiment import (
@@ -19,6 +18,7 @@ from pipeline.train.recipes.experiment import (
     differences,
 )
 from pipeline.train.recipes.registry import RECIPES
+from tests.train import tiny
 
 
 def test_json_gives_the_same_experiment() -> None:

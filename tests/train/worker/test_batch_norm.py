@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from train import tiny
 
 from pipeline.train.worker import batch_norm
 from pipeline.train.worker.distributed import Group, RayGroup
+from tests.train import tiny
 
 
 def small() -> nn.Sequential:

@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from train import tiny
-from train.deaths import Dies, Killed, assert_same_end, newest
-from train.tiny import Heard
 
 from pipeline.data import storage
 from pipeline.evaluation.evaluate import Evaluation, evaluate
@@ -18,6 +15,9 @@ from pipeline.evaluation.score import Score
 from pipeline.model import weights
 from pipeline.train.worker import checkpoints, loop
 from pipeline.train.worker.distributed import Group, Save
+from tests.train import tiny
+from tests.train.deaths import Dies, Killed, assert_same_end, newest
+from tests.train.tiny import Heard
 
 
 def test_the_network_that_ships_is_the_average_and_the_best_is_that_of_the_best_score(

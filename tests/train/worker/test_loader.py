@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from train import tiny
 
 from pipeline.data import storage
 from pipeline.data.augment import augment
@@ -24,6 +23,7 @@ from pipeline.data.samples import SampleError
 from pipeline.train.recipes.experiment import AugmentConfig
 from pipeline.train.worker import sampler
 from pipeline.train.worker.loader import Batch, Source, batches
+from tests.train import tiny
 
 MADE = AugmentConfig(crop_size=(33, 35), late_crop_size=(49, 33), late_from=0.5)
 

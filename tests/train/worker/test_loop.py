@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from train import tiny
-from train.deaths import Dies, Killed, assert_same_end, newest
-from train.tiny import Heard
 
 from pipeline.train.worker import loop, state
 from pipeline.train.worker.distributed import Group
+from tests.train import tiny
+from tests.train.deaths import Dies, Killed, assert_same_end, newest
+from tests.train.tiny import Heard
 
 
 def test_four_steps_are_two_a_death_and_two_to_the_last_bit(

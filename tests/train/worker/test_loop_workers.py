@@ -11,9 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from train import tiny
-from train.deaths import newest
-from train.tiny import Heard
 
 from pipeline.data import storage
 from pipeline.evaluation.evaluate import Evaluation, evaluate
@@ -22,6 +19,9 @@ from pipeline.model import weights
 from pipeline.train.worker import loop, step
 from pipeline.train.worker.distributed import Group
 from pipeline.train.worker.task import Task
+from tests.train import tiny
+from tests.train.deaths import newest
+from tests.train.tiny import Heard
 
 
 def worker(group: Group, task: Task) -> Heard:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from train import tiny
 
 from pipeline.model import weights
 from pipeline.model.formats import CheckpointError
@@ -19,6 +18,7 @@ from pipeline.train.worker.history import History, Step
 from pipeline.train.worker.loss import PixelLoss
 from pipeline.train.worker.state import Snapshot, TrainingState
 from pipeline.train.worker.step import Stepper, build_average, build_optimiser
+from tests.train import tiny
 
 CONFIG = OptimizerConfig(max_steps=9, base_lr=0.01, ema_decay=0.5, bn_momentum=0.1, bf16=False)
 FACTS = {"world": 1, "threads": 1}

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional
-from train import tiny
 
 from pipeline.model.config import ModelConfig
 from pipeline.train.recipes.experiment import OptimizerConfig
@@ -22,6 +21,7 @@ from pipeline.train.worker.loss import PixelLoss
 from pipeline.train.worker.schedule import poly
 from pipeline.train.worker.state import TrainingState
 from pipeline.train.worker.step import Objective, Stepper, build_average, build_optimiser
+from tests.train import tiny
 
 STEPS = 4
 
