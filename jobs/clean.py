@@ -33,7 +33,7 @@ class Arguments:
     """Show what would be deleted, and delete nothing."""
 
     def __post_init__(self) -> None:
-        storage.normalise(self.results)
+        storage.normalize(self.results)
         if self.run_id is not None:
             check_run_id(self.run_id)
 

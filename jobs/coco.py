@@ -39,7 +39,7 @@ class Arguments:
 
     def __post_init__(self) -> None:
         for uri in (self.data, self.out):
-            storage.normalise(uri)
+            storage.normalize(uri)
         if self.min_pixels < 0:
             raise ValueError(f"--min-pixels is {self.min_pixels}; it must be at least 0")
 
@@ -55,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _draw(arguments: Arguments) -> str:
-    data, out = storage.normalise(arguments.data), storage.normalise(arguments.out)
+    data, out = storage.normalize(arguments.data), storage.normalize(arguments.out)
     print(f"reading the annotations of {visible(data)}", flush=True)
-    pictures = coco_labels.annotated(data)
+    pictures = coco_labels.read_annotations(data)
     progress = Progress(images=sum(map(len, pictures.values())), images_before=0)
     with Display(count_errors=False) as display:
 

@@ -48,7 +48,7 @@ class Arguments:
     """A file to write instead of standard output."""
 
     def __post_init__(self) -> None:
-        storage.normalise(self.results)
+        storage.normalize(self.results)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

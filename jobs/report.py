@@ -43,8 +43,8 @@ class Arguments:
     labels. They are read where they lie; 0 shows none."""
 
     def __post_init__(self) -> None:
-        storage.normalise(self.results)
-        if os.path.isdir(storage.normalise(self.out)):
+        storage.normalize(self.results)
+        if os.path.isdir(storage.normalize(self.out)):
             raise ValueError(f"--out is {self.out}, a folder; give a file's name")
         if self.run_id is not None:
             check_run_id(self.run_id)
@@ -62,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write(arguments: Arguments) -> None:
-    run_id = arguments.run_id or report.newest(arguments.results)
-    data = page.html(report.of_run(arguments.results, run_id, photos=arguments.photos))
-    storage.write(storage.normalise(arguments.out), data)
+    run_id = arguments.run_id or report.newest_run(arguments.results)
+    data = page.render_html(report.build_report(arguments.results, run_id, images=arguments.photos))
+    storage.write(storage.normalize(arguments.out), data)
     print(f"{visible(arguments.out)} shows run {run_id} ({size(len(data))})")
 
 

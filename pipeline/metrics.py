@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Int64s = npt.NDArray[np.int64]
+Int64Array = npt.NDArray[np.int64]
 
 # bincount copies its input to 8 bytes a pixel: counting by parts keeps that small
 _PART = 2**20
 
 
-def confusion(
+def confusion_matrix(
     label: npt.NDArray[Any], mask: npt.NDArray[Any], *, num_classes: int, ignore_index: int = 255
-) -> Int64s:
+) -> Int64Array:
     """How many pixels of class i (row) the mask calls class j (column): (k, k).
 
     `label` and `mask` are integers of the same shape; pixels whose label is `ignore_index` are
@@ -58,19 +58,19 @@ def _check_classes(values: npt.NDArray[Any], what: str, num_classes: int, hint: 
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Counts:
+class ClassCounts:
     """Pixels of each class: found (tp), wrongly called it (fp), missed (fn); (k,) int64 each.
 
     Counts add: the sum over images is the count of the data set.
     """
 
-    tp: Int64s
-    fp: Int64s
-    fn: Int64s
+    tp: Int64Array
+    fp: Int64Array
+    fn: Int64Array
 
     def __post_init__(self) -> None:
         for name in ("tp", "fp", "fn"):
-            values: Int64s = getattr(self, name)
+            values: Int64Array = getattr(self, name)
             if values.dtype != np.int64 or values.shape != (self.tp.size,):
                 raise ValueError(
                     f"{name} is {values.dtype} {values.shape}; it must be int64 ({self.tp.size},)"
@@ -79,23 +79,23 @@ class Counts:
                 raise ValueError(f"{name} holds {values.min()}; a count is at least 0")
 
     @classmethod
-    def zeros(cls, num_classes: int) -> Counts:
+    def zeros(cls, num_classes: int) -> ClassCounts:
         """No pixel yet: the start of a sum."""
         zero = np.zeros(num_classes, dtype=np.int64)
         return cls(tp=zero, fp=zero, fn=zero)
 
     @classmethod
-    def from_confusion(cls, confusion: Int64s) -> Counts:
+    def from_confusion(cls, confusion: Int64Array) -> ClassCounts:
         """The counts of a confusion (k, k), rows = label. Raises ValueError on another shape."""
         if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
             raise ValueError(f"the confusion is {confusion.shape}; it must be square")
         tp = confusion.diagonal()
         return cls(tp=tp.copy(), fp=confusion.sum(axis=0) - tp, fn=confusion.sum(axis=1) - tp)
 
-    def __add__(self, other: Counts) -> Counts:
+    def __add__(self, other: ClassCounts) -> ClassCounts:
         if self.tp.shape != other.tp.shape:
             raise ValueError(f"counts of {self.tp.size} and {other.tp.size} classes do not add")
-        return Counts(tp=self.tp + other.tp, fp=self.fp + other.fp, fn=self.fn + other.fn)
+        return ClassCounts(tp=self.tp + other.tp, fp=self.fp + other.fp, fn=self.fn + other.fn)
 
     def iou(self) -> tuple[float | None, ...]:
         """tp / (tp + fp + fn) of each class; None where that is 0 / 0."""
@@ -111,7 +111,7 @@ class Counts:
         return sum(known) / len(known) if known else None
 
 
-def pixel_accuracy(confusion: Int64s) -> float | None:
+def pixel_accuracy(confusion: Int64Array) -> float | None:
     """The share of labelled pixels that the mask calls right; None where none is labelled."""
     total = int(confusion.sum())
     return int(confusion.trace()) / total if total else None

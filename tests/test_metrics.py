@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.metrics import Counts, confusion, pixel_accuracy
+from pipeline.metrics import ClassCounts, confusion_matrix, pixel_accuracy
 
 K = 4
 IGNORE = 255
@@ -28,7 +28,7 @@ def label_and_mask(draw):
 
 
 def count(label, mask, **options):
-    return confusion(
+    return confusion_matrix(
         np.array(label, dtype=np.uint8), np.array(mask, dtype=np.uint8), num_classes=K, **options
     )
 
@@ -58,7 +58,7 @@ def test_iou_agrees_with_counting_pixels_one_by_one(pair):
         both = sum(truth == k and guess == k for truth, guess in seen)
         either = sum(k in (truth, guess) for truth, guess in seen)
         expected.append(both / either if either else None)
-    counts = Counts.from_confusion(count(*pair))
+    counts = ClassCounts.from_confusion(count(*pair))
     assert counts.iou() == tuple(expected)
     known = [iou for iou in expected if iou is not None]
     assert counts.mean_iou() == (pytest.approx(sum(known) / len(known)) if known else None)
@@ -69,8 +69,8 @@ def test_iou_agrees_with_counting_pixels_one_by_one(pair):
 @given(label_and_mask(), label_and_mask())
 def test_counts_of_two_images_add_to_those_of_both_as_one(one, other):
     flat = [[pixel for row in one[i] + other[i] for pixel in row] for i in range(2)]
-    both = Counts.from_confusion(count(*flat))
-    added = Counts.from_confusion(count(*one)) + Counts.from_confusion(count(*other))
+    both = ClassCounts.from_confusion(count(*flat))
+    added = ClassCounts.from_confusion(count(*one)) + ClassCounts.from_confusion(count(*other))
     for name in ("tp", "fp", "fn"):
         np.testing.assert_array_equal(getattr(added, name), getattr(both, name))
 
@@ -78,12 +78,14 @@ def test_counts_of_two_images_add_to_those_of_both_as_one(one, other):
 def test_the_data_sets_iou_is_no_mean_of_image_ious():
     # class 1: 1 of 2 pixels in one image, 6 of 6 in the other
     one, other = count([[1, 1, 0]], [[1, 0, 0]]), count([[1] * 6], [[1] * 6])
-    counts = Counts.zeros(K) + Counts.from_confusion(one) + Counts.from_confusion(other)
+    counts = (
+        ClassCounts.zeros(K) + ClassCounts.from_confusion(one) + ClassCounts.from_confusion(other)
+    )
     assert counts.iou()[1] == 7 / 8
 
 
 def test_an_absent_class_is_none_and_a_missed_one_is_zero():
-    counts = Counts.from_confusion(count([[0, 0, 1]], [[0, 0, 2]]))
+    counts = ClassCounts.from_confusion(count([[0, 0, 1]], [[0, 0, 2]]))
     assert counts.iou() == (1.0, 0.0, 0.0, None)
     assert counts.mean_iou() == pytest.approx(1 / 3)
 
@@ -92,14 +94,14 @@ def test_an_image_that_is_all_ignored_has_no_score():
     found = count([[IGNORE] * 3], [[0, 1, 2]])
     assert found.sum() == 0
     assert pixel_accuracy(found) is None
-    assert Counts.from_confusion(found).mean_iou() is None
+    assert ClassCounts.from_confusion(found).mean_iou() is None
 
 
 def test_counts_are_exact_where_float32_and_float64_are_not():
     for big in (2**24, 2**53):
         table = np.diag(np.array([big, 1], dtype=np.int64))
         one = np.diag(np.array([1, 0], dtype=np.int64))
-        counts = Counts.from_confusion(table) + Counts.from_confusion(one)
+        counts = ClassCounts.from_confusion(table) + ClassCounts.from_confusion(one)
         assert counts.tp.tolist() == [big + 1, 1]
 
 
@@ -107,12 +109,12 @@ def test_a_large_image_is_counted_whole():
     rng = np.random.default_rng(0)
     label, mask = rng.integers(0, K, (2, 1031, 1033), dtype=np.uint8)
     expected = [[int(((label == i) & (mask == j)).sum()) for j in range(K)] for i in range(K)]
-    assert confusion(label, mask, num_classes=K).tolist() == expected
+    assert confusion_matrix(label, mask, num_classes=K).tolist() == expected
 
 
 def test_bytes_do_not_overflow_with_many_classes():
     ids = np.arange(255, dtype=np.uint8)[None]
-    np.testing.assert_array_equal(confusion(ids, ids, num_classes=255), np.eye(255))
+    np.testing.assert_array_equal(confusion_matrix(ids, ids, num_classes=255), np.eye(255))
 
 
 def test_another_ignore_index_is_left_out_and_255_is_then_an_error():
@@ -137,15 +139,15 @@ def test_another_ignore_index_is_left_out_and_255_is_then_an_error():
 )
 def test_what_cannot_be_counted_is_named(label, mask, options, message):
     with pytest.raises(ValueError, match=message):
-        confusion(np.array(label), np.array(mask), **{"num_classes": 4, **options})
+        confusion_matrix(np.array(label), np.array(mask), **{"num_classes": 4, **options})
 
 
 def test_counts_refuse_what_does_not_add():
     with pytest.raises(ValueError, match="4 and 3 classes"):
-        Counts.zeros(4) + Counts.zeros(3)
+        ClassCounts.zeros(4) + ClassCounts.zeros(3)
     with pytest.raises(ValueError, match=r"tp is float64"):
-        Counts(tp=np.zeros(2), fp=np.zeros(2), fn=np.zeros(2))
+        ClassCounts(tp=np.zeros(2), fp=np.zeros(2), fn=np.zeros(2))
     with pytest.raises(ValueError, match="must be square"):
-        Counts.from_confusion(np.zeros((2, 3), dtype=np.int64))
+        ClassCounts.from_confusion(np.zeros((2, 3), dtype=np.int64))
     with pytest.raises(ValueError, match="fp holds -1"):
-        Counts.from_confusion(np.array([[0, -1], [0, 0]]))
+        ClassCounts.from_confusion(np.array([[0, -1], [0, 0]]))

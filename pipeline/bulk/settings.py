@@ -112,7 +112,7 @@ class Settings:
         for name in ("images", "results", "checkpoint", "labels", "inventory"):
             given = getattr(self, name)
             if given is not None and not given.startswith("zoo:"):
-                object.__setattr__(self, name, storage.normalise(given))
+                object.__setattr__(self, name, storage.normalize(given))
         if self.run_id is not None:
             check_run_id(self.run_id)
         if not self.include:

@@ -52,7 +52,7 @@ class Arguments:
     """GPUs for each; 0 looks on the CPU."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data", storage.normalise(self.data))
+        object.__setattr__(self, "data", storage.normalize(self.data))
         for name in ("limit", "workers", "cpus_per_worker"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -135,12 +135,12 @@ def _name(look: EvalConfig) -> str:
 def _classes(arguments: Arguments, trained: Classes) -> Classes:
     """What the labels mean. Raises ValueError where the checkpoint knows another number."""
     if arguments.classes is not None:
-        meant = labels.by_name(arguments.classes)
+        meant = labels.get_classes(arguments.classes)
         _check_number(meant, "--classes", arguments, trained)
         return meant
-    if arguments.layout not in labels.KNOWN:
+    if arguments.layout not in labels.KNOWN_CLASSES:
         return trained
-    usual = labels.KNOWN[arguments.layout]
+    usual = labels.KNOWN_CLASSES[arguments.layout]
     _check_number(usual, f"--layout {arguments.layout}", arguments, trained)
     # files that say nothing of their classes come without their data's ignore_index too
     return dataclasses.replace(trained, ignore_index=usual.ignore_index)

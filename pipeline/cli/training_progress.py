@@ -57,7 +57,7 @@ class TrainingDisplay:
 
     def _ious(self, score: Score) -> str:
         """IoU of every class that val has."""
-        known = zip(labels.by_name(self._classes).names, score.ious, strict=True)
+        known = zip(labels.get_classes(self._classes).names, score.ious, strict=True)
         return ", ".join(f"{name} {iou:.1%}" for name, iou in known if iou is not None)
 
     def _line(self, row: Step) -> str:

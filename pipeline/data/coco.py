@@ -16,7 +16,7 @@ import pycocotools.mask as rle
 
 from pipeline.data.images import Pixels
 from pipeline.data.labels import VOC
-from pipeline.data.pairs import index
+from pipeline.data.pairs import index_by_stem
 
 _OTHER_NAMES = {
     "aeroplane": "airplane",
@@ -38,11 +38,11 @@ _WRONG = (
     *(UnicodeDecodeError, json.JSONDecodeError),
 )
 
-Outline = Sequence[Sequence[float]] | Mapping[str, Any]
+Segmentation = Sequence[Sequence[float]] | Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
+class AnnotatedImage:
     """A photo that was annotated: its file's name, its size in px, what VOC names in it.
 
     `outlines` has (class id, polygons or uncompressed run lengths) of each thing.
@@ -51,10 +51,10 @@ class Picture:
     file_name: str
     height: int
     width: int
-    outlines: list[tuple[int, Outline]] = field(default_factory=list)
+    outlines: list[tuple[int, Segmentation]] = field(default_factory=list)
 
 
-def parse(data: bytes) -> list[Picture]:
+def parse(data: bytes) -> list[AnnotatedImage]:
     """The pictures of an instances_*.json in the order of their names, those without things too.
 
     Raises ValueError where `data` is no such file, lacks one of VOC's classes, has two pictures
@@ -63,7 +63,7 @@ def parse(data: bytes) -> list[Picture]:
     try:
         values = json.loads(data)
         classes = _classes(values["categories"])
-        pictures: dict[int, Picture] = {}
+        pictures: dict[int, AnnotatedImage] = {}
         for image in values["images"]:
             if image["id"] in pictures:
                 raise ValueError(f"two of its images have the id {image['id']}")
@@ -78,11 +78,11 @@ def parse(data: bytes) -> list[Picture]:
     if not pictures:
         raise ValueError("it names no image")
     # labels are named like their pictures, but for the ending
-    index((picture.file_name, picture.file_name) for picture in pictures.values())
+    index_by_stem((picture.file_name, picture.file_name) for picture in pictures.values())
     return sorted(pictures.values(), key=lambda picture: picture.file_name)
 
 
-def draw(picture: Picture) -> Pixels:
+def draw_label(picture: AnnotatedImage) -> Pixels:
     """The label (h, w) uint8: VOC's class ids, 0 where nothing is outlined.
 
     It is ignore_index where things of two classes lie over each other: COCO does not say which
@@ -106,16 +106,16 @@ def _classes(categories: Iterable[Mapping[str, Any]]) -> dict[int, int | None]:
     return found
 
 
-def _picture(image: Mapping[str, Any]) -> Picture:
+def _picture(image: Mapping[str, Any]) -> AnnotatedImage:
     name, height, width = image["file_name"], image["height"], image["width"]
     if not all(type(side) is int and 0 < side <= _MAX_SIDE for side in (height, width)):
         raise ValueError(f"its image {name!r:.100} is {height} x {width} (height x width)")
     if not isinstance(name, str) or "/" in name or name in ("", ".", ".."):
         raise ValueError(f"its image {image['id']} is called {name!r:.100}, which is no file name")
-    return Picture(file_name=name, height=height, width=width)
+    return AnnotatedImage(file_name=name, height=height, width=width)
 
 
-def _outline(thing: Mapping[str, Any], picture: Picture) -> Outline:
+def _outline(thing: Mapping[str, Any], picture: AnnotatedImage) -> Segmentation:
     """The segmentation of an annotation, once it is known to be safe to draw."""
     outline = thing.get("segmentation")
     if not (_are_runs(outline, picture) or _are_polygons(outline, picture)):
@@ -124,11 +124,11 @@ def _outline(thing: Mapping[str, Any], picture: Picture) -> Outline:
             "neither polygons of three points or more nor run lengths of the image's size; mend "
             "it, or take it out"
         )
-    found: Outline = thing["segmentation"]
+    found: Segmentation = thing["segmentation"]
     return found
 
 
-def _are_runs(outline: Any, picture: Picture) -> bool:
+def _are_runs(outline: Any, picture: AnnotatedImage) -> bool:
     if not isinstance(outline, dict):
         return False
     counts = outline.get("counts")
@@ -140,7 +140,7 @@ def _are_runs(outline: Any, picture: Picture) -> bool:
     )
 
 
-def _are_polygons(outline: Any, picture: Picture) -> bool:
+def _are_polygons(outline: Any, picture: AnnotatedImage) -> bool:
     return (
         isinstance(outline, list)
         and bool(outline)
@@ -148,7 +148,7 @@ def _are_polygons(outline: Any, picture: Picture) -> bool:
     )
 
 
-def _is_polygon(values: Any, picture: Picture) -> bool:
+def _is_polygon(values: Any, picture: AnnotatedImage) -> bool:
     """Whether it is x, y, x, y, ... of three points or more around about the picture."""
     if not isinstance(values, list) or len(values) < 6 or len(values) % 2:
         return False
@@ -161,7 +161,7 @@ def _is_polygon(values: Any, picture: Picture) -> bool:
     return bool(way <= _MAX_WAY * (picture.height + picture.width))
 
 
-def _runs(outlines: Iterable[Outline], height: int, width: int) -> list[Any]:
+def _runs(outlines: Iterable[Segmentation], height: int, width: int) -> list[Any]:
     """Outlines as what pycocotools merges; several polygons are parts of one thing."""
     found: list[Any] = []
     for outline in outlines:

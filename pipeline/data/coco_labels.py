@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data import coco, masks, storage
-from pipeline.data.coco import Picture
+from pipeline.data.coco import AnnotatedImage
 from pipeline.data.labels import VOC
 from pipeline.data.pairs import stem
 from pipeline.data.storage import StorageError
@@ -32,14 +32,14 @@ _BATCH = 256  # photos between two looks at how far it is
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
+class SplitCounts:
     """What became of a split: how many photos are in the table, and how many were left out."""
 
     kept: int
     left_out: int
 
 
-def annotated(data: str) -> dict[str, list[Picture]]:
+def read_annotations(data: str) -> dict[str, list[AnnotatedImage]]:
     """The pictures of each split below `data`, in the order of their names.
 
     Raises ValueError where annotations or photos are missing or wrong, StorageError where storage
@@ -49,13 +49,13 @@ def annotated(data: str) -> dict[str, list[Picture]]:
 
 
 def convert(
-    pictures: Mapping[str, Sequence[Picture]],
+    pictures: Mapping[str, Sequence[AnnotatedImage]],
     data: str,
     out: str,
     *,
     min_pixels: int,
     tell: Callable[[int], None],
-) -> dict[str, Drawn]:
+) -> dict[str, SplitCounts]:
     """Draws the labels of `annotated(data)` below `out`, writes the table, says what it has.
 
     A photo of train with fewer than `min_pixels` px of VOC's things is left out; val has all.
@@ -63,14 +63,14 @@ def convert(
     where nothing of train is left, StorageError where storage refuses.
     """
     rows: list[tuple[str, str, str]] = []
-    drawn: dict[str, Drawn] = {}
+    drawn: dict[str, SplitCounts] = {}
     for split, folder in FOLDERS.items():
         images = [storage.join(data, f"{folder}/{each.file_name}") for each in pictures[split]]
         least = min_pixels if split == "train" else 0
         labels = list(_labels(out, folder, pictures[split], least, tell))
         kept = [(i, key, split) for i, key in zip(images, labels, strict=True) if key]
         rows += kept
-        drawn[split] = Drawn(kept=len(kept), left_out=len(labels) - len(kept))
+        drawn[split] = SplitCounts(kept=len(kept), left_out=len(labels) - len(kept))
     if not drawn["train"].kept:
         raise ValueError(
             f"none of {drawn['train'].left_out} photos of {FOLDERS['train']} has {min_pixels} px "
@@ -83,7 +83,7 @@ def convert(
     return drawn
 
 
-def _pictures(data: str, folder: str) -> list[Picture]:
+def _pictures(data: str, folder: str) -> list[AnnotatedImage]:
     """The annotated pictures of `folder`, each of which is there."""
     uri = storage.join(data, f"annotations/instances_{folder}.json")
     try:
@@ -111,14 +111,14 @@ def _pictures(data: str, folder: str) -> list[Picture]:
 def _labels(
     out: str,
     folder: str,
-    pictures: Sequence[Picture],
+    pictures: Sequence[AnnotatedImage],
     least: int,
     tell: Callable[[int], None],
 ) -> Iterator[str | None]:
     """The key of each picture's label below `out`, None where fewer than `least` px are in it."""
 
-    def label(picture: Picture) -> str | None:
-        ids = coco.draw(picture)
+    def label(picture: AnnotatedImage) -> str | None:
+        ids = coco.draw_label(picture)
         if np.count_nonzero((ids != 0) & (ids != VOC.ignore_index)) < least:
             return None
         key = f"labels/{folder}/{stem(picture.file_name)}.png"

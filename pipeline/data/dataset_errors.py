@@ -29,7 +29,7 @@ _MARKS: dict[Layout, str] = {
 _LOOKED_AT = 10_000
 
 
-def looks_like(root: str) -> Layout | None:
+def guess_layout(root: str) -> Layout | None:
     """The layout that `root` seems to have, None where it is none of those known."""
     if root.lower().endswith(TABLE_ENDINGS):
         return "table"
@@ -40,9 +40,9 @@ def looks_like(root: str) -> Layout | None:
     return "folders" if _splits(root, "folders") else None
 
 
-def wrong_layout(root: str, layout: Layout) -> ValueError:
+def wrong_layout_error(root: str, layout: Layout) -> ValueError:
     """The error for a root that is not of `layout`: what it looks like instead."""
-    seen = looks_like(root)
+    seen = guess_layout(root)
     if seen is not None and seen != layout:
         advice = f"it looks like layout {seen}: take that, or another root"
     elif first := _names(root, 1):
@@ -52,14 +52,16 @@ def wrong_layout(root: str, layout: Layout) -> ValueError:
     return ValueError(f"{root} is not of layout {layout}, no {_MARKS[layout]} is there; {advice}")
 
 
-def unknown_split(root: str, split: str, known: list[str], layout: Layout) -> ValueError:
+def unknown_split_error(root: str, split: str, known: list[str], layout: Layout) -> ValueError:
     """The error for a split that does not exist, where `known` ones do; else for the layout."""
     if not known:
-        return wrong_layout(root, layout)
+        return wrong_layout_error(root, layout)
     return ValueError(f"split {split!r} is not in {root}; give one of {', '.join(known)}")
 
 
-def no_photos(root: str, split: str, layout: Layout, *, endings: tuple[str, ...]) -> ValueError:
+def empty_split_error(
+    root: str, split: str, layout: Layout, *, endings: tuple[str, ...]
+) -> ValueError:
     """The error for a split whose folder gave no photo: unknown, empty, or another layout."""
     top = join(root, "leftImg8bit") if layout == "cityscapes" else root
     if _names(join(top, split), 1):
@@ -68,7 +70,7 @@ def no_photos(root: str, split: str, layout: Layout, *, endings: tuple[str, ...]
             f"split {split!r} of {root} is empty: no {wanted} is there that ends in "
             f"{', '.join(endings)}; add photos, or give another split"
         )
-    return unknown_split(root, split, _splits(top, layout), layout)
+    return unknown_split_error(root, split, _splits(top, layout), layout)
 
 
 def _splits(top: str, layout: Layout) -> list[str]:

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data import layouts, pair_table, storage
-from pipeline.data.dataset_errors import TABLE_ENDINGS, Layout, wrong_layout
+from pipeline.data.dataset_errors import TABLE_ENDINGS, Layout, wrong_layout_error
 from pipeline.data.labels import Classes
-from pipeline.data.layouts import Found
-from pipeline.data.pairs import Labelled
+from pipeline.data.layouts import DatasetFiles
+from pipeline.data.pairs import Pair
 from pipeline.data.storage import Object
 
 __all__ = ["Layout", "Split", "open_split"]
@@ -35,7 +35,7 @@ class Split:
     root: str
     name: str
     classes: Classes
-    pairs: tuple[Labelled, ...]
+    pairs: tuple[Pair, ...]
     objects: Mapping[str, Object] = field(repr=False)
     lookup: npt.NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
 
@@ -65,7 +65,7 @@ def open_split(root: str, split: str, *, layout: Layout, classes: Classes) -> Sp
     a photo or a label is missing, a label has no photo, or the classes are not Cityscapes' there;
     StorageError where storage refuses.
     """
-    root = storage.normalise(root)
+    root = storage.normalize(root)
     parts = list(dict.fromkeys(part.strip() for part in split.split("+")))
     if not all(parts):
         raise ValueError(f"split is {split!r}; give a name, or a sum of names such as train+val")
@@ -84,9 +84,9 @@ def open_split(root: str, split: str, *, layout: Layout, classes: Classes) -> Sp
     )
 
 
-def _found(root: str, parts: list[str], layout: Layout, classes: Classes) -> Found:
+def _found(root: str, parts: list[str], layout: Layout, classes: Classes) -> DatasetFiles:
     if layout != "table" and root.lower().endswith(TABLE_ENDINGS):
-        raise wrong_layout(root, layout)
+        raise wrong_layout_error(root, layout)
     if layout == "voc":
         return layouts.voc(root, parts)
     if layout == "cityscapes":
@@ -101,5 +101,5 @@ def _found(root: str, parts: list[str], layout: Layout, classes: Classes) -> Fou
         return layouts.folders(root, parts, layout=layout)
     if layout == "table":
         pairs, objects = pair_table.open_table(root, parts)
-        return Found(pairs=pairs, objects=objects)
+        return DatasetFiles(pairs=pairs, objects=objects)
     raise ValueError(f"layout is {layout!r}; give voc, cityscapes, camvid, folders or table")

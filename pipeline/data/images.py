@@ -25,8 +25,10 @@ from pipeline.text import one_line
 # empty: no bytes. truncated: an image that ends early. not_an_image: no format that is known here.
 # too_large: over the pixel limit. unsupported: a known format or variant that is not read.
 # corrupt: the format's own rules are broken in any other way.
-Kind = Literal["empty", "truncated", "not_an_image", "too_large", "unsupported", "corrupt"]
-IMAGE_ERROR_KINDS: tuple[Kind, ...] = get_args(Kind)
+ImageErrorKind = Literal[
+    "empty", "truncated", "not_an_image", "too_large", "unsupported", "corrupt"
+]
+IMAGE_ERROR_KINDS: tuple[ImageErrorKind, ...] = get_args(ImageErrorKind)
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -62,9 +64,9 @@ class ImageError(ValueError):
     The message is one line of at most 300 printable characters, whatever the bytes hold.
     """
 
-    def __init__(self, kind: Kind, message: str) -> None:
+    def __init__(self, kind: ImageErrorKind, message: str) -> None:
         super().__init__(kind, message)  # both, so that the error survives pickling
-        self.kind: Kind = kind
+        self.kind: ImageErrorKind = kind
 
     def __str__(self) -> str:
         return one_line(self.args[1])
@@ -235,7 +237,7 @@ def _unidentified(data: bytes, formats: tuple[str, ...]) -> ImageError:
     return ImageError("unsupported", f"{name} is not read; convert it to {wanted}")
 
 
-def _kind(error: Exception) -> Kind:
+def _kind(error: Exception) -> ImageErrorKind:
     text = str(error).lower()
     if isinstance(error, EOFError | struct.error) or any(word in text for word in _TRUNCATED):
         return "truncated"

@@ -97,7 +97,7 @@ def from_json(text: str) -> Classes:
     return Classes.from_dict(values)
 
 
-def by_name(name: str) -> Classes:
+def get_classes(name: str) -> Classes:
     """The classes called `name` (voc, cityscapes, camvid, in any case), or a JSON text's own.
 
     Raises ValueError where the name is unknown.
@@ -105,9 +105,9 @@ def by_name(name: str) -> Classes:
     if name.lstrip().startswith("{"):
         return from_json(name)
     try:
-        return KNOWN[name.lower()]
+        return KNOWN_CLASSES[name.lower()]
     except KeyError:
-        known = ", ".join(KNOWN)
+        known = ", ".join(KNOWN_CLASSES)
         raise ValueError(
             f'no classes are called {name!r}; use {known}, or JSON text {{"names": [...]}}'
         ) from None
@@ -252,4 +252,4 @@ CAMVID = Classes(
     ignore_index=11,  # its label files hold 11, not 255, where there is no label
 )
 
-KNOWN = {"voc": VOC, "cityscapes": CITYSCAPES, "camvid": CAMVID}
+KNOWN_CLASSES = {"voc": VOC, "cityscapes": CITYSCAPES, "camvid": CAMVID}

@@ -16,8 +16,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pipeline.data import storage
-from pipeline.data.dataset_errors import TABLE_ENDINGS, unknown_split, wrong_layout
-from pipeline.data.pairs import Labelled
+from pipeline.data.dataset_errors import TABLE_ENDINGS, unknown_split_error, wrong_layout_error
+from pipeline.data.pairs import Pair
 from pipeline.data.storage import Object, StorageError
 from pipeline.text import first_line
 
@@ -29,19 +29,19 @@ _LISTERS = 16
 Row = tuple[str | None, str | None, str | None]
 
 
-def open_table(uri: str, splits: list[str]) -> tuple[dict[str, list[Labelled]], dict[str, Object]]:
+def open_table(uri: str, splits: list[str]) -> tuple[dict[str, list[Pair]], dict[str, Object]]:
     """The pairs of each split in the order of the rows, and their objects by URI.
 
     Raises ValueError where a column, a value or a file is missing, or an image is there twice.
     """
     if not uri.lower().endswith(TABLE_ENDINGS):
-        raise wrong_layout(uri, "table")
+        raise wrong_layout_error(uri, "table")
     rows = _rows(uri)
     known = list(dict.fromkeys(split for _, _, split in rows if split))
-    pairs: dict[str, list[Labelled]] = {}
+    pairs: dict[str, list[Pair]] = {}
     for split in splits:
         if split not in known:
-            raise unknown_split(uri, split, known, "table")
+            raise unknown_split_error(uri, split, known, "table")
         pairs[split] = _pairs(uri, rows, split)
     wanted = {file for each in pairs.values() for pair in each for file in (pair.image, pair.label)}
     objects = _objects(wanted)
@@ -97,7 +97,7 @@ def _strings(table: pa.Table, column: str) -> list[str | None]:
     return found
 
 
-def _pairs(uri: str, rows: list[Row], split: str) -> list[Labelled]:
+def _pairs(uri: str, rows: list[Row], split: str) -> list[Pair]:
     folder = posixpath.dirname(uri)
     seen: dict[str, int] = {}
     found = []
@@ -107,7 +107,7 @@ def _pairs(uri: str, rows: list[Row], split: str) -> list[Labelled]:
         if not image or not label:
             what = "label" if image else "image"
             raise ValueError(f"row {number} of {uri} has no {what}; fill it in, or take it out")
-        pair = Labelled(_absolute(folder, image), _absolute(folder, label))
+        pair = Pair(_absolute(folder, image), _absolute(folder, label))
         if pair.image in seen:
             raise ValueError(
                 f"rows {seen[pair.image]} and {number} of {uri} are both {pair.image}; keep one "
@@ -121,7 +121,7 @@ def _pairs(uri: str, rows: list[Row], split: str) -> list[Labelled]:
 def _absolute(folder: str, path: str) -> str:
     """The URI of what a table in `folder` calls `path`."""
     if "://" in path or path.startswith("/"):
-        return storage.normalise(path)
+        return storage.normalize(path)
     scheme, _, place = storage.join(folder, path).rpartition("://")
     # an object store knows no ".."
     place = posixpath.normpath(place)

@@ -1,8 +1,7 @@
-"""Which label belongs to which image: from lists of names, so that any storage can feed it.
+"""Matching labels to images by name, independent of where the files are stored.
 
-An image and its label have the same path below their folders, up to the extension. Names are
-relative keys with '/'; roots are URIs. A name that could mean two labels is an error, never a
-guess.
+An image and its label have the same relative path except for the extension. If a path could refer
+to two files, that is an error, never a guess.
 """
 
 from __future__ import annotations
@@ -12,56 +11,29 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from pipeline.data.storage import join
-
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The URI of an image and of its label; `label` is None where there is none."""
+    """The URIs of an image and of its label."""
 
     image: str
-    label: str | None
-
-
-@dataclass(frozen=True)
-class Labelled(Pair):
-    """A pair that can be trained on: it has a label."""
-
     label: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Matches:
-    """What `match` found: a pair for each image, in order, and the labels that no image has."""
-
-    pairs: tuple[Pair, ...]
-    unused: tuple[str, ...]
-
-    @property
-    def labelled(self) -> tuple[Pair, ...]:
-        """What can be trained on."""
-        return tuple(pair for pair in self.pairs if pair.label is not None)
-
-    @property
-    def unlabelled(self) -> tuple[str, ...]:
-        """The images without a label."""
-        return tuple(pair.image for pair in self.pairs if pair.label is None)
-
-
 def stem(key: str) -> str:
-    """`key` without its extension: "a/b.c.jpg" gives "a/b.c"; a leading dot begins no extension."""
+    """Return `key` without its extension: "a/b.c.jpg" -> "a/b.c"; a leading dot starts none."""
     return posixpath.splitext(key)[0]
 
 
-def index(labels: Iterable[tuple[str, Value]]) -> dict[str, Value]:
-    """stem -> value, from (relative key, value). Raises ValueError where two keys share a stem.
+def index_by_stem(entries: Iterable[tuple[str, Value]]) -> dict[str, Value]:
+    """Return {stem: value} from (relative key, value); `entries` may be a streamed listing.
 
-    `labels` may be a listing that streams by: only stems and values are kept.
+    Raises ValueError if two keys share a stem.
     """
     found: dict[str, Value] = {}
-    for key, value in labels:
+    for key, value in entries:
         name = stem(key)
         if name in found:
             raise ValueError(
@@ -72,28 +44,13 @@ def index(labels: Iterable[tuple[str, Value]]) -> dict[str, Value]:
     return found
 
 
-def match(
-    images: Iterable[str], labels: Iterable[str], *, image_root: str, label_root: str
-) -> Matches:
-    """The images below `image_root`, each with its label below `label_root` or None.
+def parse_voc_split(text: str) -> list[str]:
+    """Return the image names in the text of ImageSets/Segmentation/SPLIT.txt, in order.
 
-    `images` and `labels` are relative keys. Raises ValueError where two images, or two labels,
-    share a stem.
-    """
-    by_stem = index((key, join(label_root, key)) for key in labels)
-    images_by_stem = index((key, join(image_root, key)) for key in images)
-    pairs = tuple(Pair(uri, by_stem.get(name)) for name, uri in images_by_stem.items())
-    unused = tuple(uri for name, uri in by_stem.items() if name not in images_by_stem)
-    return Matches(pairs=pairs, unused=unused)
-
-
-def voc_names(split_text: str) -> list[str]:
-    """The names of a VOC split, in order, from the text of ImageSets/Segmentation/<split>.txt.
-
-    Raises ValueError where it names no image, one twice, or holds more than a name on a line.
+    Raises ValueError if the text has no names, a duplicate, or a line with more than one word.
     """
     seen: dict[str, int] = {}
-    for number, line in enumerate(split_text.removeprefix("\ufeff").splitlines(), start=1):
+    for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), start=1):
         words = line.split()
         if not words:
             continue
@@ -103,16 +60,5 @@ def voc_names(split_text: str) -> list[str]:
             raise ValueError(f"{words[0]!r} is on lines {seen[words[0]]} and {number} of the split")
         seen[words[0]] = number
     if not seen:
-        raise ValueError("the split names no image; give ImageSets/Segmentation/<split>.txt")
+        raise ValueError("the split names no images; give ImageSets/Segmentation/SPLIT.txt")
     return list(seen)
-
-
-def voc_pairs(split_text: str, root: str, *, labels: str = "SegmentationClass") -> list[Pair]:
-    """The pairs of a split in VOC's layout: JPEGImages/<name>.jpg, <labels>/<name>.png below root.
-
-    `split_text` and the errors are those of `voc_names`; whether the files exist is not asked.
-    """
-    return [
-        Pair(join(root, f"JPEGImages/{name}.jpg"), join(root, f"{labels}/{name}.png"))
-        for name in voc_names(split_text)
-    ]

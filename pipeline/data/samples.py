@@ -12,7 +12,7 @@ from pipeline.data import images, masks
 from pipeline.data.datasets import Split
 from pipeline.data.images import ImageError, Pixels
 from pipeline.data.masks import LabelError
-from pipeline.data.pairs import Labelled
+from pipeline.data.pairs import Pair
 from pipeline.data.storage import StorageError
 from pipeline.text import one_line
 
@@ -37,7 +37,7 @@ class BrokenFileError(SampleError):
     """A file that was read and cannot be trained on: only another one can."""
 
 
-def load(pair: Labelled, split: Split, read: Read) -> tuple[Pixels, Pixels]:
+def load(pair: Pair, split: Split, read: Read) -> tuple[Pixels, Pixels]:
     """The photo (h, w, 3) uint8 RGB and its label (h, w) uint8, ids and ignore_index.
 
     Raises SampleError where one cannot be read or decoded, the label holds another value, or
@@ -67,10 +67,10 @@ def decode_image(uri: str, data: bytes) -> Pixels:
     try:
         return images.decode(data)
     except ImageError as error:
-        raise broken_image(uri, error) from error
+        raise broken_image_error(uri, error) from error
 
 
-def broken_image(uri: str, error: ImageError) -> BrokenFileError:
+def broken_image_error(uri: str, error: ImageError) -> BrokenFileError:
     """The error for a photo whose bytes cannot be decoded."""
     return BrokenFileError(uri, f"image cannot be read ({error.kind}): {error}; {_REPLACE}")
 

@@ -22,7 +22,7 @@ from pipeline.data import images
 from pipeline.data.datasets import Split
 from pipeline.data.images import ImageError
 from pipeline.data.labels import Classes
-from pipeline.data.samples import Read, broken_image, decode_label, fetch
+from pipeline.data.samples import Read, broken_image_error, decode_label, fetch
 
 _FETCHERS = 8
 _AHEAD = 64  # photos whose bytes may wait
@@ -36,19 +36,19 @@ _PNG_METADATA = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 class Survey:
     """What a split's labels hold. n photos, in the split's order; k classes.
 
-    `pixels` (k,) int64: pixels of each class. `photo_pixels` (k,) int64: labelled pixels of the
+    `pixels` (k,) int64: pixels of each class. `image_pixels` (k,) int64: labelled pixels of the
     photos that hold it. `ignored`: pixels without a label. `holds` (n, k) bool: which classes a
     photo has. `fingerprint` is the split's.
-    `photos_sha256` and `labels_sha256` are of all files' bytes, in order, wherever they lie: a copy
+    `images_sha256` and `labels_sha256` are of all files' bytes, in order, wherever they lie: a copy
     of the split has the same. An older survey has none.
     """
 
     fingerprint: str
     pixels: npt.NDArray[np.int64]
-    photo_pixels: npt.NDArray[np.int64]
+    image_pixels: npt.NDArray[np.int64]
     ignored: int
     holds: npt.NDArray[np.bool_]
-    photos_sha256: str = ""
+    images_sha256: str = ""
     labels_sha256: str = ""
 
     def to_json(self) -> str:
@@ -56,10 +56,10 @@ class Survey:
         values = {
             "fingerprint": self.fingerprint,
             "pixels": self.pixels.tolist(),
-            "photo_pixels": self.photo_pixels.tolist(),
+            "photo_pixels": self.image_pixels.tolist(),
             "ignored": self.ignored,
             "holds": [np.flatnonzero(row).tolist() for row in self.holds],
-            "photos_sha256": self.photos_sha256,
+            "photos_sha256": self.images_sha256,
             "labels_sha256": self.labels_sha256,
         }
         return json.dumps(values, separators=(",", ":"))
@@ -74,15 +74,17 @@ class Survey:
         return cls(
             fingerprint=values["fingerprint"],
             pixels=np.array(values["pixels"], dtype=np.int64),
-            photo_pixels=np.array(values["photo_pixels"], dtype=np.int64),
+            image_pixels=np.array(values["photo_pixels"], dtype=np.int64),
             ignored=values["ignored"],
             holds=holds,
-            photos_sha256=values.get("photos_sha256", ""),
+            images_sha256=values.get("photos_sha256", ""),
             labels_sha256=values.get("labels_sha256", ""),
         )
 
 
-def survey(split: Split, read: Read, *, progress: Callable[[int], None] | None = None) -> Survey:
+def survey_split(
+    split: Split, read: Read, *, progress: Callable[[int], None] | None = None
+) -> Survey:
     """The counts of all labels of `split`, each checked, and its size against its photo's header.
 
     `progress` is called with the number of photos done. Photos' pixels are not decoded, where
@@ -90,12 +92,12 @@ def survey(split: Split, read: Read, *, progress: Callable[[int], None] | None =
     """
     num_classes, ignore_index = split.classes.num_classes, split.classes.ignore_index
     holds = np.zeros((len(split), num_classes), dtype=np.bool_)
-    pixels, photo_pixels = np.zeros((2, num_classes), dtype=np.int64)
+    pixels, image_pixels = np.zeros((2, num_classes), dtype=np.int64)
     ignored = 0
-    photos_read, labels_read = hashlib.sha256(), hashlib.sha256()
+    images_read, labels_read = hashlib.sha256(), hashlib.sha256()
     for number, (image, label) in enumerate(_fetched(split, read)):
         pair = split.pairs[number]
-        photos_read.update(hashlib.sha256(image).digest())
+        images_read.update(hashlib.sha256(image).digest())
         labels_read.update(hashlib.sha256(label).digest())
         size = _shown_size(pair.image, image)
         ids = decode_label(pair.label, label, split, size)
@@ -103,17 +105,17 @@ def survey(split: Split, read: Read, *, progress: Callable[[int], None] | None =
         of_classes = counts[:num_classes]
         holds[number] = of_classes > 0
         pixels += of_classes
-        photo_pixels[holds[number]] += of_classes.sum()
+        image_pixels[holds[number]] += of_classes.sum()
         ignored += int(counts[ignore_index])
         if progress is not None:
             progress(number + 1)
     return Survey(
         fingerprint=split.fingerprint,
         pixels=pixels,
-        photo_pixels=photo_pixels,
+        image_pixels=image_pixels,
         ignored=ignored,
         holds=holds,
-        photos_sha256=photos_read.hexdigest(),
+        images_sha256=images_read.hexdigest(),
         labels_sha256=labels_read.hexdigest(),
     )
 
@@ -128,12 +130,12 @@ def median_frequency_weights(survey: Survey) -> npt.NDArray[np.float64]:
     present = survey.pixels > 0
     weights = np.ones(len(survey.pixels))
     if present.any():
-        frequency = survey.pixels[present] / survey.photo_pixels[present]
+        frequency = survey.pixels[present] / survey.image_pixels[present]
         weights[present] = np.median(frequency) / frequency
     return weights
 
 
-def repeated(
+def repeat_positions(
     survey: Survey, classes: Classes, repeat_classes: Sequence[str], repeats: int
 ) -> list[int]:
     """Positions in the split: each once, then those that hold a class to be repeated, again.
@@ -143,13 +145,13 @@ def repeated(
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}; it must be at least 1: 1 repeats nothing")
-    check_repeated(classes, repeat_classes)
+    check_repeat_classes(classes, repeat_classes)
     ids = [classes.names.index(name) for name in repeat_classes]
     hard = np.flatnonzero(survey.holds[:, ids].any(axis=1)).tolist()
     return [*range(len(survey.holds)), *(hard * (repeats - 1))]
 
 
-def check_repeated(classes: Classes, repeat_classes: Sequence[str]) -> None:
+def check_repeat_classes(classes: Classes, repeat_classes: Sequence[str]) -> None:
     """Raises ValueError where one of the classes to be repeated is unknown."""
     for name in repeat_classes:
         if name not in classes.names:
@@ -188,5 +190,5 @@ def _shown_size(uri: str, data: bytes) -> tuple[int, int]:
                 return (image.width, image.height) if turned else (image.height, image.width)
         height, width, _ = images.decode(data, max_pixels=_MAX_PIXELS).shape
     except ImageError as error:
-        raise broken_image(uri, error) from error
+        raise broken_image_error(uri, error) from error
     return height, width

@@ -10,18 +10,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.metrics import Counts, Int64s
+from pipeline.metrics import ClassCounts, Int64Array
 
 _PART = 256  # samples at a time: 256 x photos weights, whatever their number
 
 
-def image_counts(confusion: Int64s) -> Int64s:
+def image_counts(confusion: Int64Array) -> Int64Array:
     """A photo's tp, fp and fn (3, k) of its confusion (k, k): what `bootstrap` takes, stacked."""
-    counts = Counts.from_confusion(confusion)
+    counts = ClassCounts.from_confusion(confusion)
     return np.stack([counts.tp, counts.fp, counts.fn])
 
 
-def mean_iou(counts: Counts, classes: Sequence[int] | None = None) -> float | None:
+def mean_iou(counts: ClassCounts, classes: Sequence[int] | None = None) -> float | None:
     """The mean IoU over `classes` (ids; all by default) that have one; None where none has."""
     ious = counts.iou()
     chosen = ious if classes is None else [ious[i] for i in classes]
@@ -30,7 +30,7 @@ def mean_iou(counts: Counts, classes: Sequence[int] | None = None) -> float | No
 
 
 def bootstrap_interval(
-    photos: Int64s,
+    photos: Int64Array,
     *,
     classes: Sequence[int] | None = None,
     level: float = 0.95,
@@ -65,7 +65,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def _check(photos: Int64s, level: float, samples: int) -> None:
+def _check(photos: Int64Array, level: float, samples: int) -> None:
     if photos.ndim != 3 or photos.shape[1] != 3 or len(photos) == 0:
         raise ValueError(
             f"photos is {photos.shape}; it must be (n, 3, k), tp, fp and fn of n > 0 photos"

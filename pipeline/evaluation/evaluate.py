@@ -22,11 +22,11 @@ from pipeline.data.datasets import Split
 from pipeline.data.images import Pixels
 from pipeline.data.samples import Read
 from pipeline.evaluation.score import Score
-from pipeline.metrics import Counts, Int64s
+from pipeline.metrics import ClassCounts, Int64Array
 from pipeline.model import predict
 from pipeline.model.deeplab import DeepLabV3
 
-OnImage = Callable[[int, Int64s], None]
+OnImage = Callable[[int, Int64Array], None]
 
 _PHOTOS_AHEAD = 4  # fetched or decoded while one is in the network
 _FETCHERS = 8  # a photo and its label each
@@ -39,7 +39,7 @@ class Evaluation:
     Evaluations add: the sum over shares is that of all photos.
     """
 
-    confusion: Int64s
+    confusion: Int64Array
     images: int
 
     @classmethod
@@ -55,9 +55,9 @@ class Evaluation:
         return Evaluation(confusion=confusion, images=self.images + other.images)
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> ClassCounts:
         """Pixels found, wrongly called and missed of each class."""
-        return Counts.from_confusion(self.confusion)
+        return ClassCounts.from_confusion(self.confusion)
 
     @property
     def miou(self) -> float | None:
@@ -125,7 +125,7 @@ def evaluate(
             masks, _ = predict.segment(
                 model, image[np.newaxis], scales=scales, flip=flip, window=window
             )
-            confusion = metrics.confusion(
+            confusion = metrics.confusion_matrix(
                 label,
                 masks[0].numpy(),
                 num_classes=num_classes,

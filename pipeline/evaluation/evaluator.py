@@ -17,7 +17,7 @@ from pipeline.data import storage
 from pipeline.data.datasets import Split
 from pipeline.evaluation.bootstrap import image_counts
 from pipeline.evaluation.evaluate import Evaluation, evaluate
-from pipeline.metrics import Int64s
+from pipeline.metrics import Int64Array
 from pipeline.model import optimize, weights
 from pipeline.model.config import MAX_SCALE
 
@@ -66,7 +66,7 @@ class EvalResult:
     """An evaluation, and tp, fp and fn (3, k) int64 of each photo, by its index in the split."""
 
     evaluation: Evaluation
-    per_image: dict[int, Int64s]
+    per_image: dict[int, Int64Array]
 
     def __add__(self, other: EvalResult) -> EvalResult:
         return EvalResult(
@@ -95,9 +95,9 @@ class Evaluator:
 
         Raises as `evaluate` does.
         """
-        per_image: dict[int, Int64s] = {}
+        per_image: dict[int, Int64Array] = {}
 
-        def note(index: int, confusion: Int64s) -> None:
+        def note(index: int, confusion: Int64Array) -> None:
             per_image[index] = image_counts(confusion)
             if tell is not None:
                 tell(1)

@@ -153,7 +153,7 @@ def _stored(tensor: torch.Tensor, *, half: bool) -> torch.Tensor:
 
 def read(uri: str) -> bytes:
     """The bytes of the file at `uri`: local, remote, or `zoo:NAME`."""
-    return storage.read(storage.normalise(zoo.resolve(uri)))
+    return storage.read(storage.normalize(zoo.resolve(uri)))
 
 
 def _open(

@@ -55,7 +55,7 @@ def connect(
     return con
 
 
-def gather(
+def load_table(
     con: duckdb.DuckDBPyConnection,
     table: str,
     schema: pa.Schema,
@@ -68,16 +68,16 @@ def gather(
     Raises StorageError where one cannot be read.
     """
     con.execute("SET parquet_metadata_cache = false")  # footers are read once
-    con.execute(f"CREATE TABLE {table} AS {select(con, schema, ())}")
+    con.execute(f"CREATE TABLE {table} AS {select_statement(con, schema, ())}")
     listed, left = _register(con, results, ()), iter(files)
     while some := list(itertools.islice(left, _TOGETHER)):
         if listed is not None:
             listed.hold(some)
-        with readable(results):
-            con.execute(f"INSERT INTO {table} {select(con, schema, some)}")
+        with storage_errors(results):
+            con.execute(f"INSERT INTO {table} {select_statement(con, schema, some)}")
 
 
-def select(
+def select_statement(
     con: duckdb.DuckDBPyConnection,
     schema: pa.Schema,
     files: Iterable[storage.Object],
@@ -89,7 +89,7 @@ def select(
     With `grown`, files of earlier versions may lack columns, which are null then; all footers are
     read for that.
     """
-    listed = ", ".join(quoted(escaped(item.uri)) for item in files)
+    listed = ", ".join(quote(escape_glob(item.uri)) for item in files)
     columns = ", ".join(schema.names)
     if listed and not grown:
         return f"SELECT {columns} FROM read_parquet([{listed}], hive_partitioning = false)"
@@ -103,7 +103,7 @@ def select(
 
 
 @contextlib.contextmanager
-def readable(results: str) -> Iterator[None]:
+def storage_errors(results: str) -> Iterator[None]:
     """What DuckDB says of files that it cannot read is a StorageError, in one line."""
     try:
         yield
@@ -140,12 +140,12 @@ def interruptible() -> Iterator[None]:
         raise
 
 
-def quoted(text: str) -> str:
+def quote(text: str) -> str:
     """The text as an SQL string."""
     return "'" + text.replace("'", "''") + "'"
 
 
-def escaped(uri: str) -> str:
+def escape_glob(uri: str) -> str:
     """The local path as a DuckDB pattern that it alone matches; remote names are no patterns."""
     if uri.startswith("/"):
         return re.sub(r"[\[*?]", r"[\g<0>]", uri)

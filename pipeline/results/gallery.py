@@ -47,7 +47,7 @@ Chosen = tuple[str, int, float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Photo:
+class GalleryImage:
     """A photo of the run: JPEGs by what they show, what is in it, how much of its label is right.
 
     `classes` has (name, colour, share of the pixels), the largest first; `right` is the share of
@@ -63,16 +63,16 @@ class Photo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class GalleryGroup:
     """Photos of one kind."""
 
     title: str
-    photos: tuple[Photo, ...]
+    photos: tuple[GalleryImage, ...]
 
 
-def groups(
+def select_groups(
     con: duckdb.DuckDBPyConnection, run: RunLayout, classes: Classes, count: int
-) -> tuple[Group, ...]:
+) -> tuple[GalleryGroup, ...]:
     """The groups that have photos, each with at most `count`; one of all where that are few.
 
     Raises StorageError where the results cannot be read; a photo that cannot is shown as such.
@@ -84,12 +84,12 @@ def groups(
     wanted: dict[int, dict[str, float | None]] = {}
     for uri, shard, right in (each for some in chosen.values() for each in some):
         wanted.setdefault(shard, {})[uri] = right
-    found: dict[str, Photo] = {}
+    found: dict[str, GalleryImage] = {}
     for shard, rights in sorted(wanted.items()):
         for row in _rows(run.shard(shard), list(rights)):
             found[row["uri"]] = _photo(row, classes, rights[row["uri"]])
     return tuple(
-        Group(title=title, photos=tuple(found[uri] for uri, _, _ in some))
+        GalleryGroup(title=title, photos=tuple(found[uri] for uri, _, _ in some))
         for title, some in chosen.items()
         if some
     )
@@ -112,14 +112,14 @@ def _rows(shard: str, uris: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _photo(row: dict[str, Any], classes: Classes, right: float | None) -> Photo:
+def _photo(row: dict[str, Any], classes: Classes, right: float | None) -> GalleryImage:
     """A photo as the report shows it; over white where it cannot be read any more."""
     notes: list[str] = []
     shown = {"photo": _unless(notes, "photo", _small, row)}
     under = _white(row) if shown["photo"] is None else shown["photo"]
     for what, read in (("label", _label), ("mask", _mask)):
         shown[what] = _unless(notes, what, _drawn, row, read, under, classes)
-    return Photo(
+    return GalleryImage(
         uri=row["uri"],
         pictures={what: _jpeg(picture) for what, picture in shown.items() if picture is not None},
         classes=_largest(row["classes"], classes),

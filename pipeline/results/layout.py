@@ -115,17 +115,17 @@ def shard_number(uri: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def shards_of(objects: Iterable[storage.Object]) -> Iterator[storage.Object]:
+def filter_shards(objects: Iterable[storage.Object]) -> Iterator[storage.Object]:
     """Those of the objects that are shards: people and tools put other files beside them."""
     return (item for item in objects if shard_number(item.uri) is not None)
 
 
-def parts_of(objects: Iterable[storage.Object]) -> Iterator[storage.Object]:
+def filter_parts(objects: Iterable[storage.Object]) -> Iterator[storage.Object]:
     """Those of the objects that are parts of `classes` or `done`."""
     return (item for item in objects if _PART.search(item.uri))
 
 
-def run_of(results: str, uri: str) -> str | None:
+def run_id_of(results: str, uri: str) -> str | None:
     """The run that the object `uri` below `results` belongs to, None where it is of none."""
     folder, _, rest = storage.relative(results, uri).partition("/")
     found = _RUN.match(rest)

@@ -20,7 +20,7 @@ from pipeline.results.report import BINS, Report
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
-def html(report: Report) -> bytes:
+def render_html(report: Report) -> bytes:
     """The report as UTF-8."""
     jinja = Environment(
         autoescape=True,

@@ -35,7 +35,7 @@ def connect(
     where nothing lies at `uri`, ValueError where `uri` or `run_id` is none or a plan there is
     broken, StorageError where storage refuses.
     """
-    results = storage.normalise(uri)
+    results = storage.normalize(uri)
     snapshot = _look(results, run_id)
     con = files.connect(results, snapshot.files, memory_limit=memory_limit)
     for name, select in _views(con, snapshot).items():
@@ -43,7 +43,7 @@ def connect(
     return con
 
 
-def records(results: str, run_id: str | None = None) -> list[storage.Object]:
+def run_records(results: str, run_id: str | None = None) -> list[storage.Object]:
     """The files of finished runs, each one row of `runs`, or that of one run."""
     return [item for item in _listed(results, "runs", run_id) if item.uri.endswith(".parquet")]
 
@@ -65,18 +65,18 @@ class _Snapshot:
 
 def _look(results: str, run_id: str | None) -> _Snapshot:
     """What lies at `results`. Records come first: a run that has one has all of its other files."""
-    found = records(results, run_id)
-    finished = {layout.run_of(results, item.uri) for item in found}
+    found = run_records(results, run_id)
+    finished = {layout.run_id_of(results, item.uri) for item in found}
     classes = [
         item
-        for item in layout.parts_of(_listed(results, "classes", run_id))
-        if layout.run_of(results, item.uri) in finished
+        for item in layout.filter_parts(_listed(results, "classes", run_id))
+        if layout.run_id_of(results, item.uri) in finished
     ]
-    images = list(layout.shards_of(_listed(results, "images", run_id)))
+    images = list(layout.filter_shards(_listed(results, "images", run_id)))
     if not (found or images) and next(storage.list_objects(results), None) is None:
         raise FileNotFoundError(f"no results lie at {results}")
-    unfinished = [item for item in images if layout.run_of(results, item.uri) not in finished]
-    runs = sorted({run for item in unfinished if (run := layout.run_of(results, item.uri))})
+    unfinished = [item for item in images if layout.run_id_of(results, item.uri) not in finished]
+    runs = sorted({run for item in unfinished if (run := layout.run_id_of(results, item.uri))})
     return _Snapshot(
         records=found,
         classes=classes,
@@ -115,13 +115,13 @@ def _started(run: layout.RunLayout) -> datetime | None:
 
 def _views(con: duckdb.DuckDBPyConnection, snapshot: _Snapshot) -> dict[str, str]:
     """The SELECT behind each view, in an order in which each finds those that it uses."""
-    images = files.select(con, tables.IMAGES, snapshot.images)
-    finished = files.select(con, tables.CLASSES, snapshot.classes)
-    unfinished = _unnested(files.select(con, tables.IMAGES, snapshot.unfinished))
+    images = files.select_statement(con, tables.IMAGES, snapshot.images)
+    finished = files.select_statement(con, tables.CLASSES, snapshot.classes)
+    unfinished = _unnested(files.select_statement(con, tables.IMAGES, snapshot.unfinished))
     return {
         "images": images,
         "classes": f"{finished} UNION ALL {unfinished}" if snapshot.unfinished else finished,
-        "runs": files.select(con, tables.RUNS, snapshot.records, grown=True),
+        "runs": files.select_statement(con, tables.RUNS, snapshot.records, grown=True),
         "latest": _latest(snapshot.started),
         "iou": _IOU,
     }
@@ -138,8 +138,8 @@ def _unnested(images: str) -> str:
 def _latest(unfinished: Mapping[str, datetime | None]) -> str:
     starts = ["SELECT run_id, started_at FROM runs"]
     for run_id, started in unfinished.items():
-        at = files.quoted(started.isoformat()) if started else "NULL"
-        starts.append(f"SELECT {files.quoted(run_id)}, {at}::TIMESTAMPTZ")
+        at = files.quote(started.isoformat()) if started else "NULL"
+        starts.append(f"SELECT {files.quote(run_id)}, {at}::TIMESTAMPTZ")
     return f"""
         WITH ages AS (
             SELECT run_id, row_number() OVER (ORDER BY started_at NULLS FIRST, run_id) AS age

@@ -15,7 +15,7 @@ import duckdb
 from pipeline.data import storage
 from pipeline.data.labels import Classes, Color
 from pipeline.results import files, query, tables
-from pipeline.results.gallery import Group, groups
+from pipeline.results.gallery import GalleryGroup, select_groups
 from pipeline.results.layout import RunLayout, shard_number
 
 BINS = 20
@@ -41,7 +41,7 @@ class ClassRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
+class ErrorSummary:
     """A kind of error: of how many photos, and the URI and reason of a few."""
 
     kind: str
@@ -62,18 +62,18 @@ class Report:
     classes: tuple[ClassRow, ...]
     mean_iou: float | None
     confidence: tuple[int, ...]  # photos in each of BINS
-    problems: tuple[Problem, ...]
-    groups: tuple[Group, ...]
+    problems: tuple[ErrorSummary, ...]
+    groups: tuple[GalleryGroup, ...]
 
 
 @files.interruptible()
-def of_run(results: str, run_id: str, *, photos: int) -> Report:
+def build_report(results: str, run_id: str, *, images: int) -> Report:
     """The report of a run, with up to `photos` photos of each group.
 
     Raises LookupError where the run has no photos, ValueError where `results` or `run_id` is
     none, StorageError where storage refuses; a photo that cannot be read any more is shown as such.
     """
-    results = storage.normalise(results)
+    results = storage.normalize(results)
     run = RunLayout(results=results, run_id=run_id)
     con = query.connect(results, run_id=run_id, memory_limit=_MEMORY)
     try:
@@ -98,22 +98,22 @@ def of_run(results: str, run_id: str, *, photos: int) -> Report:
             mean_iou=sum(known) / len(known) if known else None,
             confidence=_histogram(con),
             problems=_problems(con),
-            groups=groups(con, run, classes, photos),
+            groups=select_groups(con, run, classes, images),
         )
     finally:
         con.close()
 
 
-def newest(results: str) -> str:
+def newest_run(results: str) -> str:
     """The id of the finished run with photos that started last; no images are listed for that.
 
     Raises LookupError where there is none, StorageError where storage refuses.
     """
-    results = storage.normalise(results)
-    finished = query.records(results)
+    results = storage.normalize(results)
+    finished = query.run_records(results)
     con = files.connect(results, finished)
     try:
-        rows = files.select(con, tables.RUNS, finished, grown=True)
+        rows = files.select_statement(con, tables.RUNS, finished, grown=True)
         found = con.execute(
             f"SELECT run_id FROM ({rows}) WHERE images > 0 ORDER BY started_at DESC LIMIT 1"
         ).fetchone()
@@ -134,8 +134,8 @@ def _described(
     if uri is None:
         why = "it found nothing new" if record else "nothing is done, or there is no such run"
         raise LookupError(f"run {run.run_id} has no photos at {run.results}: {why}")
-    found = con.execute("SELECT key, value FROM parquet_kv_metadata(?)", [files.escaped(uri)])
-    return tables.classes_of(dict(found.fetchall()))
+    found = con.execute("SELECT key, value FROM parquet_kv_metadata(?)", [files.escape_glob(uri)])
+    return tables.classes_from_footer(dict(found.fetchall()))
 
 
 def _one(con: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:
@@ -185,7 +185,7 @@ def _histogram(con: duckdb.DuckDBPyConnection) -> tuple[int, ...]:
     return tuple(found.get(number, 0) for number in range(BINS))
 
 
-def _problems(con: duckdb.DuckDBPyConnection) -> tuple[Problem, ...]:
+def _problems(con: duckdb.DuckDBPyConnection) -> tuple[ErrorSummary, ...]:
     """The kinds of error, the most frequent first; labels that could not be used are one."""
     found = con.execute(
         f"""WITH errors AS (
@@ -198,7 +198,7 @@ def _problems(con: duckdb.DuckDBPyConnection) -> tuple[Problem, ...]:
             FROM errors GROUP BY kind ORDER BY images DESC, kind"""
     ).fetchall()
     return tuple(
-        Problem(
+        ErrorSummary(
             kind=kind,
             images=images,
             examples=tuple((each["uri"], each["error"]) for each in examples),

@@ -143,7 +143,7 @@ def with_footer(schema: pa.Schema, classes: Classes) -> pa.Schema:
     )
 
 
-def classes_of(metadata: Mapping[bytes, bytes]) -> Classes:
+def classes_from_footer(metadata: Mapping[bytes, bytes]) -> Classes:
     """The classes that a file's footer keys describe. Raises ValueError where they are missing."""
     if b"class_names" not in metadata:
         raise ValueError("the file's footer names no classes; was it written by this pipeline?")
@@ -156,7 +156,7 @@ def classes_of(metadata: Mapping[bytes, bytes]) -> Classes:
     )
 
 
-def to_parquet(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:
+def rows_to_parquet(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:
     """The rows as the bytes of one Parquet file."""
     return table_to_parquet(pa.Table.from_pylist(list(rows), schema=schema))
 

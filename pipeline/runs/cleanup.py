@@ -34,7 +34,7 @@ def find_run(results: str, run_id: str) -> list[storage.Object]:
     Raises ValueError where `run_id` could be none, LookupError where nothing is of that run,
     HeldError where it is unfinished and somebody works on it.
     """
-    run = RunLayout(results=storage.normalise(results), run_id=run_id)
+    run = RunLayout(results=storage.normalize(results), run_id=run_id)
     record, held = storage.stat_object(run.record), storage.stat_object(run.lease)
     if held and not record:
         _refuse_if_held(run)
@@ -59,7 +59,7 @@ def find_leftovers(results: str) -> list[storage.Object]:
     watched first, all together, for `lease.STALE_S` at most.
     Raises LookupError where nothing lies.
     """
-    results = storage.normalise(results)
+    results = storage.normalize(results)
     if not (any(storage.list_pages(results)) or storage.leftovers(results)):
         raise LookupError(f"no results lie at {results}")
     found = _unplanned(results)
@@ -72,7 +72,7 @@ def find_leftovers(results: str) -> list[storage.Object]:
 
 def delete(results: str, objects: Iterable[storage.Object]) -> None:
     """Deletes the objects, folder after folder in their order, and the local folders they empty."""
-    results = storage.normalise(results)
+    results = storage.normalize(results)
     with ThreadPoolExecutor(_THREADS) as pool:
         for _, group in groupby(objects, lambda item: folder_of(results, item)):
             uris = [item.uri for item in group]
@@ -85,7 +85,7 @@ def delete(results: str, objects: Iterable[storage.Object]) -> None:
 
 def folder_of(results: str, item: storage.Object) -> str:
     """The folder right below `results` that the object lies in; "." for `results` itself."""
-    folder, slash, _ = storage.relative(storage.normalise(results), item.uri).partition("/")
+    folder, slash, _ = storage.relative(storage.normalize(results), item.uri).partition("/")
     return folder if slash else "."
 
 
@@ -97,7 +97,7 @@ def _refuse_if_held(run: RunLayout) -> None:
 
 def _finished(results: str) -> list[RunLayout]:
     runs = storage.join(results, "runs")
-    ids = {layout.run_of(results, item.uri) for item in storage.list_objects(runs)}
+    ids = {layout.run_id_of(results, item.uri) for item in storage.list_objects(runs)}
     return [RunLayout(results=results, run_id=run_id) for run_id in sorted(filter(None, ids))]
 
 
@@ -108,7 +108,7 @@ def _unplanned(results: str) -> list[storage.Object]:
     runs = {
         item: RunLayout(results=results, run_id=run_id)
         for item in leases
-        if (run_id := layout.run_of(results, item.uri))
+        if (run_id := layout.run_id_of(results, item.uri))
     }
     unplanned = [item for item, run in runs.items() if _has_no_plan(run)]
     living = lease.find_live((item.uri for item in [*new, *unplanned]), "unknown")

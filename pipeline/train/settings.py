@@ -47,7 +47,7 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         for name in ("data", "out"):
-            object.__setattr__(self, name, storage.normalise(getattr(self, name)))
+            object.__setattr__(self, name, storage.normalize(getattr(self, name)))
         if self.out.count("/") < 3 and self.out.startswith("s3://"):
             raise ValueError(
                 f"--out {self.out}: give a prefix below the bucket, for this run alone"

@@ -67,7 +67,7 @@ def opened_finish(prefix: str, rows: Rows) -> tuple[RunFinalizer, RunLayout]:
     schema = tables.with_footer(tables.IMAGES, VOC)
     for shard in {row["shard"] for row in rows}:
         mine = [row for row in rows if row["shard"] == shard]
-        storage.write(layout.shard(shard), tables.to_parquet(mine, schema))
+        storage.write(layout.shard(shard), tables.rows_to_parquet(mine, schema))
     plan = Plan(
         run_id="r",
         started_at="2026-01-02T03:04:05+00:00",

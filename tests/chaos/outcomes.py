@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.data import storage
-from pipeline.results.layout import run_of
+from pipeline.results.layout import run_id_of
 from tests.chaos.watcher import Watcher
 from tests.chaos.world import World, results_of, rows_of
 from tests.plain_loop import seen
@@ -106,7 +106,7 @@ def check(
 def check_tidy(results: str, run_ids: set[str]) -> None:
     """Asserts that nothing lies in the results that belongs to no run, and nothing half done."""
     left = [item.uri for item in storage.list_objects(results)]
-    assert {run_of(results, uri) for uri in left} == run_ids
+    assert {run_id_of(results, uri) for uri in left} == run_ids
     passing = [uri for uri in left if "/leases/" in uri or "/singles/" in uri]
     assert passing == []
     assert storage.leftovers(results) == []

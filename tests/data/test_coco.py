@@ -10,7 +10,7 @@ import pytest
 from matplotlib.path import Path as Outline
 
 from pipeline.data import coco
-from pipeline.data.coco import Picture
+from pipeline.data.coco import AnnotatedImage
 from tests.data.coco_set import instances, rectangle
 
 PERSON, CAT, TV = 15, 8, 20
@@ -20,7 +20,7 @@ def drawn(*things: tuple[int, Any], number: int = 0) -> list[list[int]]:
     """The label of a photo with these (category, segmentation)."""
     named = [(number, category, segmentation) for category, segmentation in things]
     (picture,) = coco.parse(json.dumps(instances([number], named)).encode())
-    return coco.draw(picture).tolist()
+    return coco.draw_label(picture).tolist()
 
 
 def test_a_thing_has_vocs_id_where_it_is_and_nothing_is_background() -> None:
@@ -66,13 +66,13 @@ def test_an_outline_is_filled_as_another_library_fills_it() -> None:
         angles = np.sort(generator.uniform(0, 2 * np.pi, 9))
         radii = generator.uniform(20, 60, 9)
         points = np.stack([80 + radii * np.cos(angles), 65 + radii * np.sin(angles)], axis=1)
-        picture = Picture(
+        picture = AnnotatedImage(
             file_name="a", height=130, width=160, outlines=[(CAT, [points.ravel().tolist()])]
         )
         rows, columns = np.mgrid[:130, :160]
         centres = np.stack([columns.ravel() + 0.5, rows.ravel() + 0.5], axis=1)
         inside = Outline(np.vstack([points, points[:1]])).contains_points(centres)
-        differ = np.count_nonzero((coco.draw(picture) == CAT) != inside.reshape(130, 160))
+        differ = np.count_nonzero((coco.draw_label(picture) == CAT) != inside.reshape(130, 160))
         # the two may see the pixels under the line differently, of which there are about 400
         assert differ < 0.5 * np.hypot(*np.diff(points, axis=0, append=points[:1]).T).sum()
         assert inside.sum() > 2000

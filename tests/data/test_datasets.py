@@ -12,7 +12,7 @@ import pytest
 from pipeline.data import storage
 from pipeline.data.datasets import open_split
 from pipeline.data.labels import CAMVID, CITYSCAPES, CITYSCAPES_TRAIN_IDS, VOC, Classes
-from pipeline.data.pairs import Labelled
+from pipeline.data.pairs import Pair
 from tests.data.drawn import cityscapes_files, encoded, folder_files, ids, photo, put_all, voc_files
 
 CLASSES = Classes.from_dict({"names": ["ground", "cat", "dog"]})
@@ -103,7 +103,7 @@ def test_a_table_names_files_relative_to_itself_or_anywhere(prefix, name, form):
     put_all(prefix, {**files, f"tables/{name}": form(columns)})
     split = opened(f"{prefix}/tables/{name}", "train", "table")
     assert split.pairs == tuple(
-        Labelled(f"{prefix}/data/photos/{i}", f"{prefix}/data/masks/{i}.png") for i in (2, 0)
+        Pair(f"{prefix}/data/photos/{i}", f"{prefix}/data/masks/{i}.png") for i in (2, 0)
     )
     assert len(opened(f"{prefix}/tables/{name}", "val+train", "table")) == 3
 
@@ -112,7 +112,7 @@ def test_a_csv_of_numbers_is_still_one_of_names(tmp_path):
     put_all(str(tmp_path), {"0001": photo(1), "0002": encoded(ids(1))})
     put_all(str(tmp_path), {"t.csv": "image,label\n0001,0002\n"})
     split = opened(f"{tmp_path}/t.csv", "all", "table")
-    assert split.pairs == (Labelled(f"{tmp_path}/0001", f"{tmp_path}/0002"),)
+    assert split.pairs == (Pair(f"{tmp_path}/0001", f"{tmp_path}/0002"),)
 
 
 def test_what_was_listed_is_what_a_conditional_read_gives(prefix):

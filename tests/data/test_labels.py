@@ -8,11 +8,11 @@ from pipeline.data.labels import (
     CAMVID,
     CITYSCAPES,
     CITYSCAPES_TRAIN_IDS,
-    KNOWN,
+    KNOWN_CLASSES,
     VOC,
     Classes,
-    by_name,
     from_json,
+    get_classes,
     voc_colormap,
 )
 
@@ -45,19 +45,19 @@ def test_camvid_has_eleven_classes_and_ignores_the_twelfth_value():
     assert (CAMVID.num_classes, CAMVID.names[10], CAMVID.ignore_index) == (11, "Bicyclist", 11)
 
 
-@pytest.mark.parametrize("classes", KNOWN.values(), ids=list(KNOWN))
+@pytest.mark.parametrize("classes", KNOWN_CLASSES.values(), ids=list(KNOWN_CLASSES))
 def test_known_classes_survive_json(classes):
     assert from_json(json.dumps(classes.to_dict())) == classes
     assert len(set(classes.palette)) == classes.num_classes
 
 
 def test_names_are_found_in_any_case_and_json_is_taken_as_it_is():
-    assert by_name("VOC") is VOC
-    assert by_name(' {"names": ["sky"], "ignore_index": 1}') == Classes(
+    assert get_classes("VOC") is VOC
+    assert get_classes(' {"names": ["sky"], "ignore_index": 1}') == Classes(
         names=("sky",), palette=((0, 0, 0),), ignore_index=1
     )
     with pytest.raises(ValueError, match=r"'ade20k'; use voc, cityscapes, camvid, or JSON"):
-        by_name("ade20k")
+        get_classes("ade20k")
 
 
 def test_a_missing_palette_is_the_voc_colour_map():

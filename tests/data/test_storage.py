@@ -220,12 +220,12 @@ def test_names_that_are_not_text_are_left_out_with_a_warning(
     [("s3://b/a/", "s3://b/a"), ("s3://b", "s3://b"), ("s3://b/a//c", "s3://b/a//c")],
 )
 def test_uris_have_one_spelling(uri: str, normal: str) -> None:
-    assert storage.normalise(uri) == normal
+    assert storage.normalize(uri) == normal
 
 
 def test_a_scheme_that_is_not_known_is_refused() -> None:
     with pytest.raises(ValueError, match="neither s3://"):
-        storage.normalise("gs://bucket/x")
+        storage.normalize("gs://bucket/x")
 
 
 def test_links_in_a_circle_list_each_file_once(tmp_path: Path) -> None:

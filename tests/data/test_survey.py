@@ -11,7 +11,7 @@ from pipeline.data import images, storage
 from pipeline.data.datasets import open_split
 from pipeline.data.labels import CAMVID, Classes
 from pipeline.data.samples import SampleError, load
-from pipeline.data.survey import Survey, median_frequency_weights, repeated, survey
+from pipeline.data.survey import Survey, median_frequency_weights, repeat_positions, survey_split
 from tests.data.drawn import SIZES, encoded, ids, photo, put_all, voc_files
 
 CLASSES = Classes.from_dict({"names": ["ground", "cat", "dog", "unicorn"]})
@@ -22,27 +22,27 @@ def voc(prefix, count=6, replaced=None):
     return open_split(prefix, "val", layout="voc", classes=CLASSES)
 
 
-def made_up(pixels, photo_pixels, holds):
+def made_up(pixels, image_pixels, holds):
     return Survey(
         fingerprint="",
         pixels=np.array(pixels, dtype=np.int64),
-        photo_pixels=np.array(photo_pixels, dtype=np.int64),
+        image_pixels=np.array(image_pixels, dtype=np.int64),
         ignored=0,
         holds=np.array(holds, dtype=np.bool_),
     )
 
 
 def test_counts_agree_with_counting_pixels_one_by_one(prefix):
-    found = survey(voc(prefix), storage.read)
-    pixels, photo_pixels = Counter(), Counter()
+    found = survey_split(voc(prefix), storage.read)
+    pixels, image_pixels = Counter(), Counter()
     for number in range(6):
         values = Counter(value for row in ids(number).tolist() for value in row)
         pixels += values
         labelled = sum(count for value, count in values.items() if value != 255)
-        photo_pixels += dict.fromkeys(values, labelled)
+        image_pixels += dict.fromkeys(values, labelled)
         assert set(np.flatnonzero(found.holds[number])) == set(values) - {255}
     assert found.pixels.tolist() == [pixels[i] for i in range(4)]
-    assert found.photo_pixels.tolist() == [photo_pixels[i] for i in range(4)]
+    assert found.image_pixels.tolist() == [image_pixels[i] for i in range(4)]
     assert found.ignored == pixels[255]
     assert found.pixels.dtype == np.int64
 
@@ -52,33 +52,33 @@ def test_ignored_pixels_are_counted_by_their_own_value(tmp_path):
     blank = np.zeros((2, 3, 3), np.uint8)
     put_all(str(tmp_path), {"val/images/a.png": encoded(blank), "val/labels/a.png": encoded(label)})
     split = open_split(str(tmp_path), "val", layout="camvid", classes=CAMVID)
-    found = survey(split, storage.read)
+    found = survey_split(split, storage.read)
     assert (found.ignored, found.pixels[0], found.pixels[10]) == (3, 1, 2)
 
 
 def test_progress_is_told_photo_by_photo(tmp_path):
     told = []
-    survey(voc(str(tmp_path), 70), storage.read, progress=told.append)
+    survey_split(voc(str(tmp_path), 70), storage.read, progress=told.append)
     assert told == list(range(1, 71))
 
 
 def test_a_survey_is_the_same_after_json(tmp_path):
     split = voc(str(tmp_path))
-    found = survey(split, storage.read)
+    found = survey_split(split, storage.read)
     again = Survey.from_json(found.to_json())
-    for name in ("pixels", "photo_pixels", "holds"):
+    for name in ("pixels", "image_pixels", "holds"):
         one, other = getattr(found, name), getattr(again, name)
         assert (one.dtype, one.tolist()) == (other.dtype, other.tolist())
     assert (again.ignored, again.fingerprint) == (found.ignored, split.fingerprint)
-    assert (again.photos_sha256, again.labels_sha256) == (found.photos_sha256, found.labels_sha256)
+    assert (again.images_sha256, again.labels_sha256) == (found.images_sha256, found.labels_sha256)
     older = {k: v for k, v in json.loads(found.to_json()).items() if not k.endswith("_sha256")}
     assert Survey.from_json(json.dumps(older)).labels_sha256 == ""
 
 
 def test_a_copy_of_a_split_has_its_digests_and_other_bytes_of_the_same_size_have_not(tmp_path):
     def digests(name, replaced=None):
-        found = survey(voc(str(tmp_path / name), replaced=replaced), storage.read)
-        return found.photos_sha256, found.labels_sha256
+        found = survey_split(voc(str(tmp_path / name), replaced=replaced), storage.read)
+        return found.images_sha256, found.labels_sha256
 
     photos, labels = digests("first")
     assert digests("copy") == (photos, labels)
@@ -94,7 +94,7 @@ def test_the_first_bad_file_in_the_splits_order_ends_it(prefix):
     name = "SegmentationClass/0003.png"
     split = voc(prefix, replaced={name: encoded(bad), "SegmentationClass/0005.png": b""})
     with pytest.raises(SampleError, match=r"0003\.png: label holds class 37, .*num_classes is 4"):
-        survey(split, storage.read)
+        survey_split(split, storage.read)
 
 
 def turned(form, orientation):
@@ -117,10 +117,10 @@ def test_sizes_are_checked_as_the_photo_is_seen(tmp_path, form, orientation):
         put_all(root, {f"val/images/a.{ending}": data, "val/labels/a.png": encoded(label)})
         split = open_split(root, "val", layout="folders", classes=CLASSES)
         if shape == (height, width):
-            assert survey(split, storage.read).pixels[0] == 36
+            assert survey_split(split, storage.read).pixels[0] == 36
             assert load(split.pairs[0], split, storage.read)[0].shape == (*shape, 3)
         else:
-            for check in (survey, lambda split, read: load(split.pairs[0], split, read)):
+            for check in (survey_split, lambda split, read: load(split.pairs[0], split, read)):
                 with pytest.raises(SampleError, match=r"label is .*, but its image is"):
                     check(split, storage.read)
 
@@ -128,7 +128,7 @@ def test_sizes_are_checked_as_the_photo_is_seen(tmp_path, form, orientation):
 def test_photos_pixels_are_not_decoded(tmp_path, monkeypatch):
     split = voc(str(tmp_path), replaced={"JPEGImages/0001.jpg": photo(1, "PNG")})
     monkeypatch.setattr(images, "decode", None)
-    survey(split, storage.read)
+    survey_split(split, storage.read)
 
 
 @pytest.mark.parametrize(
@@ -137,14 +137,14 @@ def test_photos_pixels_are_not_decoded(tmp_path, monkeypatch):
 def test_a_photo_without_a_header_is_named(tmp_path, data, message):
     split = voc(str(tmp_path), replaced={"JPEGImages/0002.jpg": data})
     with pytest.raises(SampleError, match=rf"0002\.jpg: image cannot be read {message}.*replace"):
-        survey(split, storage.read)
+        survey_split(split, storage.read)
 
 
 def test_an_object_that_is_gone_is_named(prefix):
     split = voc(prefix)
     storage.delete([split.pairs[4].label])
     with pytest.raises(SampleError, match=r"0004\.png: does not exist; it was there"):
-        survey(split, storage.read)
+        survey_split(split, storage.read)
 
 
 def test_rare_classes_weigh_more_by_the_median_frequency():
@@ -159,16 +159,16 @@ def test_photos_that_hold_a_named_class_are_repeated():
     holds = [[1, 0, 0], [1, 1, 0], [0, 0, 1], [0, 1, 1]]
     found = made_up([1] * 3, [1] * 3, holds)
     classes = Classes.from_dict({"names": ["a", "b", "c"]})
-    assert repeated(found, classes, (), 2) == [0, 1, 2, 3]
-    assert repeated(found, classes, ("b",), 1) == [0, 1, 2, 3]
-    assert repeated(found, classes, ("b",), 2) == [0, 1, 2, 3, 1, 3]
+    assert repeat_positions(found, classes, (), 2) == [0, 1, 2, 3]
+    assert repeat_positions(found, classes, ("b",), 1) == [0, 1, 2, 3]
+    assert repeat_positions(found, classes, ("b",), 2) == [0, 1, 2, 3, 1, 3]
     # a photo with two of them is repeated as often as one with one
-    assert Counter(repeated(found, classes, ("b", "c"), 3)) == {0: 1, 1: 3, 2: 3, 3: 3}
+    assert Counter(repeat_positions(found, classes, ("b", "c"), 3)) == {0: 1, 1: 3, 2: 3, 3: 3}
 
 
 def test_a_class_that_cannot_be_repeated_is_told_with_the_known_ones():
     found = made_up([1] * 4, [1] * 4, np.ones((2, 4)))
     with pytest.raises(ValueError, match="'cow', which is no class; give some of ground, cat, dog"):
-        repeated(found, CLASSES, ("cat", "cow"), 2)
+        repeat_positions(found, CLASSES, ("cat", "cow"), 2)
     with pytest.raises(ValueError, match="repeats is 0; it must be at least 1"):
-        repeated(found, CLASSES, ("cat",), 0)
+        repeat_positions(found, CLASSES, ("cat",), 0)

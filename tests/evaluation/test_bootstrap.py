@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.evaluation.bootstrap import bootstrap_interval, image_counts, mean_iou
-from pipeline.metrics import Counts
+from pipeline.metrics import ClassCounts
 
 
 def plain_mean(photos: list[np.ndarray], classes: list[int]) -> float:
@@ -65,7 +65,7 @@ def test_counts_of_a_photo_and_their_mean_over_some_classes() -> None:
     confusion = np.array([[5, 1, 0], [2, 3, 0], [0, 0, 0]])
     tp, fp, fn = image_counts(confusion)
     assert (tp.tolist(), fp.tolist(), fn.tolist()) == ([5, 3, 0], [2, 1, 0], [1, 2, 0])
-    counts = Counts(tp=tp, fp=fp, fn=fn)
+    counts = ClassCounts(tp=tp, fp=fp, fn=fn)
     assert mean_iou(counts) == pytest.approx((5 / 8 + 3 / 6) / 2)
     assert mean_iou(counts, [1, 2]) == pytest.approx(3 / 6)
     assert mean_iou(counts, [2]) is None

@@ -64,7 +64,7 @@ def moto() -> Iterator[Any]:
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.delenv("AWS_PROFILE", raising=False)
         s3.filesystem.cache_clear()
-        s3.for_libraries.cache_clear()
+        s3.retrying_filesystem.cache_clear()
         backend = s3_backends["123456789012"]["global"]
         for name in ("hostile", "results"):
             backend.create_bucket(name, "us-east-1")
@@ -79,7 +79,7 @@ def moto() -> Iterator[Any]:
             backend.put_object("hostile", f"labels/{key}.png", encoded(label, "PNG"))
         yield backend
     s3.filesystem.cache_clear()
-    s3.for_libraries.cache_clear()
+    s3.retrying_filesystem.cache_clear()
     server.stop()
 
 

@@ -11,7 +11,7 @@ import pytest
 from jobs.coco import main
 from pipeline.data import masks, storage
 from pipeline.data.datasets import Split, open_split
-from pipeline.data.labels import by_name
+from pipeline.data.labels import get_classes
 from pipeline.train.recipes.registry import by_name as recipe
 from tests.data.coco_set import coco_files, instances, rectangle
 from tests.data.drawn import put_all
@@ -34,7 +34,7 @@ def opened(prefix: str, split: str) -> Split:
     """The split as the recipe for it opens it."""
     data = recipe("coco-pretraining").experiment.data
     assert (data.train_split, data.val_split) == ("train", "val")
-    root, classes = f"{prefix}/ours/pairs.parquet", by_name(data.classes)
+    root, classes = f"{prefix}/ours/pairs.parquet", get_classes(data.classes)
     return open_split(root, split, layout=data.layout, classes=classes)
 
 

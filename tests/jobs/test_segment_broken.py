@@ -104,7 +104,7 @@ def proxy(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> It
     made = Proxy(s3_environment["AWS_ENDPOINT_URL"])
     made.start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", made.url)
-    clients = (s3.filesystem, s3.for_libraries)
+    clients = (s3.filesystem, s3.retrying_filesystem)
     for client in clients:
         client.cache_clear()
     yield made

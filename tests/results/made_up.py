@@ -78,7 +78,7 @@ def write_run(
     storage.write(f"{run.plan}/part-00000-aa.parquet", b"part")
     for number, rows in enumerate(shards):
         schema = tables.with_footer(tables.IMAGES, VOC)
-        storage.write(run.shard(number), tables.to_parquet(rows, schema))
+        storage.write(run.shard(number), tables.rows_to_parquet(rows, schema))
     every = [row for rows in shards for row in rows]
     if finished:
         _finish(run, every, started, started + timedelta(hours=hours))
@@ -89,14 +89,14 @@ def _finish(run: RunLayout, rows: list[Row], started: datetime, finished: dateti
     classes = class_rows(rows)
     classes.sort(key=lambda row: (row["class_id"], -row["fraction"]))
     if classes:
-        storage.write(run.class_part(0), tables.to_parquet(classes, tables.CLASSES))
-    storage.write(run.done, tables.to_parquet([], tables.DONE))
+        storage.write(run.class_part(0), tables.rows_to_parquet(classes, tables.CLASSES))
+    storage.write(run.done, tables.rows_to_parquet([], tables.DONE))
     record: Row = dict.fromkeys(tables.RUNS.names, 0)
     record |= dict.fromkeys(("arguments", "checkpoint", "checkpoint_sha256"), "{}")
     record |= {"run_id": run.run_id, "started_at": started, "finished_at": finished}
     record |= {"model": "m", "settings": "s", "code_version": "0", "images": len(rows)}
     record |= {"errors_by_kind": [], "class_iou": [], "inventory": None, "inventory_etag": None}
-    storage.write(run.record, tables.to_parquet([record], tables.RUNS))
+    storage.write(run.record, tables.rows_to_parquet([record], tables.RUNS))
 
 
 def class_rows(rows: list[Row]) -> list[Row]:

@@ -90,7 +90,7 @@ def results_of(prefix: str, *, finished: bool = True, name: str = "{}.png") -> l
 
 
 def made(prefix: str, photos: int = 12) -> Report:
-    return report.of_run(f"{prefix}/results", "a", photos=photos)
+    return report.build_report(f"{prefix}/results", "a", images=photos)
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -231,7 +231,7 @@ class Elements(HTMLParser):
 def test_nothing_from_a_bucket_is_html(tmp_path: Path) -> None:
     prefix = str(tmp_path / "<img src=x onerror=alert(1)>")
     results_of(prefix, name="{}" + HOSTILE.replace("/", "_"))
-    found = Elements(page.html(made(prefix)).decode())
+    found = Elements(page.render_html(made(prefix)).decode())
     known = "html head meta title style body h1 h2 table tr th td span br div figure img figcaption"
     assert found.names.keys() <= set(known.split())
     assert found.names["img"] == 5 + 3 + 5  # photos, labels, masks
@@ -241,14 +241,14 @@ def test_nothing_from_a_bucket_is_html(tmp_path: Path) -> None:
 
 def test_what_does_not_print_is_spelled_out(tmp_path: Path) -> None:
     results_of(str(tmp_path), name="{}\x1b\u202egnp.png")
-    text = page.html(made(str(tmp_path))).decode()
+    text = page.render_html(made(str(tmp_path))).decode()
     assert "5\\x1b\\u202egnp.png" in text
     assert not set(text) & set("\x1b\u202e")
 
 
 def test_the_page_says_what_a_run_came_to(prefix: str) -> None:
     results_of(prefix, finished=False)
-    found = page.html(made(prefix)).decode()
+    found = page.render_html(made(prefix)).decode()
     text = " ".join(Elements(found).text.split())
     assert "Run a" in text
     assert "5 segmented, 3 errors" in text
@@ -265,7 +265,7 @@ def test_bars_are_as_wide_as_what_they_show(prefix: str) -> None:
     found = replace(made(prefix), confidence=(0,) * (BINS - 3) + (1, 0, 4))
     share, iou = found.classes[0].share, found.classes[0].iou
     assert iou is not None
-    text = page.html(found).decode()
+    text = page.render_html(found).decode()
     widths = [float(each) for each in re.findall(r'class="bar" style="width:([0-9.]+)rem', text)]
     assert widths[:2] == [pytest.approx(12 * share, abs=0.01), pytest.approx(12 * iou, abs=0.01)]
     assert widths[-3:] == [3.0, 0.0, 12.0]
@@ -282,7 +282,7 @@ def test_a_finished_run_says_what_it_cost(prefix: str) -> None:
     record = {"images_per_second": 12.34, "gpu_seconds": 5400.0, "cost": 3.5}
     found = made(prefix)
     found = replace(found, record={**(found.record or {}), **record})
-    text = " ".join(Elements(page.html(found).decode()).text.split())
+    text = " ".join(Elements(page.render_html(found).decode()).text.split())
     assert "started 2026-01-01 12:00 UTC" in text
     assert "speed 12.3 photos a second" in text
     assert "GPU hours 1.50, which cost 3.50" in text
@@ -293,15 +293,15 @@ def test_the_newest_run_is_the_finished_one_that_started_last(prefix: str) -> No
     write_run(results, "b", hour=2)
     write_run(results, "c", hour=1, hours=8)
     write_run(results, "d", hour=3, finished=False)
-    assert report.newest(results) == "b"
+    assert report.newest_run(results) == "b"
     write_run(results, "e", [], hour=4)  # a night in which nothing was new
-    assert report.newest(results) == "b"
+    assert report.newest_run(results) == "b"
     with pytest.raises(LookupError, match=r"run e has no photos at .*: it found nothing new"):
-        report.of_run(results, "e", photos=1)
+        report.build_report(results, "e", images=1)
     with pytest.raises(LookupError, match=r"run z has no photos at .*there is no such run"):
-        report.of_run(results, "z", photos=1)
+        report.build_report(results, "z", images=1)
     with pytest.raises(ValueError, match=r"run id '../a' is not usable"):
-        report.of_run(results, "../a", photos=1)
+        report.build_report(results, "../a", images=1)
 
 
 @pytest.mark.s3

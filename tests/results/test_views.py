@@ -85,7 +85,7 @@ def test_latest_is_the_newest_ok_row_of_each_uri_whatever_the_runs_are_called(pr
     unplanned = [image_row(f"s3://p/{name}", "zz") for name in "ae"]
     storage.write(
         RunLayout(results=prefix, run_id="zz").shard(0),
-        tables.to_parquet(unplanned, tables.IMAGES),
+        tables.rows_to_parquet(unplanned, tables.IMAGES),
     )
     assert ask(prefix, "SELECT uri, run_id, mask FROM latest ORDER BY uri") == [
         ("s3://p/a", "m-second", b"\x89PNG\x00"),

@@ -27,7 +27,7 @@ from pipeline.bulk.planning.plan import Plan
 from pipeline.data import storage
 from pipeline.data.labels import Classes
 from pipeline.results import files, tables
-from pipeline.results.layout import RunLayout, parts_of, shards_of
+from pipeline.results.layout import RunLayout, filter_parts, filter_shards
 from pipeline.runs.artifacts import read_artifact
 from pipeline.runs.ray_connection import RunStoppedError
 
@@ -105,13 +105,13 @@ class RunFinalizer:
 
     def __enter__(self) -> RunFinalizer:
         results = self._layout.results
-        shards = shards_of(storage.list_objects(self._layout.images))
+        shards = filter_shards(storage.list_objects(self._layout.images))
         with contextlib.ExitStack() as opened:
             folder = opened.enter_context(tempfile.TemporaryDirectory(prefix="deeplab-finish-"))
             database = os.path.join(folder, "images.duckdb")
             self._con = files.connect(results, memory_limit=_MEMORY_LIMIT, database=database)
             opened.callback(self._con.close)
-            files.gather(self._con, "images", _GATHERED, results, shards)
+            files.load_table(self._con, "images", _GATHERED, results, shards)
             self._opened = opened.pop_all()
         return self
 
@@ -166,7 +166,7 @@ class RunFinalizer:
 
     def _delete_others(self, folder: str, written: list[str]) -> None:
         """Deletes the parts in the folder that are none of those written."""
-        there = {item.uri for item in parts_of(storage.list_objects(folder))}
+        there = {item.uri for item in filter_parts(storage.list_objects(folder))}
         if others := sorted(there.difference(written)):
             self._check_unfinished()
             storage.delete(others, within=self._layout.results)
@@ -179,10 +179,10 @@ class RunFinalizer:
     def _check_classes(self) -> None:
         """Counts what a reader would find, by the files' footers."""
         [(wanted,)] = self._con.execute(_CLASS_ROWS).fetchall()
-        there = list(parts_of(storage.list_objects(self._layout.classes)))
+        there = list(filter_parts(storage.list_objects(self._layout.classes)))
         results = self._layout.results
-        with files.readable(results), files.connect(results, there) as con:
-            rows = files.select(con, tables.CLASSES, there)
+        with files.storage_errors(results), files.connect(results, there) as con:
+            rows = files.select_statement(con, tables.CLASSES, there)
             [(found,)] = con.execute(f"select count(*) from ({rows})").fetchall()
         if found != wanted:
             raise RunStoppedError(
@@ -217,12 +217,12 @@ class RunFinalizer:
             **facts,
         }
         schema = tables.with_footer(tables.RUNS, self._classes)
-        storage.write(self._layout.record, tables.to_parquet([row], schema))
+        storage.write(self._layout.record, tables.rows_to_parquet([row], schema))
 
     def _bytes_written(self) -> int:
         layout = self._layout
-        sizes = sum(item.size for item in shards_of(storage.list_objects(layout.images)))
+        sizes = sum(item.size for item in filter_shards(storage.list_objects(layout.images)))
         for folder in (layout.classes, layout.done_parts):
-            sizes += sum(item.size for item in parts_of(storage.list_objects(folder)))
+            sizes += sum(item.size for item in filter_parts(storage.list_objects(folder)))
         last = storage.stat_object(layout.done)
         return sizes + (last.size if last else 0)

@@ -146,7 +146,7 @@ class ImageIsolator:
         return True
 
     def _condemned(self, shard: int, photo: Listed, kind: str, message: str) -> bytes:
-        return tables.to_parquet([self._rows.error(shard, photo, kind, message)], self._schema)
+        return tables.rows_to_parquet([self._rows.error(shard, photo, kind, message)], self._schema)
 
 
 def _table(data: bytes) -> pa.Table:

@@ -70,7 +70,7 @@ class Inventory:
     def _rows(self, con: duckdb.DuckDBPyConnection) -> Iterator[tuple[Any, ...]]:
         """(uri, or bucket and key as one; etag; size; whether it is a current version)."""
         data = self._data
-        names = ", ".join(files.quoted(files.escaped(each.uri)) for each in data.objects)
+        names = ", ".join(files.quote(files.escape_glob(each.uri)) for each in data.objects)
         source = data.reader.format(f"[{names}]")
         try:
             described = con.execute(f"describe select * from {source}").fetchall()
@@ -112,7 +112,7 @@ class Inventory:
         try:
             # of s3:// every character of the key counts: it stays as it is
             uri = decode(name or "")
-            uri = uri if uri.startswith("s3://") else storage.normalise(uri)
+            uri = uri if uri.startswith("s3://") else storage.normalize(uri)
         except ValueError:
             return None
         return uri if uri.startswith(self._below) else None
@@ -164,7 +164,7 @@ def _data_of_manifest(manifest: dict[str, Any]) -> _Data:
     if kind != "csv":
         raise ValueError(f"the inventory is {manifest['fileFormat']}; take Parquet or CSV")
     names = [name.strip() for name in manifest["fileSchema"].split(",")]
-    columns = ", ".join(f"{files.quoted(name)}: 'VARCHAR'" for name in names)
+    columns = ", ".join(f"{files.quote(name)}: 'VARCHAR'" for name in names)
     options = f"{_CSV}, header = false, auto_detect = false, columns = {{{{{columns}}}}}"
     return _Data(objects=objects, reader=_csv(options), decode=unquote_plus)
 

@@ -19,7 +19,7 @@ from pipeline.bulk.settings import Settings
 from pipeline.data import storage
 from pipeline.data.pairs import stem
 from pipeline.results import files, tables
-from pipeline.results.layout import RunLayout, parts_of, run_of, shards_of
+from pipeline.results.layout import RunLayout, filter_parts, filter_shards, run_id_of
 
 MEMORY_LIMIT = "1GB"
 MAX_RUNS_TRIED = 3
@@ -151,7 +151,7 @@ class Listing:
         photos, results = storage.join(self._settings.images, ""), self._settings.results
         places = (storage.join(place, "") for place in (results, self._settings.labels) if place)
         inside = tuple(place for place in places if place != photos and place.startswith(photos))
-        return uri.startswith(inside) or run_of(results, uri) is not None
+        return uri.startswith(inside) or run_id_of(results, uri) is not None
 
     def _labels(self) -> Iterator[tuple[str, str, int, str]]:
         prefix = self._settings.labels
@@ -165,7 +165,7 @@ class Listing:
             for batch in _batches(rows):
                 columns = [list(column) for column in zip(*batch, strict=True)]
                 writer.write_table(pa.table(columns, schema=_SPOOLED))
-        self._con.execute(f"create view {name} as from read_parquet({files.quoted(str(path))})")
+        self._con.execute(f"create view {name} as from read_parquet({files.quote(str(path))})")
 
     def _check_inventory(self) -> None:
         """Raises ValueError where it says two things of one photo; said twice is said once."""
@@ -201,7 +201,9 @@ class Listing:
         """A query of what is listed, with --only-new without what is done."""
         if not self._settings.only_new:
             return "from listed"
-        files.gather(self._con, "seen", tables.DONE, self._settings.results, self._done_before())
+        files.load_table(
+            self._con, "seen", tables.DONE, self._settings.results, self._done_before()
+        )
         for name, query in (("done", _IS_DONE), ("done_otherwise", _IS_DONE_OTHERWISE)):
             self._con.execute(f"create table {name} as {query}", self._key)
         is_done = _SAME_PHOTO.format("listed", "done")
@@ -224,15 +226,15 @@ class Listing:
         keys = list(storage.list_objects(storage.join(results, "done")))
         last = {run: item for item in keys if (run := _run_that_ends_in(results, item.uri))}
         yield from last.values()
-        yield from (item for item in parts_of(keys) if run_of(results, item.uri) in last)
-        for shard in shards_of(storage.list_objects(storage.join(results, "images"))):
-            if run_of(results, shard.uri) not in last:
+        yield from (item for item in filter_parts(keys) if run_id_of(results, item.uri) in last)
+        for shard in filter_shards(storage.list_objects(storage.join(results, "images"))):
+            if run_id_of(results, shard.uri) not in last:
                 yield shard
 
 
 def _run_that_ends_in(results: str, uri: str) -> str | None:
     """The run whose last file of `done/` this is, None for other files."""
-    run = run_of(results, uri)
+    run = run_id_of(results, uri)
     return run if run and uri == RunLayout(results=results, run_id=run).done else None
 
 

@@ -90,9 +90,11 @@ class RowMaker:
             for c in map(int, np.flatnonzero(present))
         ]
 
-    def _scores(self, label: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8]) -> metrics.Counts:
-        return metrics.Counts.from_confusion(
-            metrics.confusion(
+    def _scores(
+        self, label: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8]
+    ) -> metrics.ClassCounts:
+        return metrics.ClassCounts.from_confusion(
+            metrics.confusion_matrix(
                 label,
                 mask,
                 num_classes=self.classes.num_classes,
@@ -101,7 +103,7 @@ class RowMaker:
         )
 
 
-def _score(scores: metrics.Counts | None, c: int) -> dict[str, Any]:
+def _score(scores: metrics.ClassCounts | None, c: int) -> dict[str, Any]:
     if scores is None:
         return {}
     tp, fp, fn = (int(counts[c]) for counts in (scores.tp, scores.fp, scores.fn))

@@ -114,7 +114,7 @@ class Segmenter:
         self._check_vanished(ordered)
         summary.errors.update(row["error_kind"] for row in ordered if row["status"] == "error")
         summary.label_errors = sum(row.get("label_error") is not None for row in ordered)
-        return tables.to_parquet(ordered, self._schema), summary
+        return tables.rows_to_parquet(ordered, self._schema), summary
 
     def _look(
         self,

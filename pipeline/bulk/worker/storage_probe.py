@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 
 from pipeline.data import storage
 from pipeline.data.storage import Object, StorageError
-from pipeline.results.layout import RunLayout, is_only_new_lease, run_of
+from pipeline.results.layout import RunLayout, is_only_new_lease, run_id_of
 
 _OTHERS = 3
 """Objects of the listing that are tried by who was given none yet."""
@@ -74,7 +74,7 @@ class Witness:
 
     def _is_ours(self, uri: str) -> bool:
         """Whether a run wrote it."""
-        return run_of(self._results, uri) is not None or is_only_new_lease(self._results, uri)
+        return run_id_of(self._results, uri) is not None or is_only_new_lease(self._results, uri)
 
     def _nothing_left(self) -> StorageError:
         return StorageError("vanished", f"nothing else lies below {self._place} any more")

@@ -36,7 +36,7 @@ __all__ = [
     "leftovers",
     "list_objects",
     "list_pages",
-    "normalise",
+    "normalize",
     "read",
     "relative",
     "stat_object",
@@ -54,7 +54,7 @@ def _backend(uri: str) -> ModuleType:
     return s3
 
 
-def normalise(uri: str) -> str:
+def normalize(uri: str) -> str:
     """The one spelling of `uri`: `s3://bucket/key`, or an absolute local path.
 
     Raises ValueError for a scheme that is not known, or an empty string.
@@ -151,4 +151,4 @@ def filesystem(uri: str) -> Any | None:
         return None
     from pipeline.data.storage import s3
 
-    return s3.for_libraries()
+    return s3.retrying_filesystem()

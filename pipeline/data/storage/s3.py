@@ -65,7 +65,7 @@ def filesystem() -> s3fs.S3FileSystem:
 
 
 @functools.cache
-def for_libraries() -> s3fs.S3FileSystem:
+def retrying_filesystem() -> s3fs.S3FileSystem:
     """A client that tries again by itself, for libraries that send their own requests."""
     return _client({"max_attempts": ATTEMPTS, "mode": "standard"})
 
@@ -91,7 +91,7 @@ def _date(text: Any) -> datetime:
         return date
 
 
-def split(uri: str) -> tuple[str, str]:
+def split_uri(uri: str) -> tuple[str, str]:
     """Bucket and key of `s3://bucket/key`; the key is taken as it stands."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not bucket:
@@ -104,7 +104,7 @@ def list_pages(prefix: str, between: tuple[str, str] | None) -> Iterator[list[Ob
 
     With `between`, those from its first URI to its last: S3 lists in the order of bytes.
     """
-    bucket, key = split(prefix)
+    bucket, key = split_uri(prefix)
     request = {
         "Bucket": bucket,
         "Prefix": f"{key.rstrip('/')}/" if key.rstrip("/") else "",
@@ -112,7 +112,7 @@ def list_pages(prefix: str, between: tuple[str, str] | None) -> Iterator[list[Ob
     }
     first, last = between or ("", "")
     if between:
-        request["StartAfter"] = split(first)[1][:-1]  # shorter by one, so `first` is after it
+        request["StartAfter"] = split_uri(first)[1][:-1]  # shorter by one, so `first` is after it
     while True:
         answer = _call(prefix, "list_objects_v2", request)
         page = [
@@ -128,7 +128,7 @@ def list_pages(prefix: str, between: tuple[str, str] | None) -> Iterator[list[Ob
 
 def stat_object(uri: str) -> Object | None:
     """The object at `uri`, None where there is none."""
-    bucket, key = split(uri)
+    bucket, key = split_uri(uri)
     try:
         answer = _call(uri, "head_object", {"Bucket": bucket, "Key": key})
     except StorageError as error:
@@ -140,7 +140,7 @@ def stat_object(uri: str) -> Object | None:
 
 def read(uri: str, etag: str | None) -> bytes:
     """All bytes of the object by one GET; with `etag`, only if it is still that one."""
-    bucket, key = split(uri)
+    bucket, key = split_uri(uri)
     request = {"Bucket": bucket, "Key": key}
     if etag is not None:
         request["IfMatch"] = f'"{etag}"'
@@ -160,7 +160,7 @@ def read(uri: str, etag: str | None) -> bytes:
 def create(uri: str, data: bytes) -> bool:
     """Puts the object unless it exists; whether it was put. The first one wins."""
     check_size(uri, data)
-    bucket, key = split(uri)
+    bucket, key = split_uri(uri)
     refused_on_attempt = -1
 
     async def put(client: Any, attempt: int) -> bool:
@@ -181,14 +181,14 @@ def create(uri: str, data: bytes) -> bool:
 
 def write(uri: str, data: bytes) -> None:
     """Puts the object over what was there, in one PUT."""
-    bucket, key = split(uri)
+    bucket, key = split_uri(uri)
     _call(uri, "put_object", {"Bucket": bucket, "Key": key, "Body": data})
 
 
 def delete(uris: list[str], within: str | None) -> None:
     """Deletes the objects; those that are gone already are fine. There are no folders."""
     for uri in uris:  # one by one: not every server has the bulk call
-        bucket, key = split(uri)
+        bucket, key = split_uri(uri)
         _call(uri, "delete_object", {"Bucket": bucket, "Key": key})
 
 
@@ -211,7 +211,7 @@ def _retry(uri: str, attempt: Callable[[Any, int], Awaitable[T]]) -> T:
     async def once(number: int) -> T:
         fs = filesystem()
         await fs.set_session()
-        client = await fs.get_s3(split(uri)[0])
+        client = await fs.get_s3(split_uri(uri)[0])
         return await attempt(client, number)
 
     async def attempts() -> T:
@@ -271,7 +271,7 @@ def _translate(uri: str, error: Exception) -> StorageError:
         kind: ErrorKind = "timeout" if "Timeout" in type(error).__name__ else "access"
         return StorageError(kind, f"{uri}: {_line(error)}")
     code = error.response.get("Error", {}).get("Code", "")
-    bucket, _ = split(uri)
+    bucket, _ = split_uri(uri)
     if code == "NoSuchBucket":
         return StorageError("access", f"{uri}: bucket {bucket} does not exist")
     if _status(error) == 404:

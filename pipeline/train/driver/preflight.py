@@ -17,7 +17,13 @@ import torch
 from pipeline.data import labels, storage
 from pipeline.data.datasets import Split, open_split
 from pipeline.data.samples import Read
-from pipeline.data.survey import Survey, check_repeated, median_frequency_weights, repeated, survey
+from pipeline.data.survey import (
+    Survey,
+    check_repeat_classes,
+    median_frequency_weights,
+    repeat_positions,
+    survey_split,
+)
 from pipeline.model import devices, weights
 from pipeline.model.deeplab import DeepLabV3
 from pipeline.runs import ray_connection
@@ -84,7 +90,7 @@ def inspect_data(settings: TrainingSettings, say: Log) -> DataReport:
     _check_gpus(settings, say)
     data = settings.experiment.data
     try:
-        classes = labels.by_name(data.classes)
+        classes = labels.get_classes(data.classes)
     except TypeError as error:
         raise ValueError(f"--classes: {error}") from None
     wanted = settings.experiment.model.num_classes
@@ -93,7 +99,7 @@ def inspect_data(settings: TrainingSettings, say: Log) -> DataReport:
             f"--classes {data.classes} are {classes.num_classes}, but the network has {wanted}: "
             f"give --num-classes {classes.num_classes}"
         )
-    check_repeated(classes, data.repeat_classes)  # not after a look at a million labels
+    check_repeat_classes(classes, data.repeat_classes)  # not after a look at a million labels
     train, val = (
         open_split(settings.data, split, layout=data.layout, classes=classes)
         for split in (data.train_split, data.val_split)
@@ -106,7 +112,7 @@ def inspect_data(settings: TrainingSettings, say: Log) -> DataReport:
     found_val = _surveyed(settings, val, checkpoints.SURVEY_VAL, read, say)
     _check_labelled(found_val, val)
     found = _surveyed(settings, train, checkpoints.SURVEY, read, say)
-    chosen = repeated(found, classes, data.repeat_classes, data.repeats)
+    chosen = repeat_positions(found, classes, data.repeat_classes, data.repeats)
     balanced = settings.experiment.optimizer.class_weights == "median_frequency"
     known |= run_identity.of_contents(found, found_val)
     run_identity.check_same(settings.out, known)
@@ -211,7 +217,7 @@ def _surveyed(settings: TrainingSettings, split: Split, name: str, read: Read, s
     if not settings.dry_run:
         _check_writable(settings.out)
     say(f"looking at the labels of {len(split)} photos of {split.name}")
-    return survey(split, read, progress=_Progress(split, say))
+    return survey_split(split, read, progress=_Progress(split, say))
 
 
 def _check_writable(out: str) -> None:

@@ -45,9 +45,9 @@ def of_contents(train: Survey, val: Survey) -> Identity:
     held = json.dumps(counts, separators=(",", ":"))
     return {
         "labels": hashlib.sha256(held.encode()).hexdigest()[:16],
-        "train_photos": train.photos_sha256[:16],
+        "train_photos": train.images_sha256[:16],
         "train_labels": train.labels_sha256[:16],
-        "val_photos": val.photos_sha256[:16],
+        "val_photos": val.images_sha256[:16],
         "val_labels": val.labels_sha256[:16],
     }
 

@@ -35,7 +35,7 @@ def test_classes_equal_a_plain_sort(finish_of: Made, prefix: str) -> None:
     table = table_of(part)
     assert tuples_of(table) == sorted_classes(rows)
     assert table.schema.equals(tables.CLASSES, check_metadata=False)
-    assert tables.classes_of(table.schema.metadata) == VOC
+    assert tables.classes_from_footer(table.schema.metadata) == VOC
 
 
 def test_many_classes_become_several_parts_each_readable_and_sorted_over_all(

@@ -39,7 +39,7 @@ def segmented(
             if words := deaths.get(photo.uri):
                 raise words.pop(0)
             row = rows.error(0, photo, "empty", "as good as any row")
-            return tables.to_parquet([row], tables.with_footer(tables.IMAGES, VOC))
+            return tables.rows_to_parquet([row], tables.with_footer(tables.IMAGES, VOC))
 
         monkeypatch.setattr(ray, "get", answer)
         stage = ImageIsolator(work, Pool(min_actors=1, max_actors=1, cpus=1, gpus=0), rows)

@@ -37,9 +37,9 @@ def _row(photo: Listed, run: str, **values: Any) -> Row:
 def _finished(results: str, run: str, rows: list[Row]) -> None:
     layout = RunLayout(results=results, run_id=run)
     done = [{name: row.get(name) for name in tables.DONE.names} for row in rows]
-    storage.write(layout.done, tables.to_parquet(done, tables.DONE))
+    storage.write(layout.done, tables.rows_to_parquet(done, tables.DONE))
     # its shards are there too, and must not count twice
-    storage.write(layout.shard(0), tables.to_parquet(rows, tables.IMAGES))
+    storage.write(layout.shard(0), tables.rows_to_parquet(rows, tables.IMAGES))
 
 
 def _finished_in_parts(results: str, run: str, rows: list[Row]) -> None:
@@ -47,9 +47,9 @@ def _finished_in_parts(results: str, run: str, rows: list[Row]) -> None:
     layout = RunLayout(results=results, run_id=run)
     *before, last = [{name: row.get(name) for name in tables.DONE.names} for row in rows]
     for number, row in enumerate(before):
-        storage.write(layout.done_part(number), tables.to_parquet([row], tables.DONE))
-    storage.write(layout.done, tables.to_parquet([last], tables.DONE))
-    storage.write(layout.shard(0), tables.to_parquet(rows, tables.IMAGES))
+        storage.write(layout.done_part(number), tables.rows_to_parquet([row], tables.DONE))
+    storage.write(layout.done, tables.rows_to_parquet([last], tables.DONE))
+    storage.write(layout.shard(0), tables.rows_to_parquet(rows, tables.IMAGES))
 
 
 def _killed_while_it_wrote_done(results: str, run: str, rows: list[Row]) -> None:
@@ -61,7 +61,7 @@ def _killed_while_it_wrote_done(results: str, run: str, rows: list[Row]) -> None
 def _unfinished(results: str, run: str, rows: list[Row]) -> None:
     layout = RunLayout(results=results, run_id=run)
     for number, row in enumerate(rows):
-        storage.write(layout.shard(number), tables.to_parquet([row], tables.IMAGES))
+        storage.write(layout.shard(number), tables.rows_to_parquet([row], tables.IMAGES))
 
 
 def _new(settings: Settings) -> tuple[list[Listed], int]:
@@ -112,7 +112,7 @@ def test_parts_of_done_without_the_last_one_are_not_believed(
     _killed_while_it_wrote_done(settings.results, "a", rows)
     # the shards are what counts: here they tell less than the parts
     shard = RunLayout(results=settings.results, run_id="a").shard(0)
-    storage.write(shard, tables.to_parquet(rows[:1], tables.IMAGES))
+    storage.write(shard, tables.rows_to_parquet(rows[:1], tables.IMAGES))
     assert _names(_new(settings)[0]) == ["01", "02", "03"]
 
 

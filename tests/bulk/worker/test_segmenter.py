@@ -179,7 +179,7 @@ def test_a_shards_file_has_the_tables_schema_with_its_footer_and_stays_once_it_i
         assert data == segmenter.rows_of(5, photos)[0]
         schema = pq.read_schema(pa.BufferReader(data))
         assert schema.equals(tables.IMAGES, check_metadata=False)
-        assert tables.classes_of(schema.metadata) == VOC
+        assert tables.classes_from_footer(schema.metadata) == VOC
         assert schema.metadata[b"schema_version"] == b"1"
         storage.write(work.layout.shard(6), b"another driver's")
         assert not segmenter.segment(6, photos).committed

@@ -168,7 +168,7 @@ def test_every_network_can_be_built_and_evaluated_at_its_figures_strides():
 @pytest.mark.parametrize("name", RECIPES)
 def test_classes_are_those_of_the_data_set_and_repeated_ones_exist(name):
     experiment = RECIPES[name].experiment
-    classes = labels.by_name(experiment.data.classes)
+    classes = labels.get_classes(experiment.data.classes)
     assert experiment.model.num_classes == len(classes.names)
     assert set(experiment.data.repeat_classes) <= set(classes.names)
 
