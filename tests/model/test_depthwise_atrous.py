@@ -31,12 +31,12 @@ def test_phases_agree_with_conv2d_with_dilation(rate: int, size: tuple[int, int]
 
 
 def test_a_convolution_takes_phases_in_training_alone() -> None:
-    x = torch.randn(1, 4, 6, 6).contiguous(memory_format=torch.channels_last)
-    layer = Convolution(4, 4, 3, rate=2, groups=4)
+    x = torch.randn(1, 4, 6, 6, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    layer = Convolution(4, 4, 3, rate=2, groups=4).double()
     taken = depthwise_atrous.is_cheaper(x, layer.weight, stride=1, rate=2)
     with torch.inference_mode():
         kept = depthwise_atrous.is_cheaper(x, layer.weight, stride=1, rate=2)
     assert (taken, kept) == (True, False)
-    torch.testing.assert_close(layer(x), layer(x.contiguous()), rtol=0, atol=1e-6)
+    torch.testing.assert_close(layer(x), layer(x.contiguous()), rtol=0, atol=1e-12)
     assert not depthwise_atrous.is_cheaper(x, layer.weight, stride=1, rate=1)
     assert not depthwise_atrous.is_cheaper(x, torch.randn(4, 4, 3, 3), stride=1, rate=2)

@@ -141,8 +141,8 @@ def test_a_cascade_ends_in_a_1x1_convolution_of_its_last_block(blocks, randomise
     config = ModelConfig(
         **PLAIN, head="cascade", blocks=blocks, atrous_rates=(), image_pooling=False
     )
-    model = randomise(DeepLabV3(config))
-    images = noise(1, 3, 33, 50).float()
+    model = randomise(DeepLabV3(config)).double()
+    images = noise(1, 3, 33, 50)
     with torch.inference_mode():
         final = model.backbone(images).final
         last = model.classifier[1]

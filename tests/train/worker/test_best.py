@@ -30,9 +30,10 @@ def test_the_network_that_ships_is_the_average_and_the_best_is_that_of_the_best_
     for key, value in model.state_dict().items():
         assert torch.equal(value, last.tensors[f"average.module.{key}"])
     best, _ = weights.load(str(undisturbed / "best.safetensors"))
+    best = best.to(memory_format=torch.channels_last)  # as the loop keeps it: rounding differs
     val = tiny.task(root, undisturbed, tiny.experiment()).val
     found = evaluate(best, val, read=storage.read).miou
-    assert found == pytest.approx(max(scores.values()), abs=2e-3)  # in another memory format
+    assert found == pytest.approx(max(scores.values()), abs=1e-12)
 
 
 def test_the_best_is_kept_where_later_scores_are_lower(
