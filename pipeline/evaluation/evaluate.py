@@ -1,16 +1,14 @@
-"""A network's score on photos with labels: confusion counts, exact however they are shared out.
+"""Evaluation of a network on images with labels: confusion counts that add up exactly.
 
-Enters: a network, a split, and which of its photos to look at. Leaves: counts that add, so that
-the sum over any shares is the count of the split. Each photo is looked at in its own size by
-`predict.segment`, as a bulk run does, so that both give the same IoU. The network comes back as
-it was, in training or not, whatever happens on the way.
+The sum over any partition of a split is the count of the split, however the images are distributed
+over workers. Each image is segmented in its own size by `predict.segment`, as in a bulk run, so
+that both give the same IoU.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
@@ -20,74 +18,76 @@ from pipeline import metrics
 from pipeline.data import samples
 from pipeline.data.datasets import Split
 from pipeline.data.images import Pixels
+from pipeline.data.prefetch import prefetch
 from pipeline.data.samples import Read
 from pipeline.evaluation.score import Score
-from pipeline.metrics import ClassCounts, Int64Array
+from pipeline.metrics import Counts, Int64s
 from pipeline.model import predict
 from pipeline.model.deeplab import DeepLabV3
 
-OnImage = Callable[[int, Int64Array], None]
+OnImage = Callable[[int, Int64s], None]
+"""Called with the index and the confusion (k, k) of an image."""
 
-_PHOTOS_AHEAD = 4  # fetched or decoded while one is in the network
-_FETCHERS = 8  # a photo and its label each
+_AHEAD = 8  # images fetched or decoded while one is in the network
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluation:
-    """Pixels of class i (row) that the network called class j: (k, k) int64, over `images` photos.
+    """A confusion matrix over `images` images: (k, k) int64, label in rows, mask in columns.
 
-    Evaluations add: the sum over shares is that of all photos.
+    Evaluations add: the sum over the parts of a split is the evaluation of the split.
     """
 
-    confusion: Int64Array
+    confusion: Int64s
     images: int
 
     @classmethod
     def zeros(cls, num_classes: int) -> Evaluation:
-        """No photo yet: the start of a sum."""
+        """Return the evaluation of no image: the start of a sum."""
         return cls(confusion=np.zeros((num_classes, num_classes), dtype=np.int64), images=0)
 
     def __add__(self, other: Evaluation) -> Evaluation:
         if self.confusion.shape != other.confusion.shape:
             mine, theirs = len(self.confusion), len(other.confusion)
-            raise ValueError(f"evaluations of {mine} and {theirs} classes do not add")
+            raise ValueError(f"cannot add evaluations of {mine} and {theirs} classes")
         confusion = self.confusion + other.confusion
         return Evaluation(confusion=confusion, images=self.images + other.images)
 
     @property
-    def counts(self) -> ClassCounts:
-        """Pixels found, wrongly called and missed of each class."""
-        return ClassCounts.from_confusion(self.confusion)
+    def counts(self) -> Counts:
+        """True positives, false positives and false negatives of each class, in pixels."""
+        return Counts.from_confusion(self.confusion)
 
     @property
     def miou(self) -> float | None:
-        """The mean over the classes that have an IoU; None where no pixel is labelled."""
+        """The mean over the classes that have an IoU; None if no pixel is labeled."""
         return self.counts.mean_iou()
 
     @property
     def pixel_accuracy(self) -> float | None:
-        """The share of labelled pixels called right; None where no pixel is labelled."""
+        """The fraction of labeled pixels that is correct; None if no pixel is labeled."""
         return metrics.pixel_accuracy(self.confusion)
 
     def score(self, *, step: int, time: float) -> Score:
-        """The entry of a history. Raises ValueError where no pixel is labelled."""
+        """Return the entry for a history. Raises ValueError if no pixel is labeled."""
         miou, pixel_accuracy = self.miou, self.pixel_accuracy
         if miou is None or pixel_accuracy is None:
             raise ValueError(
-                f"no pixel of the {self.images} photos is labelled, so there is no score; are the "
-                "split and ignore_index the right ones?"
+                f"no pixel of the {self.images} images is labeled, so there is no score; check "
+                "the split and the classes' ignore_index"
             )
         ious = self.counts.iou()
         return Score(step=step, time=time, miou=miou, pixel_accuracy=pixel_accuracy, ious=ious)
 
 
 def worker_indices(n: int, rank: int, world: int) -> range:
-    """The photos of 0 to n - 1 that worker `rank` of `world` looks at: every one is in one share.
+    """Return the indices, out of 0 to n - 1, that worker `rank` of `world` evaluates.
 
-    A share may be empty. Raises ValueError where there is no such worker.
+    Each index belongs to one worker; a worker may have none. Raises ValueError if `rank` is not
+    one of 0 to world - 1.
     """
     if not 0 <= rank < world:
-        raise ValueError(f"rank is {rank}; it must be at least 0 and under world, {world}")
+        raise ValueError(f"rank {rank}: must be at least 0 and less than world, {world}")
     return range(rank, n, world)
 
 
@@ -103,13 +103,15 @@ def evaluate(
     window: predict.Window = predict.DEFAULT_WINDOW,
     on_image: OnImage | None = None,
 ) -> Evaluation:
-    """What the network makes of the photos `indices` (all by default) of the split.
+    """Evaluate `model` on the images `indices` (all by default) of the split.
 
-    `read` gives the bytes at a URI, from several threads at once. `output_stride` holds for this
-    call; the model's own by default. `tell` hears each photo's index and confusion (k, k), in
-    order. Raises SampleError on a photo or label that cannot be read, since a score over fewer
-    photos is no score; StorageError as `read` does; ValueError where model and split have other
-    numbers of classes, or an argument does not fit.
+    `read` returns the bytes at a URI and is called from several threads. `output_stride` (the
+    model's own by default) applies to this call only; the model is left as it was, including its
+    training mode. `on_image` is called after each image, in order.
+
+    Raises SampleError if an image or label cannot be read, since a score over fewer images would
+    not be comparable; ValueError if model and split have different numbers of classes, or another
+    argument is invalid.
     """
     num_classes = split.classes.num_classes
     if model.config.num_classes != num_classes:
@@ -119,13 +121,12 @@ def evaluate(
         )
     chosen = range(len(split.pairs)) if indices is None else indices
     total = Evaluation.zeros(num_classes)
-    loaded = _ahead(split, list(chosen), read)
-    with _looking(model, output_stride), closing(loaded):
+    with _eval_mode(model, output_stride), closing(_load_ahead(split, chosen, read)) as loaded:
         for index, image, label in loaded:
             masks, _ = predict.segment(
                 model, image[np.newaxis], scales=scales, flip=flip, window=window
             )
-            confusion = metrics.confusion_matrix(
+            confusion = metrics.confusion(
                 label,
                 masks[0].numpy(),
                 num_classes=num_classes,
@@ -138,10 +139,11 @@ def evaluate(
 
 
 @contextmanager
-def _looking(model: DeepLabV3, output_stride: int | None) -> Iterator[None]:
-    """The model in eval mode, at `output_stride`; as it was afterwards, layer by layer.
+def _eval_mode(model: DeepLabV3, output_stride: int | None) -> Iterator[None]:
+    """Switch the model to eval mode at `output_stride`, and restore it layer by layer.
 
-    Frozen batch normalisation is in eval mode within a model that is not: train() would lose it.
+    Restoring with train() would unfreeze batch normalization that is in eval mode within a model
+    in training mode.
     """
     modes = [(module, module.training) for module in model.modules()]
     before = model.config.output_stride
@@ -157,33 +159,16 @@ def _looking(model: DeepLabV3, output_stride: int | None) -> Iterator[None]:
             model.set_output_stride(before)
 
 
-def _ahead(
-    split: Split, indices: Sequence[int], read: Read
+def _load_ahead(
+    split: Split, indices: Iterable[int], read: Read
 ) -> Generator[tuple[int, Pixels, Pixels], None, None]:
-    """(index, image, label) in order, made while the one before is in use.
+    """Yield (index, image, label) in order, loaded while the one before is in use."""
+    decoding = threading.Lock()  # a process decodes one image at a time: see `images.guard`
 
-    Objects are fetched by many threads and decoded by one: see `images.guard`. No thread is left
-    when it is closed.
-    """
-    fetchers = ThreadPoolExecutor(_FETCHERS, "fetch")
-    decoder = ThreadPoolExecutor(1, "decode")
-    waiting: deque[tuple[int, Future[tuple[Pixels, Pixels]]]] = deque()
-
-    def start(index: int) -> None:
+    def load(index: int) -> tuple[int, Pixels, Pixels]:
         pair = split.pairs[index]
-        fetched = {uri: fetchers.submit(read, uri) for uri in (pair.image, pair.label)}
-        loading = decoder.submit(samples.load, pair, split, lambda uri: fetched[uri].result())
-        waiting.append((index, loading))
+        fetched = {uri: samples.fetch(uri, read) for uri in (pair.image, pair.label)}
+        with decoding:
+            return index, *samples.load(pair, split, fetched.__getitem__)
 
-    try:
-        for index in indices:
-            start(index)
-            if len(waiting) > _PHOTOS_AHEAD:
-                first, loading = waiting.popleft()
-                yield first, *loading.result()
-        while waiting:
-            first, loading = waiting.popleft()
-            yield first, *loading.result()
-    finally:
-        decoder.shutdown(cancel_futures=True)
-        fetchers.shutdown(cancel_futures=True)
+    return prefetch(indices, load, threads=_AHEAD, ahead=_AHEAD)
