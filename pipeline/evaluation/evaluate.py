@@ -21,11 +21,11 @@ from pipeline.data.images import Pixels
 from pipeline.data.prefetch import prefetch
 from pipeline.data.samples import Read
 from pipeline.evaluation.score import Score
-from pipeline.metrics import Counts, Int64s
+from pipeline.metrics import ClassCounts, Int64Array
 from pipeline.model import predict
 from pipeline.model.deeplab import DeepLabV3
 
-OnImage = Callable[[int, Int64s], None]
+OnImage = Callable[[int, Int64Array], None]
 """Called with the index and the confusion (k, k) of an image."""
 
 _AHEAD = 8  # images fetched or decoded while one is in the network
@@ -38,7 +38,7 @@ class Evaluation:
     Evaluations add: the sum over the parts of a split is the evaluation of the split.
     """
 
-    confusion: Int64s
+    confusion: Int64Array
     images: int
 
     @classmethod
@@ -54,9 +54,9 @@ class Evaluation:
         return Evaluation(confusion=confusion, images=self.images + other.images)
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> ClassCounts:
         """True positives, false positives and false negatives of each class, in pixels."""
-        return Counts.from_confusion(self.confusion)
+        return ClassCounts.from_confusion(self.confusion)
 
     @property
     def miou(self) -> float | None:
@@ -126,7 +126,7 @@ def evaluate(
             masks, _ = predict.segment(
                 model, image[np.newaxis], scales=scales, flip=flip, window=window
             )
-            confusion = metrics.confusion(
+            confusion = metrics.confusion_matrix(
                 label,
                 masks[0].numpy(),
                 num_classes=num_classes,

@@ -1,8 +1,6 @@
-"""One process that evaluates: a checkpoint, loaded once, that looks at photos in several ways.
+"""An evaluator: one process that loads a checkpoint once and evaluates it in several ways.
 
-A plain class without Ray: what `spread` runs on many machines, and what one process calls itself.
-Enters: which photos, and how to look at them. Leaves: an evaluation, and the counts of each photo,
-from which an interval is drawn.
+A plain class without Ray: `ray_pool` runs it in actors, a single process calls it directly.
 """
 
 from __future__ import annotations
@@ -22,17 +20,18 @@ from pipeline.model import optimize, weights
 from pipeline.model.config import MAX_SCALE
 
 OnProgress = Callable[[int], None]
+"""Called with the number of images evaluated since the last call."""
 
 
 class WorkersError(RuntimeError):
-    """The processes that look cannot go on; the message is one line."""
+    """The evaluator processes cannot continue; the message is one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """How photos are looked at: averaged over `scales` and mirrored copies, at `output_stride`.
+    """How images are evaluated: scales to average over, flips, and the output stride.
 
-    None is the checkpoint's own stride. Raises ValueError on scales that no photo can have.
+    An `output_stride` of None is the checkpoint's own. Raises ValueError on an invalid scale.
     """
 
     scales: tuple[float, ...] = (1.0,)
@@ -41,17 +40,17 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         if not self.scales or not all(0 < each <= MAX_SCALE for each in self.scales):
-            given = " ".join(f"{each:g}" for each in self.scales) or "none"
+            given = " ".join(f"{each:g}" for each in self.scales) or "without a value"
             raise ValueError(
-                f"scales are {given}; give one or more over 0 and at most {MAX_SCALE:g}"
+                f"--scales {given}: give one or more, each over 0 and at most {MAX_SCALE:g}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatorSpec:
-    """What every process of an evaluation shares.
+    """What every process of an evaluation is given.
 
-    `digest` is what `digest_of` says of the checkpoint; `cpus` are torch's threads.
+    `digest` is the checkpoint's, by `digest_of`; `cpus` is the number of torch's threads.
     """
 
     checkpoint: str
@@ -63,7 +62,7 @@ class EvaluatorSpec:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EvalResult:
-    """An evaluation, and tp, fp and fn (3, k) int64 of each photo, by its index in the split."""
+    """An evaluation, and tp, fp and fn (3, k) int64 of each image, by its index in the split."""
 
     evaluation: Evaluation
     per_image: dict[int, Int64Array]
@@ -76,49 +75,50 @@ class EvalResult:
 
 
 class Evaluator:
-    """The checkpoint, ready. Raises ValueError where it was replaced or is none, StorageError."""
+    """The checkpoint, loaded and optimized for inference.
 
-    def __init__(self, work: EvaluatorSpec) -> None:
-        data = weights.read(work.checkpoint)
-        if digest_of(data) != work.digest:
-            raise ValueError(f"{work.checkpoint} was replaced meanwhile; evaluate it again")
-        torch.set_num_threads(work.cpus)
-        model, _ = weights.load(work.checkpoint, data=data)
-        # as a bulk run does it, so that both compute the same
-        self._model = optimize.prepare(model, "cuda" if work.gpu else "cpu")
-        self._split = work.split
+    Raises ValueError if the file was replaced or is not a checkpoint, StorageError if it cannot be
+    read.
+    """
+
+    def __init__(self, spec: EvaluatorSpec) -> None:
+        data = weights.read(spec.checkpoint)
+        if digest_of(data) != spec.digest:
+            raise ValueError(f"{spec.checkpoint} was replaced during the evaluation; run it again")
+        torch.set_num_threads(spec.cpus)
+        model, _ = weights.load(spec.checkpoint, data=data)
+        # as in a bulk run, so that both compute the same
+        self._model = optimize.prepare(model, "cuda" if spec.gpu else "cpu")
+        self._split = spec.split
 
     def evaluate(
-        self, how: EvalConfig, indices: Sequence[int], tell: OnProgress | None = None
+        self, config: EvalConfig, indices: Sequence[int], on_progress: OnProgress | None = None
     ) -> EvalResult:
-        """What the checkpoint makes of these photos of the split; `tell` hears of each: 1.
-
-        Raises as `evaluate` does.
-        """
+        """Evaluate the checkpoint on these images of the split. Raises as `evaluate` does."""
         per_image: dict[int, Int64Array] = {}
 
-        def note(index: int, confusion: Int64Array) -> None:
+        def on_image(index: int, confusion: Int64Array) -> None:
             per_image[index] = image_counts(confusion)
-            if tell is not None:
-                tell(1)
+            if on_progress is not None:
+                on_progress(1)
 
         evaluation = evaluate(
             self._model,
             self._split,
             read=self._read,
             indices=indices,
-            scales=how.scales,
-            flip=how.flip,
-            output_stride=how.output_stride,
-            on_image=note,
+            scales=config.scales,
+            flip=config.flip,
+            output_stride=config.output_stride,
+            on_image=on_image,
         )
         return EvalResult(evaluation=evaluation, per_image=per_image)
 
     def _read(self, uri: str) -> bytes:
-        """The object as it was when the split was opened."""
+        """Return the object as it was when the split was opened."""
         return storage.read(uri, self._split.objects[uri].etag)
 
 
 def digest_of(data: bytes) -> str:
-    """The checkpoint's sha256, as hexadecimal digits."""
+    """Return the sha256 of a checkpoint, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()

@@ -1,8 +1,8 @@
-"""An evaluation spread over Ray's actors: every photo once, whoever looks at it.
+"""An evaluation distributed over Ray actors, each image exactly once.
 
-Enters: what a `Looker` takes. Leaves: the sum of what the lookers saw. Photos go out in small
-parts to whoever is free, so that a slow machine holds up nobody; a part counts when it is back, so
-an actor that dies and starts again changes no count.
+Images are assigned in small parts to idle actors, so that a slow machine does not hold up the
+others; a part is counted when its result is back, so an actor that crashes and restarts does not
+change the counts.
 """
 
 from __future__ import annotations
@@ -27,54 +27,54 @@ from pipeline.evaluation.evaluator import (
 from pipeline.runs import ray_connection
 from pipeline.runs.ray_connection import RunStoppedError
 
-_PART_PHOTOS = 8
-_DEATHS = 3  # of one actor, before the evaluation ends
+_PART_IMAGES = 8
+_MAX_CRASHES = 3  # of one actor, before the evaluation fails
 
 
 class EvaluatorActor:
-    """The actor. What is expected to go wrong is a value; what is raised is a bug."""
+    """The actor. Expected errors are returned; an exception is a bug."""
 
     def __init__(self) -> None:
-        self._looker: Evaluator | None = None
+        self._evaluator: Evaluator | None = None
 
     def ready(self) -> None:
-        """Comes back when the actor lives."""
+        """Return once the actor has started."""
 
     def evaluate(
-        self, work: EvaluatorSpec, how: EvalConfig, part: Sequence[int]
+        self, spec: EvaluatorSpec, config: EvalConfig, part: Sequence[int]
     ) -> EvalResult | SampleError | str:
-        """What is seen of a part of the photos, or why it is not."""
+        """Return the result on a part of the images, or the error."""
         try:
-            if self._looker is None:
-                self._looker = Evaluator(work)
-            return self._looker.evaluate(how, part)
+            if self._evaluator is None:
+                self._evaluator = Evaluator(spec)
+            return self._evaluator.evaluate(config, part)
         except SampleError as error:
             return error
         except (OSError, ValueError) as error:
-            return f"a worker cannot go on: {error}"
+            return f"a worker failed: {error}"
 
 
 class DistributedEvaluator:
-    """So many actors with the checkpoint, for as many evaluations as it is entered for.
+    """`workers` actors with the checkpoint, for any number of evaluations within a `with` block.
 
-    Raises WorkersError where Ray does not answer.
+    Raises WorkersError if Ray does not respond.
     """
 
-    def __init__(self, work: EvaluatorSpec, *, workers: int, gpus: float = 0.0) -> None:
+    def __init__(self, spec: EvaluatorSpec, *, workers: int, gpus: float = 0.0) -> None:
         try:
-            ray_connection.connect(workers=workers, cpus=work.cpus, gpus=gpus)
+            ray_connection.connect(workers=workers, cpus=spec.cpus, gpus=gpus)
         except RunStoppedError as error:
             raise WorkersError(str(error)) from error
-        self._work = work
-        stage: Any = ray.remote(EvaluatorActor)
-        options = stage.options(
-            num_cpus=work.cpus,
+        self._spec = spec
+        actor: Any = ray.remote(EvaluatorActor)
+        options = actor.options(
+            num_cpus=spec.cpus,
             num_gpus=gpus,
-            max_restarts=_DEATHS - 1,
-            max_task_retries=_DEATHS - 1,
+            max_restarts=_MAX_CRASHES - 1,
+            max_task_retries=_MAX_CRASHES - 1,
         )
-        # with each call, not in the constructor: an actor that starts again may not find it there
-        self._shared = ray.put(work)
+        # passed with each call: a restarted actor may not find a constructor's argument any more
+        self._spec_ref = ray.put(spec)
         self.actors = [options.remote() for _ in range(workers)]
 
     def __enter__(self) -> DistributedEvaluator:
@@ -85,41 +85,40 @@ class DistributedEvaluator:
             ray.kill(actor)
 
     def evaluate(
-        self, how: EvalConfig, indices: Sequence[int], tell: OnProgress | None = None
+        self, config: EvalConfig, indices: Sequence[int], on_progress: OnProgress | None = None
     ) -> EvalResult:
-        """As `Looker.look`; `tell` hears how many photos came back. Raises WorkersError too."""
+        """Do what `Evaluator.evaluate` does. Raises WorkersError if a worker keeps crashing."""
         parts = deque(
-            indices[start : start + _PART_PHOTOS] for start in range(0, len(indices), _PART_PHOTOS)
+            indices[start : start + _PART_IMAGES] for start in range(0, len(indices), _PART_IMAGES)
         )
-        total = EvalResult(
-            evaluation=Evaluation.zeros(self._work.split.classes.num_classes), per_image={}
-        )
-        # parts go to actors that live: one that finds no place in the cluster keeps none waiting
+        num_classes = self._spec.split.classes.num_classes
+        total = EvalResult(evaluation=Evaluation.zeros(num_classes), per_image={})
+        # only actors that have started get parts: one that is not scheduled holds up none
         waiting: dict[Any, tuple[Any, Sequence[int]]] = {
             actor.ready.remote(): (actor, ()) for actor in self.actors
         }
         while total.evaluation.images < len(indices):
             [first], _ = ray.wait(list(waiting), num_returns=1)
             actor, part = waiting.pop(first)
-            seen = self._came_back(first, part)
-            if seen is not None:
-                total += seen
-                if tell is not None:
-                    tell(seen.evaluation.images)
+            found = self._result(first, part)
+            if found is not None:
+                total += found
+                if on_progress is not None:
+                    on_progress(found.evaluation.images)
             if parts:
                 part = parts.popleft()
-                waiting[actor.evaluate.remote(self._shared, how, part)] = (actor, part)
+                waiting[actor.evaluate.remote(self._spec_ref, config, part)] = (actor, part)
         return total
 
-    def _came_back(self, reference: Any, part: Sequence[int]) -> EvalResult | None:
+    def _result(self, reference: Any, part: Sequence[int]) -> EvalResult | None:
         try:
             found: EvalResult | SampleError | str | None = ray.get(reference)
         except RayActorError as error:
-            names = [self._work.split.pairs[index].image for index in part]
+            names = [self._spec.split.pairs[index].image for index in part]
             last = f", last on a part that begins with {names[0]}" if names else ""
             raise WorkersError(
-                f"a worker died {_DEATHS} times{last}; fewer workers, or smaller scales, need "
-                "less memory"
+                f"a worker crashed {_MAX_CRASHES} times{last}; if memory is short, give fewer "
+                "workers or smaller scales"
             ) from error
         if isinstance(found, SampleError):
             raise found

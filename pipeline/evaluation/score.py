@@ -1,4 +1,4 @@
-"""The score of a network on val after a number of training steps."""
+"""The score of a network on the validation split after a number of training steps."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Score:
-    """What the weights after `step` steps score on val, each 0 to 1.
+    """The validation metrics of the weights after `step` steps, each 0 to 1.
 
-    `ious` has one value a class, None where neither label nor mask holds it; `time` is seconds
-    since the epoch.
+    `ious` has one value per class, None if neither label nor mask contains the class; `time` is in
+    seconds since the epoch.
     """
 
     step: int

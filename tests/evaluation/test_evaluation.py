@@ -1,4 +1,4 @@
-"""Evaluation, against a plain forward pass and counting pixels one by one."""
+"""Evaluation, compared with a plain forward pass and a loop over pixels."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ CONFIG = ModelConfig(
     atrous_rates=(2,),
     image_pooling=False,
 )
-PHOTOS = 7
+IMAGES = 7
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small photos of odd sizes, with labels that have pixels to ignore."""
+    """Small images of odd sizes, whose labels have pixels to ignore."""
     root = tmp_path_factory.mktemp("set")
     generator = np.random.default_rng(0)
     for name in ("images", "labels"):
         (root / "val" / name).mkdir(parents=True)
-    for i in range(PHOTOS):
+    for i in range(IMAGES):
         size = (17 + 2 * (i % 3), 23 + i % 5)
         pixels = generator.integers(0, 256, size=(*size, 3), dtype=np.uint8)
         label = generator.choice(np.array([0, 0, 1, 2, 255], dtype=np.uint8), size=size)
@@ -63,18 +63,18 @@ def split(root: Path) -> Split:
 
 @pytest.fixture(scope="module")
 def model() -> DeepLabV3:
-    """A small network with weights by chance, which sees several of its classes."""
+    """A small network with random weights, which predicts several of its classes."""
     torch.manual_seed(5)
     model = DeepLabV3(CONFIG)
     norms = [each for each in model.modules() if isinstance(each, torch.nn.BatchNorm2d)]
     for norm in norms:
-        norm.momentum = 1.0  # without statistics of their own, its logits would be all but zero
+        norm.momentum = 1.0  # with the default statistics its logits would be almost zero
     model.train()(torch.randn(8, 3, 33, 33))
     return model.eval()
 
 
 @pytest.fixture(scope="module")
-def work(model: DeepLabV3, split: Split, tmp_path_factory: pytest.TempPathFactory) -> EvaluatorSpec:
+def spec(model: DeepLabV3, split: Split, tmp_path_factory: pytest.TempPathFactory) -> EvaluatorSpec:
     path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
     path.write_bytes(weights.to_bytes(model, CLASSES))
     return EvaluatorSpec(
@@ -83,13 +83,13 @@ def work(model: DeepLabV3, split: Split, tmp_path_factory: pytest.TempPathFactor
 
 
 def counted(model: DeepLabV3, root: Path, indices: list[int]) -> np.ndarray:
-    """The confusion (k, k) by a plain forward pass and two loops."""
+    """Return the confusion (k, k) by a plain forward pass and two loops."""
     counts = np.zeros((4, 4), dtype=np.int64)
     mean, std = np.array(model.config.mean), np.array(model.config.std)
     for i in indices:
-        photo = np.array(Image.open(root / "val" / "images" / f"{i:02d}.png"))
+        image = np.array(Image.open(root / "val" / "images" / f"{i:02d}.png"))
         label = np.array(Image.open(root / "val" / "labels" / f"{i:02d}.png"))
-        x = torch.from_numpy(((photo / 255 - mean) / std).transpose(2, 0, 1)[None]).float()
+        x = torch.from_numpy(((image / 255 - mean) / std).transpose(2, 0, 1)[None]).float()
         with torch.no_grad():
             mask = model(x)[0].argmax(dim=0)
         for row in range(label.shape[0]):
@@ -99,24 +99,24 @@ def counted(model: DeepLabV3, root: Path, indices: list[int]) -> np.ndarray:
     return counts
 
 
-def test_the_confusion_agrees_with_a_forward_pass_and_counting_pixels_one_by_one(
+def test_the_confusion_agrees_with_a_forward_pass_and_a_loop_over_pixels(
     model: DeepLabV3, split: Split, root: Path
 ) -> None:
-    heard: dict[int, np.ndarray] = {}
+    seen: dict[int, np.ndarray] = {}
     chosen = [3, 0, 6]
-    found = evaluate(model, split, read=storage.read, indices=chosen, on_image=heard.__setitem__)
+    found = evaluate(model, split, read=storage.read, indices=chosen, on_image=seen.__setitem__)
     expected = counted(model, root, chosen)
-    assert np.count_nonzero(expected.sum(axis=0)) > 1  # the network sees more than one class
+    assert np.count_nonzero(expected.sum(axis=0)) > 1  # the network predicts more than one class
     assert found.confusion.dtype == np.int64
-    # an exact tie or one of rounding's size may fall to either side
+    # a tie within rounding may go either way
     assert np.abs(found.confusion - expected).sum() <= 2
     assert found.images == 3
-    assert list(heard) == chosen
-    assert (sum(heard.values()) == found.confusion).all()
+    assert list(seen) == chosen
+    assert (sum(seen.values()) == found.confusion).all()
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 9])
-def test_any_number_of_shares_adds_up_to_the_same_evaluation(
+def test_any_number_of_workers_adds_up_to_the_same_evaluation(
     model: DeepLabV3, split: Split, world: int
 ) -> None:
     whole = evaluate(model, split, read=storage.read)
@@ -126,15 +126,15 @@ def test_any_number_of_shares_adds_up_to_the_same_evaluation(
             model, split, read=storage.read, indices=worker_indices(len(split), rank, world)
         )
     assert (total.confusion == whole.confusion).all()
-    assert total.images == whole.images == PHOTOS
+    assert total.images == whole.images == IMAGES
 
 
-def test_every_photo_is_in_one_share() -> None:
+def test_every_image_belongs_to_exactly_one_worker() -> None:
     for n in range(12):
         for world in range(1, 6):
             dealt = [i for rank in range(world) for i in worker_indices(n, rank, world)]
             assert sorted(dealt) == list(range(n))
-    with pytest.raises(ValueError, match="rank is 2"):
+    with pytest.raises(ValueError, match="rank 2: must be"):
         worker_indices(5, 2, 2)
 
 
@@ -153,7 +153,7 @@ def snapshot(model: DeepLabV3) -> tuple[object, ...]:
 
 
 def training_model() -> DeepLabV3:
-    """In training, with frozen batch normalisation and the gradients of a step."""
+    """Return a model in training, with frozen batch normalization and a step's gradients."""
     model = DeepLabV3(CONFIG).train()
     model(torch.randn(2, 3, 33, 33)).sum().backward()
     for module in model.modules():
@@ -162,15 +162,15 @@ def training_model() -> DeepLabV3:
     return model
 
 
-def test_a_model_in_training_comes_back_bitwise_as_it_was(split: Split) -> None:
+def test_evaluation_leaves_a_model_in_training_bitwise_unchanged(split: Split) -> None:
     model = training_model()
     before = snapshot(model)
     evaluate(model, split, read=storage.read, indices=[0], flip=True, output_stride=8)
     assert snapshot(model) == before
-    model(torch.randn(2, 3, 33, 33)).sum().backward()  # no tensor of inference is left in it
+    model(torch.randn(2, 3, 33, 33)).sum().backward()  # no inference tensor is left in it
 
 
-def test_a_photo_that_cannot_be_read_ends_it_by_name_and_leaves_the_model_as_it_was(
+def test_an_unreadable_image_is_named_and_the_model_is_left_unchanged(
     split: Split,
 ) -> None:
     model, threads = training_model(), threading.active_count()
@@ -178,7 +178,7 @@ def test_a_photo_that_cannot_be_read_ends_it_by_name_and_leaves_the_model_as_it_
     bad = split.pairs[4].image
 
     def read(uri: str) -> bytes:
-        return b"no picture" if uri == bad else storage.read(uri)
+        return b"not an image" if uri == bad else storage.read(uri)
 
     with pytest.raises(SampleError, match=r"04\.png"):
         evaluate(model, split, read=read, output_stride=8)
@@ -186,7 +186,7 @@ def test_a_photo_that_cannot_be_read_ends_it_by_name_and_leaves_the_model_as_it_
     assert threading.active_count() == threads
 
 
-def test_the_next_photos_are_read_while_one_is_in_the_network(
+def test_the_next_images_are_read_while_one_is_in_the_network(
     model: DeepLabV3, split: Split
 ) -> None:
     third = threading.Event()
@@ -196,13 +196,13 @@ def test_the_next_photos_are_read_while_one_is_in_the_network(
             third.set()
         return storage.read(uri)
 
-    def tell(index: int, _: np.ndarray) -> None:
-        assert third.wait(timeout=30), f"photo 2 was not read while {index} was in work"
+    def on_image(index: int, _: np.ndarray) -> None:
+        assert third.wait(timeout=30), f"image 2 was not read while {index} was in the network"
 
-    evaluate(model, split, read=read, indices=[0, 1, 2], on_image=tell)
+    evaluate(model, split, read=read, indices=[0, 1, 2], on_image=on_image)
 
 
-def test_output_strides_and_scales_are_those_asked_for(model: DeepLabV3, split: Split) -> None:
+def test_output_strides_and_scales_are_applied(model: DeepLabV3, split: Split) -> None:
     plain = evaluate(model, split, read=storage.read)
     finer = evaluate(model, split, read=storage.read, output_stride=8)
     model.set_output_stride(8)
@@ -216,18 +216,20 @@ def test_output_strides_and_scales_are_those_asked_for(model: DeepLabV3, split: 
     assert (several.confusion != plain.confusion).any()
 
 
-def test_what_does_not_fit_is_refused(model: DeepLabV3, root: Path) -> None:
+def test_other_numbers_of_classes_and_an_empty_score_are_refused(
+    model: DeepLabV3, root: Path
+) -> None:
     three = Classes.from_dict({"names": ["a", "b", "c"]})
     other = open_split(str(root), "val", layout="folders", classes=three)
     with pytest.raises(ValueError, match="4 classes, but the split has 3"):
         evaluate(model, other, read=storage.read)
     with pytest.raises(ValueError, match="4 and 3 classes"):
         _ = Evaluation.zeros(4) + Evaluation.zeros(3)
-    with pytest.raises(ValueError, match="no pixel of the 0 photos"):
+    with pytest.raises(ValueError, match="no pixel of the 0 images"):
         Evaluation.zeros(4).score(step=1, time=0.0)
 
 
-def test_a_score_holds_the_means_of_the_counts() -> None:
+def test_a_score_is_derived_from_the_counts() -> None:
     confusion = np.array([[6, 2, 0], [0, 4, 0], [0, 0, 0]])
     score = Evaluation(confusion=confusion, images=3).score(step=7, time=12.5)
     assert (score.step, score.time) == (7, 12.5)
@@ -245,57 +247,57 @@ def assert_same(found: EvalResult, expected: EvalResult) -> None:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-def test_actors_see_what_one_process_sees_even_when_one_of_them_dies(
-    work: EvaluatorSpec, monkeypatch: pytest.MonkeyPatch
+def test_actors_agree_with_one_process_even_if_one_of_them_crashes(
+    spec: EvaluatorSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.evaluation.ray_pool._PART_PHOTOS", 2)
-    expected = Evaluator(work).evaluate(EvalConfig(), range(PHOTOS))
-    heard: list[int] = []
+    monkeypatch.setattr("pipeline.evaluation.ray_pool._PART_IMAGES", 2)
+    expected = Evaluator(spec).evaluate(EvalConfig(), range(IMAGES))
+    seen: list[int] = []
 
-    def tell(images: int) -> None:
-        if not heard:
-            ray.kill(spread.actors[0], no_restart=False)
-        heard.append(images)
+    def on_progress(images: int) -> None:
+        if not seen:
+            ray.kill(pool.actors[0], no_restart=False)
+        seen.append(images)
 
-    with DistributedEvaluator(work, workers=2) as spread:
-        assert_same(spread.evaluate(EvalConfig(), range(PHOTOS), tell), expected)
+    with DistributedEvaluator(spec, workers=2) as pool:
+        assert_same(pool.evaluate(EvalConfig(), range(IMAGES), on_progress), expected)
         assert_same(
-            spread.evaluate(EvalConfig(output_stride=8, flip=True), range(3)),
-            Evaluator(work).evaluate(EvalConfig(output_stride=8, flip=True), range(3)),
+            pool.evaluate(EvalConfig(output_stride=8, flip=True), range(3)),
+            Evaluator(spec).evaluate(EvalConfig(output_stride=8, flip=True), range(3)),
         )
-    assert sum(heard) == PHOTOS
+    assert sum(seen) == IMAGES
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-def test_actors_that_keep_dying_or_cannot_read_a_photo_end_the_evaluation(
-    work: EvaluatorSpec, root: Path, monkeypatch: pytest.MonkeyPatch
+def test_actors_that_keep_crashing_or_cannot_read_an_image_end_the_evaluation(
+    spec: EvaluatorSpec, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.evaluation.ray_pool._PART_PHOTOS", 2)
+    monkeypatch.setattr("pipeline.evaluation.ray_pool._PART_IMAGES", 2)
 
     def kill(_: int) -> None:
-        for actor in spread.actors:
+        for actor in pool.actors:
             ray.kill(actor, no_restart=True)
 
     with (
-        DistributedEvaluator(work, workers=1) as spread,
-        pytest.raises(WorkersError, match="a worker died"),
+        DistributedEvaluator(spec, workers=1) as pool,
+        pytest.raises(WorkersError, match="a worker crashed 3 times"),
     ):
-        spread.evaluate(EvalConfig(), range(PHOTOS), kill)
-    photo = root / "val" / "images" / "05.png"
-    data = photo.read_bytes()
-    photo.write_bytes(data[:40])
+        pool.evaluate(EvalConfig(), range(IMAGES), kill)
+    path = root / "val" / "images" / "05.png"
+    data = path.read_bytes()
+    path.write_bytes(data[:40])
     try:
         with (
-            DistributedEvaluator(work, workers=2) as spread,
+            DistributedEvaluator(spec, workers=2) as pool,
             pytest.raises(SampleError, match=r"05\.png"),
         ):
-            spread.evaluate(EvalConfig(), range(PHOTOS))
+            pool.evaluate(EvalConfig(), range(IMAGES))
     finally:
-        photo.write_bytes(data)
+        path.write_bytes(data)
 
 
-def test_a_checkpoint_that_was_replaced_is_refused(work: EvaluatorSpec) -> None:
-    other = EvaluatorSpec(checkpoint=work.checkpoint, digest="0", split=work.split, cpus=1)
-    with pytest.raises(ValueError, match="was replaced meanwhile"):
+def test_a_replaced_checkpoint_is_refused(spec: EvaluatorSpec) -> None:
+    other = EvaluatorSpec(checkpoint=spec.checkpoint, digest="0", split=spec.split, cpus=1)
+    with pytest.raises(ValueError, match="was replaced during the evaluation"):
         Evaluator(other)

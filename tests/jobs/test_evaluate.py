@@ -132,7 +132,7 @@ def test_workers_and_a_bulk_run_come_to_the_same_iou(
         (("--over", "cat", "unicorn"), "--over 'unicorn': the classes are background,"),
         (("--split", "nowhere"), "nowhere"),
         (("--output-stride", "5"), "output_stride"),
-        (("--scales", "0"), "scales are 0"),
+        (("--scales", "0"), "--scales 0: give one or more"),
         (("--table", "--flip"), "leave out --flip and --output-stride"),
         (("--workers", "0"), "--workers 0: must be at least 1"),
         (("--workers", "9", "--gpus-per-worker", "1"), "--gpus-per-worker 1 on 9 workers: this"),
