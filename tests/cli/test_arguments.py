@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.bulk.settings import Settings as BulkSettings
 from pipeline.cli.arguments import RENAMED_FLAGS, ArgumentsError, parse
-from pipeline.train.settings import Settings as TrainSettings
+from pipeline.train.settings import TrainingSettings
 
 BULK = ["--images", "/i", "--results", "/r", "--checkpoint", "/c", "--only-new"]
 
@@ -47,7 +47,7 @@ def test_a_former_name_is_accepted_with_a_warning(
 
 def test_a_training_run_takes_the_former_names_of_its_timeouts() -> None:
     argv = ["--data", "/d", "--out", "/o", "--max-wait=8", "--max-stall=9"]
-    settings = parse(TrainSettings, argv, description=None)
+    settings = parse(TrainingSettings, argv, description=None)
     assert (settings.start_timeout, settings.stall_timeout) == (8, 9)
 
 

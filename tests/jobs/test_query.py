@@ -312,7 +312,7 @@ def test_ctrl_c_while_a_file_is_written_leaves_none(
         yield "half of it"
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(query.WRITERS, "csv", pressed)
+    monkeypatch.setitem(query.WRITERS, "csv", pressed)  # type: ignore[attr-defined]
     (tmp_path / "out").mkdir()
     output = str(tmp_path / "out" / "a.csv")
     assert main([results, "FROM runs", "--format", "csv", "--output", output]) == 1

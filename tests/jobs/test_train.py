@@ -143,7 +143,7 @@ def test_a_run_leaves_networks_pictures_curves_and_no_more(trained: Trained) -> 
     assert sorted(states) == [f"checkpoints/step-{step:08d}/state.safetensors" for step in (4, 6)]
     assert "lease.json" not in found
     [events] = [name for name in found if name.startswith("tensorboard/")]
-    tags = {value.tag for event in tensorboard(trained.read(events)) for value in event}
+    tags = {value.tag for event in tensorboard(trained.read(events)) for value in event}  # type: ignore[attr-defined]
     assert any("loss" in tag for tag in tags)
     assert any("miou" in tag.lower() for tag in tags)
 

@@ -71,7 +71,9 @@ def test_shifted_taps_give_the_networks_logits(randomise, monkeypatch):
     monkeypatch.setitem(atrous.CROSSOVERS, (on, torch.float32), crossover)
     calls, shifted = [], atrous.shifted
     monkeypatch.setattr(
-        atrous, "shifted", lambda *a, **how: calls.append(how["rate"]) or shifted(*a, **how)
+        atrous,
+        "shifted",
+        lambda *a, **how: calls.append(how["rate"]) or shifted(*a, **how),  # type: ignore[func-returns-value]
     )
     for name in ("bottlenecks", "tensorflow"):
         calls.clear()

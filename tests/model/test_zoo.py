@@ -46,14 +46,14 @@ def host(published, tmp_path, monkeypatch):
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_request(self, *_args):
-            server.asked.append(self.path)
+            server.asked.append(self.path)  # type: ignore[attr-defined]
 
         def log_error(self, *_args):
             pass
 
     make = functools.partial(Handler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), make) as server:
-        server.asked, server.folder = [], folder
+        server.asked, server.folder = [], folder  # type: ignore[attr-defined]
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(zoo, "HOST", f"http://127.0.0.1:{server.server_port}/")
         monkeypatch.setattr(zoo, "FILES", tuple(published))

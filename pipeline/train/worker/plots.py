@@ -21,9 +21,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 # it ships no types
-from tensorboardX.proto.event_pb2 import Event  # type: ignore[import-untyped]
-from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
-from tensorboardX.record_writer import RecordWriter  # type: ignore[import-untyped]
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
 from pipeline.data import masks
 from pipeline.data.images import Pixels

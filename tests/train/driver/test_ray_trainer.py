@@ -20,7 +20,7 @@ from tests.train import tiny
 
 def callbacks(kind: type[TorchTrainer]) -> list[str]:
     made = kind(lambda: None, scaling_config=ScalingConfig(num_workers=1))
-    return [type(each).__name__ for each in made._create_default_callbacks()]
+    return [type(each).__name__ for each in made._create_default_callbacks()]  # type: ignore[attr-defined]
 
 
 @pytest.mark.ray

@@ -94,7 +94,7 @@ def published():
     for row, *mious in rows:
         table, _, evaluated = row.partition("/")
         for column, miou in zip(columns, mious, strict=False):
-            stride = int(evaluated or column)
+            stride = int(evaluated or column)  # type: ignore[assignment]
             found.add((f"{table}-os{column}", stride, (1.0,), False, float(miou)))
     return found
 

@@ -84,7 +84,7 @@ def message(data: bytes) -> list[tuple[int, bytes | int]]:
             size, at = varint(data, at)
         found.append((key >> 3, data[at : at + size]))
         at += size
-    return found
+    return found  # type: ignore[return-value]
 
 
 def events(data: bytes) -> list[tuple[float, int, str, float]]:
@@ -100,7 +100,7 @@ def events(data: bytes) -> list[tuple[float, int, str, float]]:
             scalar = dict(message(value))
             (number_,) = struct.unpack("<f", scalar[2])
             found.append((wall_time, fields[2], scalar[1].decode(), number_))
-    return found
+    return found  # type: ignore[return-value]
 
 
 def test_the_event_file_holds_every_value_of_the_history_at_its_time() -> None:
