@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +20,8 @@ from pipeline.data import images
 from pipeline.data.datasets import Split
 from pipeline.data.images import ImageError
 from pipeline.data.labels import Classes
+from pipeline.data.pairs import Pair
+from pipeline.data.prefetch import prefetch
 from pipeline.data.samples import Read, broken_image_error, decode_label, fetch
 
 _FETCHERS = 8
@@ -95,7 +95,12 @@ def survey_split(
     pixels, image_pixels = np.zeros((2, num_classes), dtype=np.int64)
     ignored = 0
     images_read, labels_read = hashlib.sha256(), hashlib.sha256()
-    for number, (image, label) in enumerate(_fetched(split, read)):
+
+    def fetch_pair(pair: Pair) -> tuple[bytes, bytes]:
+        return fetch(pair.image, read), fetch(pair.label, read)
+
+    fetched = prefetch(split.pairs, fetch_pair, threads=_FETCHERS, ahead=_AHEAD)
+    for number, (image, label) in enumerate(fetched):
         pair = split.pairs[number]
         images_read.update(hashlib.sha256(image).digest())
         labels_read.update(hashlib.sha256(label).digest())
@@ -159,23 +164,6 @@ def check_repeat_classes(classes: Classes, repeat_classes: Sequence[str]) -> Non
                 f"repeat_classes has {name!r}, which is no class; give some of "
                 f"{', '.join(classes.names)}, or none to repeat nothing"
             )
-
-
-def _fetched(split: Split, read: Read) -> Iterator[tuple[bytes, bytes]]:
-    """The bytes of each pair, in order, fetched ahead. Raises SampleError when its turn comes."""
-    ahead: deque[tuple[Future[bytes], Future[bytes]]] = deque()
-    with ThreadPoolExecutor(_FETCHERS, "survey") as pool:
-        try:
-            for pair in split.pairs:
-                image, label = (pool.submit(fetch, uri, read) for uri in (pair.image, pair.label))
-                ahead.append((image, label))
-                if len(ahead) == _AHEAD:
-                    first = ahead.popleft()
-                    yield first[0].result(), first[1].result()
-            for last in ahead:
-                yield last[0].result(), last[1].result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _shown_size(uri: str, data: bytes) -> tuple[int, int]:
