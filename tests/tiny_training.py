@@ -9,17 +9,17 @@ from PIL import Image
 
 from pipeline.data import storage
 
-COLOURS = np.array([[220, 40, 40], [40, 220, 40], [40, 40, 220], [0, 0, 0]], dtype=np.uint8)
+COLORS = np.array([[220, 40, 40], [40, 220, 40], [40, 40, 220], [0, 0, 0]], dtype=np.uint8)
 NAMES = '{"names": ["red", "green", "blue", "never"]}'
 
 
-def encoded(pixels: np.ndarray, form: str = "PNG") -> bytes:
+def encode(pixels: np.ndarray, form: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, form)
     return buffer.getvalue()
 
 
-def draw(number: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_sample(number: int) -> tuple[np.ndarray, np.ndarray]:
     """A noisy photo and its label, with rows to ignore; each number has its own size."""
     generator = np.random.default_rng(number)
     label = np.zeros((41 + number, 53 + 2 * number), dtype=np.uint8)
@@ -27,18 +27,18 @@ def draw(number: int) -> tuple[np.ndarray, np.ndarray]:
     label[12:, 26:] = 2
     label = np.roll(label, 7 * number, axis=1)
     noise = generator.integers(-30, 30, (*label.shape, 3))
-    photo = np.clip(COLOURS[label].astype(int) + noise, 0, 255).astype(np.uint8)
+    photo = np.clip(COLORS[label].astype(int) + noise, 0, 255).astype(np.uint8)
     label[:2] = 255
     return photo, label
 
 
-def put_set(prefix: str, *, train: int = 6, val: int = 3) -> None:
+def write_dataset(prefix: str, *, train: int = 6, val: int = 3) -> None:
     """Writes SPLIT/images and SPLIT/labels below `prefix`."""
     for split, numbers in (("train", range(train)), ("val", range(10, 10 + val))):
         for number in numbers:
-            photo, label = draw(number)
-            storage.write(f"{prefix}/{split}/images/{number:02d}.jpg", encoded(photo, "JPEG"))
-            storage.write(f"{prefix}/{split}/labels/{number:02d}.png", encoded(label))
+            photo, label = draw_sample(number)
+            storage.write(f"{prefix}/{split}/images/{number:02d}.jpg", encode(photo, "JPEG"))
+            storage.write(f"{prefix}/{split}/labels/{number:02d}.png", encode(label))
 
 
 def arguments(prefix: str, *more: str, out: str | None = None) -> list[str]:
@@ -56,7 +56,7 @@ def arguments(prefix: str, *more: str, out: str | None = None) -> list[str]:
     ]  # fmt: skip
 
 
-def keys(prefix: str) -> dict[str, str]:
+def list_etags(prefix: str) -> dict[str, str]:
     """Relative key and etag of everything below `prefix`."""
     found = storage.list_objects(prefix)
     return {storage.relative(prefix, each.uri): each.etag for each in found}

@@ -11,7 +11,7 @@ import pytest
 from pipeline.data import storage
 from pipeline.train.worker import checkpoints
 from tests.cluster.several_nodes import ROOT, World, timed, until
-from tests.tiny_training import arguments, put_set
+from tests.tiny_training import arguments, write_dataset
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
 
@@ -29,7 +29,7 @@ def _arguments(run: str, *more: str, steps: int = STEPS) -> list[str]:
 @pytest.fixture(scope="module")
 def single_machine(world: World) -> bytes:
     """The network that two workers of one machine train."""
-    put_set(f"{PREFIX}/set")
+    write_dataset(f"{PREFIX}/set")
     command = [sys.executable, "jobs/train.py", *_arguments("alone")]
     environment = {**os.environ, "DEEPLAB_CACHE": str(world.folder / "cache")}
     for _ in range(3):

@@ -13,17 +13,17 @@ from pipeline.data import storage
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.model import weights
 from pipeline.train.worker import checkpoints, loop
-from pipeline.train.worker.distributed import Group
-from pipeline.train.worker.state import read, restore, take
-from pipeline.train.worker.task import Task
+from pipeline.train.worker.distributed import ProcessGroup
+from pipeline.train.worker.state import load, read, snapshot
+from pipeline.train.worker.task import WorkerSpec
 from tests.train import tiny
-from tests.train.tiny import Heard
+from tests.train.tiny import RecordingListener
 from tests.train.worker.test_step import Case, assert_close, drawn, make, trained
 
 pytestmark = pytest.mark.gpu
 
 
-def on_gpu(group: Group) -> Group:
+def on_gpu(group: ProcessGroup) -> ProcessGroup:
     """The same worker, on the GPU."""
     return replace(group, device=torch.device("cuda", 0))
 
@@ -41,10 +41,10 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_four_steps_are_those_of_the_cpu(name: str) -> None:
     case = CASES[name]
-    expected_losses, expected = trained(Group(), case)
-    losses, found = trained(on_gpu(Group()), case)
+    expected_losses, expected = trained(ProcessGroup(), case)
+    losses, found = trained(on_gpu(ProcessGroup()), case)
     assert losses == pytest.approx(expected_losses, rel=1e-6)
-    assert_close(detached(found.items()), expected, make(case, Group())[0].model, share=1e-6)
+    assert_close(detached(found.items()), expected, make(case, ProcessGroup())[0].model, share=1e-6)
 
 
 def detached(found: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -52,13 +52,13 @@ def detached(found: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tenso
 
 
 def trained_on_gpu(
-    group: Group, case: Case
+    group: ProcessGroup, case: Case
 ) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The losses, weights and buffers of a worker; all workers share one GPU."""
     state, stepper = make(case, on_gpu(group))
     losses = []
     for number in range(case.config.max_steps):
-        images, labels = (each[group.rank :: group.world] for each in drawn(number))
+        images, labels = (each[group.rank :: group.world_size] for each in drawn(number))
         losses.append(stepper.step(images, labels).loss)
     model = state.model
     return losses, detached(model.named_parameters()), detached(model.named_buffers())
@@ -66,28 +66,28 @@ def trained_on_gpu(
 
 def test_two_workers_share_the_statistics_of_batch_normalisation(tmp_path: Path) -> None:
     case = Case(optimiser={"freeze_bn": False, "max_steps": 2})
-    expected_losses, expected, statistics = trained_on_gpu(Group(), case)
-    start = make(case, Group())[0].model
-    for losses, found, buffers in tiny.together(2, tmp_path, trained_on_gpu, case):
+    expected_losses, expected, statistics = trained_on_gpu(ProcessGroup(), case)
+    start = make(case, ProcessGroup())[0].model
+    for losses, found, buffers in tiny.run_workers(2, tmp_path, trained_on_gpu, case):
         assert losses == pytest.approx(expected_losses, rel=1e-6)
         assert_close(found, expected, start, share=1e-5)
         for key, value in statistics.items():
             assert torch.allclose(buffers[key].double(), value.double(), rtol=1e-6), key
 
 
-def run(task: Task) -> list[float]:
+def run(task: WorkerSpec) -> list[float]:
     """The run's losses, on the GPU."""
-    heard = Heard()
-    loop.train(task, on_gpu(Group()), heard)
+    heard = RecordingListener()
+    loop.train(task, on_gpu(ProcessGroup()), heard)
     assert heard.failures == []
     return [row.loss for row in heard.rows]
 
 
 def test_a_run_in_bf16_learns_and_its_checkpoint_scores_the_same_on_the_cpu(tmp_path: Path) -> None:
-    tiny.draw_set(tmp_path / "set")
+    tiny.write_dataset(tmp_path / "set")
     what = tiny.experiment(bf16=True, max_steps=60, base_lr=0.05, ema_decay=0.9)
     what = replace(what, evaluation=replace(what.evaluation, eval_every=30))
-    task = tiny.task(tmp_path / "set", tmp_path / "out", what, checkpoint_every=30)
+    task = tiny.worker_spec(tmp_path / "set", tmp_path / "out", what, checkpoint_every=30)
     losses = run(task)
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     last = checkpoints.latest(str(tmp_path / "out"))
@@ -103,14 +103,14 @@ def test_what_a_checkpoint_restores_goes_on_as_if_nothing_had_happened() -> None
     states = []
     kept = b""
     for begin in (0, 2):
-        state, stepper = make(case, on_gpu(Group()))
+        state, stepper = make(case, on_gpu(ProcessGroup()))
         if kept:
-            restore(state, read(kept, "the checkpoint"))
+            load(state, read(kept, "the checkpoint"))
         for number in range(begin, 4):
             stepper.step(*drawn(number))
             if state.step == 2:
-                kept = take(state, {}).to_bytes()
+                kept = snapshot(state, {}).to_bytes()
         states.append(state)
     undisturbed, again = (detached(each.model.named_parameters()) for each in states)
-    assert_close(again, undisturbed, make(case, Group())[0].model, share=1e-6)
+    assert_close(again, undisturbed, make(case, ProcessGroup())[0].model, share=1e-6)
     assert [each.step for each in states] == [4, 4]

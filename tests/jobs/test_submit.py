@@ -18,7 +18,7 @@ import pytest
 from cluster.local import with_descendants
 from jobs.demo.photos import photos
 from pipeline.model import weights
-from tests.tiny_training import arguments, put_set
+from tests.tiny_training import arguments, write_dataset
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sysconfig.get_path("scripts")) / "ray")
@@ -80,7 +80,7 @@ def test_a_submitted_job_gives_its_rows_and_its_exit_code(
 
 
 def test_a_submitted_training_leaves_its_network(head: dict[str, str], tmp_path: Path) -> None:
-    put_set(f"{tmp_path}/set")
+    write_dataset(f"{tmp_path}/set")
     # as many CPUs a worker as the cluster has room for
     more = ("--max-steps", "2", "--workers", "2", "--cpus-per-worker", "None")
     trained = _submit(["python", "jobs/train.py", *arguments(str(tmp_path), *more)], head)

@@ -32,7 +32,7 @@ from pipeline.data import samples, storage
 from pipeline.model import predict, weights
 from pipeline.train.recipes.registry import by_name
 from pipeline.train.worker import checkpoints
-from tests.tiny_training import arguments, draw, encoded, keys, put_set
+from tests.tiny_training import arguments, draw_sample, encode, list_etags, write_dataset
 
 STEPS = ("--max-steps", "6", "--eval-every", "3", "--checkpoint-every", "2", "--workers", "2")
 
@@ -57,7 +57,7 @@ def trained(
     prefix = str(tmp_path_factory.mktemp("train"))
     if request.param == "s3":
         prefix = f"s3://tests/{secrets.token_hex(4)}"
-    put_set(f"{prefix}/set")
+    write_dataset(f"{prefix}/set")
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(arguments(prefix, *STEPS))
@@ -76,8 +76,8 @@ def counted_ious(checkpoint: str, numbers: range) -> list[float | None]:
     model, _ = weights.load(checkpoint)
     both, either = np.zeros(4), np.zeros(4)
     for number in numbers:
-        photo, label = draw(number)
-        photo = np.array(Image.open(io.BytesIO(encoded(photo, "JPEG"))))
+        photo, label = draw_sample(number)
+        photo = np.array(Image.open(io.BytesIO(encode(photo, "JPEG"))))
         mask = predict.segment(model, photo[None])[0][0].numpy()
         for k in range(4):
             both[k] += ((mask == k) & (label == k)).sum()
@@ -138,7 +138,7 @@ def test_a_run_leaves_networks_pictures_curves_and_no_more(trained: Trained) -> 
         picture = Image.open(io.BytesIO(trained.read(name)))
         picture.load()
         assert min(picture.size) > 100
-    found = keys(f"{trained.prefix}/out")
+    found = list_etags(f"{trained.prefix}/out")
     states = [name for name in found if name.endswith("state.safetensors")]
     assert sorted(states) == [f"checkpoints/step-{step:08d}/state.safetensors" for step in (4, 6)]
     assert "lease.json" not in found
@@ -161,14 +161,14 @@ def tensorboard(data: bytes) -> Iterator[list[object]]:
 def test_a_finished_run_says_so_and_changes_nothing(
     trained: Trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = keys(f"{trained.prefix}/out")
+    before = list_etags(f"{trained.prefix}/out")
     gone = ("--data", f"{trained.prefix}/gone")  # nobody needs them any more
     assert main(arguments(trained.prefix, *STEPS, "--resume", *gone)) == 0
     out, err = capsys.readouterr()
     assert f"{trained.prefix}/out was finished before: there is nothing to do" in out
     assert facts(out) == facts(trained.out)
     assert err == ""
-    assert keys(f"{trained.prefix}/out") == before
+    assert list_etags(f"{trained.prefix}/out") == before
 
 
 @pytest.mark.ray
@@ -176,12 +176,12 @@ def test_a_finished_run_says_so_and_changes_nothing(
 def test_another_experiment_under_the_same_name_is_refused_by_field(
     trained: Trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = keys(f"{trained.prefix}/out")
+    before = list_etags(f"{trained.prefix}/out")
     assert main(arguments(trained.prefix, *STEPS, "--base-lr", "0.02")) == 2
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith("train failed exit=2 reason=")
     assert "holds another run (experiment.optimiser.base_lr: 0.02 here, 0.01 there)" in line
-    assert keys(f"{trained.prefix}/out") == before
+    assert list_etags(f"{trained.prefix}/out") == before
 
 
 @pytest.mark.ray
@@ -194,7 +194,7 @@ def test_segment_takes_the_network_as_it_is_and_gives_the_iou_of_evaluate(
     bulk = ["--images", f"{data}/val/images", "--labels", f"{data}/val/labels"]
     bulk += ["--results", f"{trained.prefix}/results", "--checkpoint", checkpoint]
     assert segment.main([*bulk, "--run-id", "a", "--cpus-per-actor", "1"]) == 0
-    [run] = keys(f"{trained.prefix}/results/runs")
+    [run] = list_etags(f"{trained.prefix}/results/runs")
     table = storage.read(f"{trained.prefix}/results/runs/{run}")
     rows = ious_of(table)
     expected = json.loads(trained.read("record.json"))["last"]["ious"]
@@ -225,12 +225,12 @@ def ious_of(table: bytes) -> dict[int, float]:
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put_set(f"{tmp_path}/set")
-    before = keys(str(tmp_path))
+    write_dataset(f"{tmp_path}/set")
+    before = list_etags(str(tmp_path))
     more = ("--repeat-classes", "blue", "--repeats", "3", "--base-lr", "0.003", "--dry-run")
     assert main(arguments(str(tmp_path), *STEPS, *more)) == 0
     out = capsys.readouterr().out
-    assert keys(str(tmp_path)) == before
+    assert list_etags(str(tmp_path)) == before
     assert not (tmp_path / "out").exists()
     assert "recipe camvid-mobilenetv2" in out
     said = dict(re.findall(r"^  ([a-z ]+?)  +(\S.*)$", out, re.MULTILINE))
@@ -241,7 +241,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert said["crop"].startswith("33 x 35,")
     assert not re.search(r"[{}\[\]]|None|True|False", out.split("as flags:")[0])
     assert max(map(len, out.splitlines())) <= 120
-    labels = np.concatenate([draw(number)[1].ravel() for number in range(6)])
+    labels = np.concatenate([draw_sample(number)[1].ravel() for number in range(6)])
     labelled = labels[labels != 255]
     for k, name in enumerate(("red", "green", "blue", "never")):
         share, photos = re.findall(rf"^{name} +([\d.]+) +(\d+)$", out, re.MULTILINE)[0]
@@ -275,7 +275,7 @@ def _leaves(values: dict[str, Any]) -> list[Any]:
 def test_a_dry_run_says_how_much_of_a_step_waits_for_photos(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_set(f"{tmp_path}/set")
+    write_dataset(f"{tmp_path}/set")
     load = samples.load
 
     def slow(*how: Any) -> Any:

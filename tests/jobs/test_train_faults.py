@@ -20,7 +20,7 @@ from cluster.local import with_descendants
 from jobs.train import main
 from pipeline.data import storage
 from pipeline.train.worker import checkpoints
-from tests.tiny_training import arguments, keys, put_set
+from tests.tiny_training import arguments, list_etags, write_dataset
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,7 +118,7 @@ def undisturbed(
     request: pytest.FixtureRequest, ray_session: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Undisturbed:
     run = Undisturbed(tmp_path_factory.mktemp("undisturbed"), request.param)
-    put_set(f"{run.root}/set")
+    write_dataset(f"{run.root}/set")
     assert main(run.arguments()) == 0
     return run
 
@@ -153,7 +153,7 @@ def test_what_was_killed_ends_with_the_weights_of_what_was_not(
     assert "going on after step" in said.out
     assert "Traceback" not in said.err
     assert_the_same(out, f"{undisturbed.root}/out", exact=undisturbed.workers == 1)
-    assert "lease.json" not in keys(out)
+    assert "lease.json" not in list_etags(out)
 
 
 def assert_the_same(out: str, other: str, *, exact: bool) -> None:
@@ -181,11 +181,11 @@ def assert_the_same(out: str, other: str, *, exact: bool) -> None:
 
 def newest_state(out: str) -> str:
     step = checkpoints.newest_step(out)
-    return f"{out}/checkpoints/{checkpoints.name_of(step)}/state.safetensors"
+    return f"{out}/checkpoints/{checkpoints.folder_name(step)}/state.safetensors"
 
 
 def test_a_driver_that_is_interrupted_says_so_and_gives_its_lease_back(tmp_path: Path) -> None:
-    put_set(f"{tmp_path}/set")
+    write_dataset(f"{tmp_path}/set")
     log = tmp_path / "log.txt"
     given = arguments(str(tmp_path), "--max-steps", "2000", "--checkpoint-every", "5")
     with driver(given, log) as process:
@@ -196,7 +196,7 @@ def test_a_driver_that_is_interrupted_says_so_and_gives_its_lease_back(tmp_path:
     said = log.read_text()
     assert said.splitlines()[-1].startswith('train failed exit=1 reason="interrupted; the same')
     assert "Traceback" not in said
-    assert "lease.json" not in keys(f"{tmp_path}/out")
+    assert "lease.json" not in list_etags(f"{tmp_path}/out")
     deadline = time.monotonic() + 30
     while alive(started) and time.monotonic() < deadline:
         time.sleep(0.2)

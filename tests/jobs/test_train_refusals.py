@@ -10,23 +10,23 @@ import pytest
 
 from jobs.train import main
 from pipeline.data import storage
-from tests.tiny_training import arguments, draw, encoded, keys, put_set
+from tests.tiny_training import arguments, draw_sample, encode, list_etags, write_dataset
 
 
 def label_37(root: Path) -> None:
-    storage.write(f"{root}/set/train/labels/03.png", encoded(np.full((44, 59), 37, np.uint8)))
+    storage.write(f"{root}/set/train/labels/03.png", encode(np.full((44, 59), 37, np.uint8)))
 
 
 def label_37_of_val(root: Path) -> None:
-    storage.write(f"{root}/set/val/labels/11.png", encoded(np.full((52, 75), 37, np.uint8)))
+    storage.write(f"{root}/set/val/labels/11.png", encode(np.full((52, 75), 37, np.uint8)))
 
 
 def label_in_colours(root: Path) -> None:
-    storage.write(f"{root}/set/train/labels/03.png", encoded(draw(3)[0]))
+    storage.write(f"{root}/set/train/labels/03.png", encode(draw_sample(3)[0]))
 
 
 def label_of_another_size(root: Path) -> None:
-    storage.write(f"{root}/set/train/labels/03.png", encoded(draw(2)[1]))
+    storage.write(f"{root}/set/train/labels/03.png", encode(draw_sample(2)[1]))
 
 
 def label_missing(root: Path) -> None:
@@ -35,8 +35,8 @@ def label_missing(root: Path) -> None:
 
 def nothing_labelled_in_val(root: Path) -> None:
     for number in range(10, 13):
-        ignored = np.full_like(draw(number)[1], 255)
-        storage.write(f"{root}/set/val/labels/{number}.png", encoded(ignored))
+        ignored = np.full_like(draw_sample(number)[1], 255)
+        storage.write(f"{root}/set/val/labels/{number}.png", encode(ignored))
 
 
 def letter(root: Path) -> None:
@@ -57,7 +57,7 @@ BAD_DATA = {
 def test_data_that_cannot_be_trained_on_is_named_before_anything_is_written(
     what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put_set(f"{tmp_path}/set")
+    write_dataset(f"{tmp_path}/set")
     spoil, message = BAD_DATA[what]
     spoil(tmp_path)
     line = refused(tmp_path, capsys, arguments(str(tmp_path)))
@@ -97,7 +97,7 @@ BAD_USE = {
 def test_bad_use_is_one_line_an_exit_code_and_nothing_left_behind(
     what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put_set(f"{tmp_path}/set", train=2, val=1)
+    write_dataset(f"{tmp_path}/set", train=2, val=1)
     letter(tmp_path)
     flags, message = BAD_USE[what]
     more = [flag.replace("{root}", str(tmp_path)) for flag in flags]
@@ -113,7 +113,7 @@ def test_bad_use_is_one_line_an_exit_code_and_nothing_left_behind(
 def test_a_class_to_repeat_is_refused_before_labels_are_looked_at(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put_set(f"{tmp_path}/set", train=2, val=1)
+    write_dataset(f"{tmp_path}/set", train=2, val=1)
     assert main([*arguments(str(tmp_path)), "--repeat-classes", "gold"]) == 2
     said = capsys.readouterr().out
     assert "repeat_classes has 'gold'" in said
@@ -137,7 +137,7 @@ def test_what_has_to_be_said_is_asked_for(
 def test_a_bucket_that_does_not_exist_is_said_within_half_a_minute(
     flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put_set(f"{tmp_path}/set", train=2, val=1)
+    write_dataset(f"{tmp_path}/set", train=2, val=1)
     given = arguments(str(tmp_path))
     given[given.index(flag) + 1] = "s3://no-such-bucket/x"
     line = refused(tmp_path, capsys, given, code=1)
@@ -148,7 +148,7 @@ def refused(
     root: Path, capsys: pytest.CaptureFixture[str], given: list[str], *, code: int | None = None
 ) -> str:
     """The last line of a job that refuses: soon, without a traceback, and leaving nothing."""
-    before, started = keys(str(root)), time.monotonic()
+    before, started = list_etags(str(root)), time.monotonic()
     found = main(given)
     out, err = capsys.readouterr()
     *_, last = out.splitlines()
@@ -156,7 +156,7 @@ def refused(
     assert last.startswith(f"train failed exit={found} reason=")
     assert err == ""
     assert "Traceback" not in out
-    assert keys(str(root)) == before
+    assert list_etags(str(root)) == before
     assert not (root / "out").exists()
     assert time.monotonic() - started < 30
     return last

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from pipeline.train.worker import loop
-from pipeline.train.worker.distributed import Group
+from pipeline.train.worker.distributed import ProcessGroup
 from tests.train import tiny
-from tests.train.tiny import Heard
+from tests.train.tiny import RecordingListener
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,7 +25,7 @@ def one_thread() -> Iterator[None]:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six photos to train on and five of val."""
     root = tmp_path_factory.mktemp("set")
-    tiny.draw_set(root)
+    tiny.write_dataset(root)
     return root
 
 
@@ -33,8 +33,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a run of four steps has ended."""
     out = tmp_path_factory.mktemp("undisturbed")
-    heard = Heard()
-    loop.train(tiny.task(root, out, tiny.experiment()), Group(), heard)
+    heard = RecordingListener()
+    loop.train(tiny.worker_spec(root, out, tiny.experiment()), ProcessGroup(), heard)
     assert [row.step for row in heard.rows] == [1, 2, 3, 4]
     assert heard.failures == []
     return out

@@ -90,7 +90,7 @@ def test_what_can_be_is_taken(values: dict[str, Any]) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    tiny.draw_set(tmp_path / "set", train=3, val=2)
+    tiny.write_dataset(tmp_path / "set", train=3, val=2)
     return tmp_path / "set"
 
 
@@ -196,7 +196,9 @@ def test_a_start_from_other_classes_makes_the_last_layer_anew_and_says_so(
 
 
 def test_rare_classes_weigh_more_where_it_is_asked_for(root: Path, tmp_path: Path) -> None:
-    task = tiny.task(root, tmp_path / "out", tiny.experiment(class_weights="median_frequency"))
+    task = tiny.worker_spec(
+        root, tmp_path / "out", tiny.experiment(class_weights="median_frequency")
+    )
     counts, seen = np.zeros(4), np.zeros(4)
     for path in sorted((root / "train" / "labels").iterdir()):
         label = np.array(Image.open(path))

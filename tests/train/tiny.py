@@ -29,9 +29,9 @@ from pipeline.train.recipes.experiment import (
     OptimizerConfig,
 )
 from pipeline.train.settings import TrainingSettings
-from pipeline.train.worker.distributed import Group
+from pipeline.train.worker.distributed import ProcessGroup
 from pipeline.train.worker.history import Step
-from pipeline.train.worker.task import Task
+from pipeline.train.worker.task import WorkerSpec
 
 CLASSES = Classes.from_dict({"names": ["ground", "square", "noise", "never"]})
 MOBILENET = ModelConfig(
@@ -58,7 +58,7 @@ def network(config: ModelConfig = MOBILENET) -> DeepLabV3:
     return model
 
 
-def draw_set(root: Path, *, train: int = 6, val: int = 5) -> None:
+def write_dataset(root: Path, *, train: int = 6, val: int = 5) -> None:
     """Two folders a split: photos of a few sizes whose labels can be seen in them."""
     for split, count in (("train", train), ("val", val)):
         for number in range(count):
@@ -100,14 +100,14 @@ def settings(root: Path, out: Path, what: Experiment, **more: Any) -> TrainingSe
     return TrainingSettings(data=str(root), out=str(out), experiment=what, **{**values, **more})
 
 
-def task(root: Path, out: Path, what: Experiment, **more: Any) -> Task:
+def worker_spec(root: Path, out: Path, what: Experiment, **more: Any) -> WorkerSpec:
     """A run that has begun below `out`."""
     said = settings(root, out, what, **more)
     return prepare(said, inspect_data(said, print), print).task
 
 
 @dataclass
-class Heard:
+class RecordingListener:
     """A listener that keeps what it is told."""
 
     rows: list[Step] = field(default_factory=list)
@@ -130,19 +130,19 @@ class Heard:
         self.failures.append(message)
 
 
-def together(world: int, folder: Path, work: Callable[..., Any], *given: Any) -> list[Any]:
-    """What `work(group, *given)` returns in each of `world` processes that are a group.
+def run_workers(world_size: int, folder: Path, work: Callable[..., Any], *given: Any) -> list[Any]:
+    """What `work(group, *given)` returns in each of `world_size` processes that are a group.
 
     Raises AssertionError where one fails, or does not end in time. `folder` is where they meet.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipeline.train.worker.loop"])
-    meeting = folder / f"meeting-{world}-{len(list(folder.iterdir()))}"
+    meeting = folder / f"meeting-{world_size}-{len(list(folder.iterdir()))}"
     ends = []
-    for rank in range(world):
+    for rank in range(world_size):
         here, there = context.Pipe(duplex=False)
         process = context.Process(
-            target=_join, args=(there, rank, world, str(meeting), work, given), daemon=True
+            target=_join, args=(there, rank, world_size, str(meeting), work, given), daemon=True
         )
         process.start()
         there.close()
@@ -150,7 +150,7 @@ def together(world: int, folder: Path, work: Callable[..., Any], *given: Any) ->
     try:
         answers = []
         for rank, (_, here) in enumerate(ends):
-            assert here.poll(TIME_OUT_S), f"worker {rank} of {world} hangs"
+            assert here.poll(TIME_OUT_S), f"worker {rank} of {world_size} hangs"
             answers.append(pickle.loads(here.recv_bytes()))
     finally:
         for process, _ in ends:
@@ -162,15 +162,20 @@ def together(world: int, folder: Path, work: Callable[..., Any], *given: Any) ->
 
 
 def _join(
-    there: Connection, rank: int, world: int, meeting: str, work: Callable[..., Any], given: Any
+    there: Connection,
+    rank: int,
+    world_size: int,
+    meeting: str,
+    work: Callable[..., Any],
+    given: Any,
 ) -> None:
     torch.set_num_threads(1)
     try:
-        if world > 1:
+        if world_size > 1:
             distributed.init_process_group(
-                "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world
+                "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size
             )
-        answer = True, work(Group(rank=rank, world=world), *given)
+        answer = True, work(ProcessGroup(rank=rank, world_size=world_size), *given)
     except BaseException:
         answer = False, f"worker {rank}: {traceback.format_exc()}"
     # not send(): it would leave tensors in memory that ends with this process

@@ -18,9 +18,9 @@ from pipeline.train.driver.preflight import (
     inspect_data,
 )
 from pipeline.train.settings import TrainingSettings
-from pipeline.train.worker.distributed import Group
+from pipeline.train.worker.distributed import ProcessGroup
 from pipeline.train.worker.loader import batches
-from pipeline.train.worker.task import source_of, state_of, stepper_of
+from pipeline.train.worker.task import build_loader_config, build_state, build_trainer
 
 STEPS = 10
 WARM_UP = 2
@@ -47,14 +47,14 @@ def estimate(settings: TrainingSettings, say: Log) -> TrainingEstimate:
     task = build_worker_spec(settings, looked, initial="")
     torch.set_num_threads(task.threads)
     device = torch.device("cuda" if settings.gpus_per_worker else "cpu")
-    group = Group(device=device)
+    group = ProcessGroup(device=device)
     first = looked.first or initial_model(settings.experiment, say)
-    state = state_of(task, first, group)
-    stepper = stepper_of(task, state, group)
+    state = build_state(task, first, group)
+    stepper = build_trainer(task, state, group)
     # the first of as many workers as there will be, alone; batch normalisation wants two photos
     config = task.experiment.optimizer
     world = min(settings.most_workers, max(1, config.batch_size // 2))
-    source = source_of(task, rank=0, world=world)
+    source = build_loader_config(task, rank=0, world_size=world)
     seconds, waited = [], []
     steps = min(STEPS + WARM_UP, config.max_steps)
     made = batches(source, 0, steps, loaders=task.loaders)

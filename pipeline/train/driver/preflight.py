@@ -32,7 +32,7 @@ from pipeline.train.recipes.experiment import Experiment
 from pipeline.train.settings import TrainingSettings
 from pipeline.train.worker import checkpoints
 from pipeline.train.worker.state import Snapshot
-from pipeline.train.worker.task import Task, node_cache
+from pipeline.train.worker.task import WorkerSpec, node_cache
 
 Log = Callable[[str], None]
 
@@ -62,7 +62,7 @@ class PreparedRun:
     """A run whose workers can start."""
 
     settings: TrainingSettings
-    task: Task
+    task: WorkerSpec
 
     def record(self, last: Snapshot | None, *, seconds: float) -> dict[str, Any]:
         """What the run came to, for its record; `seconds` are this driver's."""
@@ -143,9 +143,9 @@ def prepare(settings: TrainingSettings, looked: DataReport, say: Log) -> Prepare
     return PreparedRun(settings=settings, task=build_worker_spec(settings, looked, initial))
 
 
-def build_worker_spec(settings: TrainingSettings, looked: DataReport, initial: str) -> Task:
+def build_worker_spec(settings: TrainingSettings, looked: DataReport, initial: str) -> WorkerSpec:
     """What the workers need to know."""
-    return Task(
+    return WorkerSpec(
         experiment=settings.experiment,
         out=settings.out,
         initial=initial,

@@ -16,8 +16,8 @@ from pipeline.runs import ray_connection
 from pipeline.train.driver.preflight import PreparedRun
 from pipeline.train.driver.status import StatusReporter
 from pipeline.train.worker import checkpoints, loop
-from pipeline.train.worker.distributed import RayGroup
-from pipeline.train.worker.task import Task
+from pipeline.train.worker.distributed import RayProcessGroup
+from pipeline.train.worker.task import WorkerSpec
 
 _PATIENCE_S = 24 * 3600
 """Seconds that a worker waits for another one, which may be slow on val; Ray notices the dead."""
@@ -74,10 +74,10 @@ class _LocalRayTrainer(TorchTrainer):
 
 def _worker(config: dict[str, Any]) -> None:
     """What Ray Train calls on every worker."""
-    task: Task = config["task"]
+    task: WorkerSpec = config["task"]
     teller = StatusReporter(config["board"])
     logging.getLogger("pipeline").addHandler(teller)  # what a worker prints, nobody sees
     try:
-        loop.train(task, RayGroup.join(), teller)
+        loop.train(task, RayProcessGroup.join(), teller)
     finally:
         logging.getLogger("pipeline").removeHandler(teller)

@@ -36,19 +36,19 @@ FOLDER = "checkpoints"
 _STATE = re.compile(r"step-(\d+)/state\.safetensors$")
 
 
-def name_of(step: int) -> str:
+def folder_name(step: int) -> str:
     """The folder of the checkpoint after `step` steps."""
     return f"step-{step:08d}"
 
 
-def put(out: str, snapshot: Snapshot) -> None:
+def save(out: str, snapshot: Snapshot) -> None:
     """Puts the snapshot, then deletes the checkpoints before it but for the one just before."""
     storage.write(_uri(out, snapshot.step), snapshot.to_bytes())
     older = sorted(each for each in _found(out) if each[0] < snapshot.step)
     storage.delete([uri for _, uri in older[:-1]], within=storage.join(out, FOLDER))
 
 
-def put_best(out: str, data: bytes) -> None:
+def save_best(out: str, data: bytes) -> None:
     """Puts the network at its best score, which a checkpoint has in its history."""
     storage.write(storage.join(out, BEST), data)
 
@@ -66,7 +66,7 @@ def latest(out: str) -> Snapshot | None:
     return None
 
 
-def of_step(out: str, step: int) -> Snapshot:
+def load_step(out: str, step: int) -> Snapshot:
     """The checkpoint after `step` steps. Raises CheckpointError, StorageError."""
     uri = _uri(out, step)
     return state.read(storage.read(uri), uri)
@@ -78,7 +78,7 @@ def newest_step(out: str) -> int:
 
 
 def _uri(out: str, step: int) -> str:
-    return storage.join(out, f"{FOLDER}/{name_of(step)}/state.safetensors")
+    return storage.join(out, f"{FOLDER}/{folder_name(step)}/state.safetensors")
 
 
 def _found(out: str) -> list[tuple[int, str]]:

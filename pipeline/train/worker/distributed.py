@@ -25,61 +25,63 @@ CPU = torch.device("cpu")
 
 _UPLOADING = threading.Semaphore(1)
 
-Save = Callable[[], None]
+SaveCheckpoint = Callable[[], None]
 """Puts a checkpoint; may be called in another thread."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
-    """Worker `rank` of `world`, computing on `device`."""
+class ProcessGroup:
+    """Worker `rank` of `world_size`, computing on `device`."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     device: torch.device = CPU
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this worker does what is done once."""
         return self.rank == 0
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """`module`, whose backward pass averages gradients over the workers."""
-        if self.world == 1:
+        if self.world_size == 1:
             return module
         # buffers are broadcast before evaluation and checkpoints instead of at each step
         return nn.parallel.DistributedDataParallel(self._shared(module), forward_sync_buffers=False)
 
     def _shared(self, module: nn.Module) -> nn.Module:
         """`module`, normalising over all workers' batches, which torch does on GPUs alone."""
-        if self.device.type != "cuda" or self.world == 1:
+        if self.device.type != "cuda" or self.world_size == 1:
             return module
         converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
         return converted
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The elementwise sum of the workers' `values`, on every worker."""
-        if self.world == 1:
+        if self.world_size == 1:
             return values
         total = values.detach().clone().to(self.device)
         distributed.all_reduce(total)
         return total.to(values.device)
 
-    def share_buffers(self, module: nn.Module) -> None:
+    def broadcast_buffers(self, module: nn.Module) -> None:
         """Gives every worker the buffers of the first."""
-        if self.world > 1:
+        if self.world_size > 1:
             batch_norm.broadcast_buffers(module)
 
-    def report(self, metrics: Mapping[str, object], *, name: str, save: Save | None) -> None:
+    def report(
+        self, metrics: Mapping[str, object], *, name: str, save: SaveCheckpoint | None
+    ) -> None:
         """Hands on what the run came to so far; `save` puts checkpoint `name` (rank 0 alone)."""
         if save is not None:
             save()
 
 
-class RayGroup(Group):
+class RayProcessGroup(ProcessGroup):
     """A group whose processes are Ray Train's."""
 
     @classmethod
-    def join(cls) -> RayGroup:
+    def join(cls) -> RayProcessGroup:
         """This worker's group. Called inside Ray Train's worker function."""
         import ray.train
         import ray.train.torch
@@ -87,7 +89,7 @@ class RayGroup(Group):
         context = ray.train.get_context()
         return cls(
             rank=context.get_world_rank(),
-            world=context.get_world_size(),
+            world_size=context.get_world_size(),
             device=ray.train.torch.get_device(),
         )
 
@@ -96,11 +98,13 @@ class RayGroup(Group):
 
         wrapped: nn.Module = ray.train.torch.prepare_model(
             self._shared(module),
-            parallel_strategy_kwargs={"forward_sync_buffers": False} if self.world > 1 else {},
+            parallel_strategy_kwargs={"forward_sync_buffers": False} if self.world_size > 1 else {},
         )
         return wrapped
 
-    def report(self, metrics: Mapping[str, object], *, name: str, save: Save | None) -> None:
+    def report(
+        self, metrics: Mapping[str, object], *, name: str, save: SaveCheckpoint | None
+    ) -> None:
         """As above; the checkpoint is put in the background, while training goes on."""
         import ray.train
 

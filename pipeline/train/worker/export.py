@@ -20,7 +20,7 @@ SAMPLES = 4
 """Photos of val that are drawn with label and prediction."""
 
 
-def finish(out: str, state: TrainingState, val: Split, read: Read) -> None:
+def export_run(out: str, state: TrainingState, val: Split, read: Read) -> None:
     """Writes the network after the last step, and the pictures, below `out`."""
     model = state.best_model
     storage.write(storage.join(out, checkpoints.MODEL), weights.to_bytes(model.eval(), val.classes))

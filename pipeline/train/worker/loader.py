@@ -47,7 +47,7 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class LoaderConfig:
     """Where a worker's batches come from."""
 
     split: Split
@@ -59,19 +59,19 @@ class Source:
     max_steps: int
     seed: int
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
 
 # what of a batch is asked of a loader process: each photo's draw, at the step's crop
-_Key = tuple[Draw, tuple[int, int]]
+_SampleKey = tuple[Draw, tuple[int, int]]
 _Sample = tuple[torch.Tensor, torch.Tensor, str]
 
 
-class _Photos(Dataset[_Sample | SampleError]):
-    def __init__(self, source: Source) -> None:
+class ImageDataset(Dataset[_Sample | SampleError]):
+    def __init__(self, source: LoaderConfig) -> None:
         self._source = source
 
-    def __getitem__(self, key: _Key) -> _Sample | SampleError:
+    def __getitem__(self, key: _SampleKey) -> _Sample | SampleError:
         draw, crop_size = key
         source = self._source
         pair = source.split.pairs[draw.index]
@@ -93,20 +93,20 @@ class _Photos(Dataset[_Sample | SampleError]):
         return torch.from_numpy(image), torch.from_numpy(label), pair.image
 
 
-class _Keys:
+class StepBatchSampler:
     """The keys of each step from `start` on, for DataLoader."""
 
-    def __init__(self, source: Source, start: int, stop: int) -> None:
+    def __init__(self, source: LoaderConfig, start: int, stop: int) -> None:
         self._source, self._start, self._stop = source, start, stop
 
-    def __iter__(self) -> Iterator[list[_Key]]:
+    def __iter__(self) -> Iterator[list[_SampleKey]]:
         source = self._source
         for step in range(self._start, self._stop):
             draws = sampler.batch(
                 source.indices, seed=source.seed, step=step, batch_size=source.batch_size
             )
             crop = source.config.crop_at(step, source.max_steps)
-            yield [(draw, crop) for draw in sampler.share(draws, source.rank, source.world)]
+            yield [(draw, crop) for draw in sampler.share(draws, source.rank, source.world_size)]
 
     def __len__(self) -> int:
         return self._stop - self._start
@@ -125,7 +125,7 @@ def _collate(parts: list[_Sample | SampleError]) -> Batch | SampleError:
 
 
 def batches(
-    source: Source, start: int, stop: int, *, loaders: int
+    source: LoaderConfig, start: int, stop: int, *, loaders: int
 ) -> Iterator[Batch | SampleError]:
     """The worker's batches of the steps `start` to `stop` (not included), in order.
 
@@ -134,8 +134,8 @@ def batches(
     """
     # what comes out is what _collate makes, not what the data set holds
     loader: DataLoader[Any] = DataLoader(
-        _Photos(source),
-        batch_sampler=_Keys(source, start, stop),
+        ImageDataset(source),
+        batch_sampler=StepBatchSampler(source, start, stop),
         num_workers=loaders,
         collate_fn=_collate,
         prefetch_factor=AHEAD if loaders else None,

@@ -21,14 +21,21 @@ from pipeline.evaluation.score import Score
 from pipeline.model import weights
 from pipeline.model.deeplab import DeepLabV3
 from pipeline.train.worker import batch_norm, checkpoints, state
-from pipeline.train.worker.distributed import Group
-from pipeline.train.worker.export import finish, write_history
+from pipeline.train.worker.distributed import ProcessGroup
+from pipeline.train.worker.export import export_run, write_history
 from pipeline.train.worker.history import Step
 from pipeline.train.worker.loader import Batch, batches
 from pipeline.train.worker.state import TrainingState
-from pipeline.train.worker.task import Task, node_cache, source_of, state_of, stepper_of, unseen
+from pipeline.train.worker.task import (
+    WorkerSpec,
+    build_loader_config,
+    build_state,
+    build_trainer,
+    check_paths_visible,
+    node_cache,
+)
 
-LOOK_EVERY = 10
+HISTORY_EVERY = 10
 """Steps between two rows of the history."""
 
 _OTHER_FILES = "; with other photos or labels it is another run: give that a new --out"
@@ -48,20 +55,20 @@ class Listener(Protocol):
     def fail(self, message: str) -> None: ...
 
 
-def train(task: Task, group: Group, listener: Listener) -> None:
+def train(task: WorkerSpec, group: ProcessGroup, listener: Listener) -> None:
     """Trains until the experiment's last step, or until a worker tells `listener` why it cannot."""
     torch.set_num_threads(task.threads)
-    if _someone_failed(unseen(task), group, listener):
+    if _someone_failed(check_paths_visible(task), group, listener):
         return
-    run = _Run(task, group, listener)
+    run = _TrainingRun(task, group, listener)
     if run.trains():
         run.ends()
 
 
-class _Run:
+class _TrainingRun:
     """One worker's run, between two deaths."""
 
-    def __init__(self, task: Task, group: Group, listener: Listener) -> None:
+    def __init__(self, task: WorkerSpec, group: ProcessGroup, listener: Listener) -> None:
         self._task, self._group, self._listener = task, group, listener
         self._read = node_cache(task.train, task.val, max_bytes=task.cache_bytes)
         if not self._read.fits:
@@ -69,18 +76,20 @@ class _Run:
                 "the photos take more than --cache-gb %g: every epoch downloads the others again",
                 task.cache_bytes / 1e9,
             )
-        self._state = _begin(task, group)
-        self._stepper = stepper_of(task, self._state, group)
-        self._window = _Window(self._state.step, task.experiment.optimizer.batch_size)
+        self._state = restore_state(task, group)
+        self._stepper = build_trainer(task, self._state, group)
+        self._window = _ThroughputMeter(self._state.step, task.experiment.optimizer.batch_size)
         self._best: bytes | None = None  # to be put with the next checkpoint
-        if group.first:
+        if group.is_main:
             self._remake_best()
-            listener.started(group.world, self._state.history.best)
+            listener.started(group.world_size, self._state.history.best)
 
     def trains(self) -> bool:
         """Whether all steps are done now."""
         config = self._task.experiment.optimizer
-        source = source_of(self._task, rank=self._group.rank, world=self._group.world)
+        source = build_loader_config(
+            self._task, rank=self._group.rank, world_size=self._group.world_size
+        )
         start = self._state.step
         for batch in batches(source, start, config.max_steps, loaders=self._task.loaders):
             if not self._step(batch) or not self._keeps_up():
@@ -112,14 +121,14 @@ class _Run:
         every = task.experiment.evaluation.eval_every
         row = self._window.row(step, self._state.history.losses)
         due = last or (every and step % every == 0)
-        if step % LOOK_EVERY == 0 or due:
+        if step % HISTORY_EVERY == 0 or due:
             self._state.history.add(row)
         scored = self._score() if due else None
         if due and scored is None:
             return False
-        if step % LOOK_EVERY == 0 or due:  # evaluation is no part of a step's time
-            self._window = _Window(step, task.experiment.optimizer.batch_size)
-        if self._group.first:
+        if step % HISTORY_EVERY == 0 or due:  # evaluation is no part of a step's time
+            self._window = _ThroughputMeter(step, task.experiment.optimizer.batch_size)
+        if self._group.is_main:
             self._listener.report_step(row, scored)
         if scored or step % task.checkpoint_every == 0:
             if not self._is_sound():
@@ -131,7 +140,7 @@ class _Run:
         """Whether all weights are numbers: a checkpoint of others could never go on."""
         if all(bool(each.isfinite().all()) for each in self._state.model.parameters()):
             return True  # they are the same on all workers
-        if self._group.first:
+        if self._group.is_main:
             self._listener.fail(
                 f"weights are no longer numbers after step {self._state.step}: give a lower "
                 "--base-lr and a new --out; no checkpoint was made of them"
@@ -141,7 +150,7 @@ class _Run:
     def _score(self) -> Score | None:
         """How good the network is on val now, None where someone failed; the best is to be put."""
         before = self._state.history.best
-        self._group.share_buffers(self._state.best_model)
+        self._group.broadcast_buffers(self._state.best_model)
         found = self._evaluate()
         if _someone_failed(found, self._group, self._listener):
             return None
@@ -151,7 +160,7 @@ class _Run:
         total = Evaluation(confusion=confusion, images=images)
         score = total.score(step=self._state.step, time=time.time())
         self._state.history.scores.append(score)
-        if self._group.first and self._state.history.best is not before:
+        if self._group.is_main and self._state.history.best is not before:
             self._best = self._best_bytes()
         return score
 
@@ -167,7 +176,7 @@ class _Run:
         """
         best = self._state.history.best
         if best is not None and best.step == self._state.step:
-            checkpoints.put_best(self._task.out, self._best_bytes())
+            checkpoints.save_best(self._task.out, self._best_bytes())
 
     def _evaluate(self) -> Evaluation | SampleError:
         """This worker's share of val."""
@@ -177,30 +186,32 @@ class _Run:
                 self._state.best_model,
                 task.val,
                 read=self._read,
-                indices=worker_indices(len(task.val.pairs), self._group.rank, self._group.world),
+                indices=worker_indices(
+                    len(task.val.pairs), self._group.rank, self._group.world_size
+                ),
                 scales=config.eval_scales,
                 flip=config.eval_flip,
                 output_stride=config.eval_output_stride,
-                on_image=lambda *_: self._listener.heartbeat() if self._group.first else None,
+                on_image=lambda *_: self._listener.heartbeat() if self._group.is_main else None,
             )
         except SampleError as error:
             return error
 
     def _save(self) -> None:
-        self._group.share_buffers(self._state.model)
+        self._group.broadcast_buffers(self._state.model)
         if self._state.average is not None:  # its own counter is on the CPU, and the same for all
-            self._group.share_buffers(self._state.best_model)
-        facts = {"world": self._group.world, "threads": self._task.threads}
+            self._group.broadcast_buffers(self._state.best_model)
+        facts = {"world": self._group.world_size, "threads": self._task.threads}
         save = None
-        if self._group.first:
-            snapshot = state.take(self._state, facts)
+        if self._group.is_main:
+            snapshot = state.snapshot(self._state, facts)
             out, names = self._task.out, self._task.val.classes.names
             best, self._best = self._best, None
 
             def save() -> None:
-                checkpoints.put(out, snapshot)
+                checkpoints.save(out, snapshot)
                 if best is not None:
-                    checkpoints.put_best(out, best)
+                    checkpoints.save_best(out, best)
                 write_history(out, snapshot.history, names)
 
         newest = self._state.history.scores[-1:]
@@ -208,15 +219,15 @@ class _Run:
         if newest:
             ious = dict(zip(self._task.val.classes.names, newest[0].ious, strict=True))
             metrics |= {"val_miou": newest[0].miou, "val_ious": ious}
-        self._group.report(metrics, name=checkpoints.name_of(self._state.step), save=save)
+        self._group.report(metrics, name=checkpoints.folder_name(self._state.step), save=save)
 
     def ends(self) -> None:
         """After the last step: the network that ships, and what people look at."""
-        if self._group.first:
-            finish(self._task.out, self._state, self._task.val, self._read)
+        if self._group.is_main:
+            export_run(self._task.out, self._state, self._task.val, self._read)
 
 
-class _Window:
+class _ThroughputMeter:
     """How fast this worker is since the last row of the history, or since it began."""
 
     def __init__(self, step: int, batch_size: int) -> None:
@@ -240,7 +251,7 @@ class _Window:
         )
 
 
-def _someone_failed(made: object, group: Group, listener: Listener) -> bool:
+def _someone_failed(made: object, group: ProcessGroup, listener: Listener) -> bool:
     """Whether a worker has an error in hand instead of what it was to make."""
     if isinstance(made, SampleError):
         listener.fail(f"{made}{_OTHER_FILES if isinstance(made, BrokenFileError) else ''}")
@@ -248,30 +259,30 @@ def _someone_failed(made: object, group: Group, listener: Listener) -> bool:
     return bool(group.sum(failed) > 0)
 
 
-def _begin(task: Task, group: Group) -> TrainingState:
+def restore_state(task: WorkerSpec, group: ProcessGroup) -> TrainingState:
     """The run's state as the newest checkpoint has it, or as it is before the first step."""
     model, _ = weights.load(task.initial)
-    begun = state_of(task, model, group)
-    if group.first and group.world > 1 and group.device.type == "cpu":
+    begun = build_state(task, model, group)
+    if group.is_main and group.world_size > 1 and group.device.type == "cpu":
         _say_what_is_not_shared(task, model)
-    newest = checkpoints.latest(task.out) if group.first else None
+    newest = checkpoints.latest(task.out) if group.is_main else None
     # the first worker chooses: one may be put, or go, between two workers' listings
     step = int(group.sum(torch.tensor(newest.step if newest else 0)))
     if step == 0:
         return begun
-    newest = newest or checkpoints.of_step(task.out, step)
-    state.restore(begun, newest)
-    facts = {"world": group.world, "threads": task.threads}
-    if dict(newest.facts) != facts and group.first:
+    newest = newest or checkpoints.load_step(task.out, step)
+    state.load(begun, newest)
+    facts = {"world": group.world_size, "threads": task.threads}
+    if dict(newest.provenance) != facts and group.is_main:
         logger.warning(
             "the checkpoint at step %d was made with %s, and training goes on with %s: the result "
             "will be as good, but not the same bit for bit",
-            newest.step, newest.facts, facts,
+            newest.step, newest.provenance, facts,
         )  # fmt: skip
     return begun
 
 
-def _say_what_is_not_shared(task: Task, model: DeepLabV3) -> None:
+def _say_what_is_not_shared(task: WorkerSpec, model: DeepLabV3) -> None:
     """A warning where batch normalisation is trained: torch's synchronised one refuses CPUs."""
     if not task.experiment.optimizer.freeze_bn and any(batch_norm.layers(model)):
         logger.warning(

@@ -50,20 +50,22 @@ def batch(indices: Sequence[int], *, seed: int, step: int, batch_size: int) -> t
     return tuple(_draw(indices, seed, place) for place in range(first, first + batch_size))
 
 
-def share(draws: Sequence[Draw], rank: int, world: int) -> tuple[Draw, ...]:
-    """The draws of worker `rank` of `world`: every `world`-th, beginning with the `rank`-th.
+def share(draws: Sequence[Draw], rank: int, world_size: int) -> tuple[Draw, ...]:
+    """Return worker `rank`'s draws: every `world_size`-th, beginning with the `rank`-th.
 
     Shares differ by at most one draw. Raises ValueError where a worker would have none, or
-    `rank` is not 0 to `world` - 1.
+    `rank` is not 0 to `world_size` - 1.
     """
-    if not 0 <= rank < world:
-        raise ValueError(f"rank is {rank}; with a world of {world} it must be 0 to {world - 1}")
-    if len(draws) < world:
+    if not 0 <= rank < world_size:
         raise ValueError(
-            f"batch_size is {len(draws)}, but there are {world} workers and each needs an image: "
-            f"give at most {len(draws)} workers, or a batch_size of at least {world}"
+            f"rank is {rank}; with a world size of {world_size} it must be 0 to {world_size - 1}"
         )
-    return tuple(draws[rank::world])
+    if len(draws) < world_size:
+        raise ValueError(
+            f"batch_size is {len(draws)}, but there are {world_size} workers and each needs an "
+            f"image: give at most {len(draws)} workers, or a batch_size of at least {world_size}"
+        )
+    return tuple(draws[rank::world_size])
 
 
 def _draw(indices: Sequence[int], seed: int, place: int) -> Draw:

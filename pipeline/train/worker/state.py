@@ -33,7 +33,7 @@ class TrainingState:
     """
 
     model: DeepLabV3
-    optimiser: torch.optim.SGD
+    optimizer: torch.optim.SGD
     average: AveragedModel | None
     step: int = 0
     history: History = field(default_factory=History)
@@ -55,11 +55,15 @@ class Snapshot:
     tensors: Mapping[str, torch.Tensor]
     step: int
     history: History
-    facts: Mapping[str, Any]
+    provenance: Mapping[str, Any]
 
     def to_bytes(self) -> bytes:
         """One safetensors file; `read` gives it back."""
-        said: dict[str, Any] = {"version": VERSION, "step": self.step, "facts": dict(self.facts)}
+        said: dict[str, Any] = {
+            "version": VERSION,
+            "step": self.step,
+            "facts": dict(self.provenance),
+        }
         said["history"] = json.loads(self.history.to_json())
         said["digest"] = _digest(said, self.tensors)
         return safetensors.torch.save(
@@ -67,11 +71,11 @@ class Snapshot:
         )
 
 
-def take(state: TrainingState, facts: Mapping[str, Any]) -> Snapshot:
+def snapshot(state: TrainingState, provenance: Mapping[str, Any]) -> Snapshot:
     """A copy of `state`: `state_dict` would hand out the tensors that training goes on changing."""
     live = {f"model.{key}": value for key, value in state.model.state_dict().items()}
-    for index, parameter in enumerate(_parameters(state.optimiser)):
-        momentum = state.optimiser.state[parameter].get("momentum_buffer")
+    for index, parameter in enumerate(_parameters(state.optimizer)):
+        momentum = state.optimizer.state[parameter].get("momentum_buffer")
         if momentum is not None:
             live[f"momentum.{index:04d}"] = momentum
     if state.average is not None:
@@ -80,7 +84,7 @@ def take(state: TrainingState, facts: Mapping[str, Any]) -> Snapshot:
         tensors={key: value.detach().cpu().clone().contiguous() for key, value in live.items()},
         step=state.step,
         history=state.history.copy(),
-        facts=facts,
+        provenance=provenance,
     )
 
 
@@ -98,13 +102,13 @@ def read(data: bytes, name: str) -> Snapshot:
         if digest is not None and digest != _digest(said, file.tensors):
             raise ValueError("its bytes are not those that were written")
         history = History.from_json(json.dumps(said["history"]))
-        step, facts = int(said["step"]), dict(said["facts"])
+        step, provenance = int(said["step"]), dict(said["facts"])
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{name} is no training checkpoint: {error}") from None
-    return Snapshot(tensors=file.tensors, step=step, history=history, facts=facts)
+    return Snapshot(tensors=file.tensors, step=step, history=history, provenance=provenance)
 
 
-def restore(state: TrainingState, snapshot: Snapshot) -> None:
+def load(state: TrainingState, snapshot: Snapshot) -> None:
     """Makes `state` what it was when the snapshot was taken.
 
     Raises CheckpointError where it was of another network.
@@ -115,18 +119,18 @@ def restore(state: TrainingState, snapshot: Snapshot) -> None:
             state.average.load_state_dict(_part(snapshot.tensors, "average."))
     except RuntimeError as error:
         raise CheckpointError(f"the training checkpoint is of another network: {error}") from None
-    for index, parameter in enumerate(_parameters(state.optimiser)):
+    for index, parameter in enumerate(_parameters(state.optimizer)):
         momentum = snapshot.tensors.get(f"momentum.{index:04d}")
         if momentum is not None:
             # in the parameter's memory format: its update is then as fast as it was
-            state.optimiser.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(
+            state.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(
                 momentum
             )
     state.step, state.history = snapshot.step, snapshot.history.copy()
 
 
-def _parameters(optimiser: torch.optim.SGD) -> list[torch.Tensor]:
-    return [parameter for group in optimiser.param_groups for parameter in group["params"]]
+def _parameters(optimizer: torch.optim.SGD) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

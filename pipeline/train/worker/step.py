@@ -20,7 +20,7 @@ from pipeline.model import optimize
 from pipeline.model.deeplab import DeepLabV3, TrainingLogits
 from pipeline.train.recipes.experiment import OptimizerConfig
 from pipeline.train.worker import batch_norm
-from pipeline.train.worker.distributed import Group, seed_step
+from pipeline.train.worker.distributed import ProcessGroup, seed_step
 from pipeline.train.worker.loss import PixelLoss
 from pipeline.train.worker.schedule import poly
 from pipeline.train.worker.state import TrainingState
@@ -81,7 +81,7 @@ class Objective(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stepped:
+class StepResult:
     """What a step came to: the loss of the global batch, this worker's part in it, the rate."""
 
     loss: float
@@ -89,7 +89,7 @@ class Stepped:
     lr: float
 
 
-class Stepper:
+class Trainer:
     """Makes steps of a run: `state` is changed in place, on every worker alike."""
 
     def __init__(
@@ -97,34 +97,34 @@ class Stepper:
         state: TrainingState,
         loss: PixelLoss,
         config: OptimizerConfig,
-        group: Group,
+        group: ProcessGroup,
         seed: int,
     ) -> None:
         self._state, self._config, self._group, self._seed = state, config, group, seed
         self._objective = Objective(state.model, loss, config).to(group.device)
         self._wrapped = group.wrap(self._objective)
 
-    def step(self, images: torch.Tensor, labels: torch.Tensor) -> Stepped:
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> StepResult:
         """Trains on this worker's part of the batch: (n, h, w, 3) and (n, h, w), both uint8."""
         state, config = self._state, self._config
         lr = poly(
             state.step, base_lr=config.base_lr, max_steps=config.max_steps, power=config.power
         )
-        for each in state.optimiser.param_groups:
+        for each in state.optimizer.param_groups:
             each["lr"] = lr * each["lr_factor"]
         self._wrapped.train()
         seed_step(self._seed, state.step, self._group.rank)
-        state.optimiser.zero_grad(set_to_none=True)
+        state.optimizer.zero_grad(set_to_none=True)
         images = images.to(self._group.device)
         labels = self._objective.targets(labels.to(self._group.device))
         weight = float(self._group.sum(self._objective.loss.weight(labels)))
         own_loss = self._backward(images, labels, max(weight, 1e-12))
-        state.optimiser.step()
+        state.optimizer.step()
         state.step += 1
         if state.average is not None:
             state.average.update_parameters(state.model)
         loss = float(self._group.sum(torch.tensor(own_loss, dtype=torch.float64)))
-        return Stepped(loss=loss, own_loss=own_loss, lr=lr)
+        return StepResult(loss=loss, own_loss=own_loss, lr=lr)
 
     def _backward(self, images: torch.Tensor, labels: torch.Tensor, weight: float) -> float:
         """Adds up the gradients of all micro-batches; this worker's part of the mean loss."""
@@ -134,7 +134,7 @@ class Stepper:
         for index, (image, label) in enumerate(parts):
             with self._only_last_shares(index + 1 == len(parts)), self._precision():
                 summed = self._wrapped(image, label)
-                (summed * (self._group.world / weight)).backward()
+                (summed * (self._group.world_size / weight)).backward()
             total += summed.detach().double().cpu()
         return float(total) / weight
 
@@ -154,7 +154,7 @@ class Stepper:
         return torch.autocast(kind, torch.bfloat16, enabled=enabled)
 
 
-def build_optimiser(model: DeepLabV3, config: OptimizerConfig) -> torch.optim.SGD:
+def build_optimizer(model: DeepLabV3, config: OptimizerConfig) -> torch.optim.SGD:
     """SGD whose groups carry `lr_factor`; vectors (normalisation, biases) do not decay."""
     heads = [model.classifier] + ([model.aux_classifier] if model.aux_classifier else [])
     of_heads = {id(parameter) for head in heads for parameter in head.parameters()}

@@ -19,15 +19,15 @@ from pipeline.model import zoo
 from pipeline.model.deeplab import DeepLabV3
 from pipeline.train.recipes.experiment import Experiment
 from pipeline.train.worker import batch_norm
-from pipeline.train.worker.distributed import Group
-from pipeline.train.worker.loader import Source
+from pipeline.train.worker.distributed import ProcessGroup
+from pipeline.train.worker.loader import LoaderConfig
 from pipeline.train.worker.loss import PixelLoss
 from pipeline.train.worker.state import TrainingState
-from pipeline.train.worker.step import Stepper, build_average, build_optimiser
+from pipeline.train.worker.step import Trainer, build_average, build_optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class WorkerSpec:
     """What a run's workers need to know. `initial` is the URI of the network to start from.
 
     `indices` is the training list, with its repeats; `class_weights` (k,) or None.
@@ -46,11 +46,11 @@ class Task:
     cache_bytes: int
 
 
-def source_of(task: Task, *, rank: int, world: int) -> Source:
-    """Where worker `rank` of `world` has its batches from."""
+def build_loader_config(task: WorkerSpec, *, rank: int, world_size: int) -> LoaderConfig:
+    """Where worker `rank` of `world_size` has its batches from."""
     experiment = task.experiment
     red, green, blue = (round(255 * value) for value in experiment.model.mean)
-    return Source(
+    return LoaderConfig(
         split=task.train,
         indices=task.indices,
         read=node_cache(task.train, task.val, max_bytes=task.cache_bytes),
@@ -60,23 +60,23 @@ def source_of(task: Task, *, rank: int, world: int) -> Source:
         max_steps=experiment.optimizer.max_steps,
         seed=experiment.seed,
         rank=rank,
-        world=world,
+        world_size=world_size,
     )
 
 
-def state_of(task: Task, model: DeepLabV3, group: Group) -> TrainingState:
+def build_state(task: WorkerSpec, model: DeepLabV3, group: ProcessGroup) -> TrainingState:
     """The run's state before the first step."""
     config = task.experiment.optimizer
     model = model.to(group.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     batch_norm.set_momentum(model, config.bn_momentum)
     return TrainingState(
         model=model,
-        optimiser=build_optimiser(model, config),
+        optimizer=build_optimizer(model, config),
         average=build_average(model, config),
     )
 
 
-def stepper_of(task: Task, state: TrainingState, group: Group) -> Stepper:
+def build_trainer(task: WorkerSpec, state: TrainingState, group: ProcessGroup) -> Trainer:
     """What makes the run's steps."""
     weights = task.class_weights
     loss = PixelLoss(
@@ -85,7 +85,7 @@ def stepper_of(task: Task, state: TrainingState, group: Group) -> Stepper:
         class_weights=None if weights is None else torch.tensor(weights),
         hard_share=task.experiment.optimizer.hard_share,
     )
-    return Stepper(state, loss, task.experiment.optimizer, group, seed=task.experiment.seed)
+    return Trainer(state, loss, task.experiment.optimizer, group, seed=task.experiment.seed)
 
 
 def node_cache(*splits: Split, max_bytes: int) -> NodeCache:
@@ -94,7 +94,7 @@ def node_cache(*splits: Split, max_bytes: int) -> NodeCache:
     return NodeCache(zoo.cache() / "photos", objects, max_bytes=max_bytes)
 
 
-def unseen(task: Task) -> SampleError | None:
+def check_paths_visible(task: WorkerSpec) -> SampleError | None:
     """Why this node cannot train: a local path may be another's. One photo tells of a split."""
     node = socket.gethostname()
     needed = {task.initial: "--out"}

@@ -43,7 +43,7 @@ def test_a_worker_that_dies_leaves_a_board_on_which_none_trains(
         os._exit(1)
 
     monkeypatch.setattr(ray_trainer, "_worker", dies)
-    tiny.draw_set(tmp_path / "set", train=2, val=1)
+    tiny.write_dataset(tmp_path / "set", train=2, val=1)
     settings = tiny.settings(
         tmp_path / "set", tmp_path / "out", tiny.experiment(batch_size=2), max_failures=0
     )

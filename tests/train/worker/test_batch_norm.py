@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.train.worker import batch_norm
-from pipeline.train.worker.distributed import Group, RayGroup
+from pipeline.train.worker.distributed import ProcessGroup, RayProcessGroup
 from tests.train import tiny
 
 
@@ -53,30 +53,30 @@ class Buffered(nn.Module):
         self.weight = nn.Parameter(torch.tensor(float(rank)))
 
 
-def shared(group: Group) -> tuple[dict[str, torch.Tensor], float]:
+def shared(group: ProcessGroup) -> tuple[dict[str, torch.Tensor], float]:
     module = Buffered(group.rank)
-    group.share_buffers(module)
+    group.broadcast_buffers(module)
     return dict(module.named_buffers()), float(module.weight.detach())
 
 
 def test_every_worker_gets_the_buffers_of_the_first_and_keeps_its_weights(tmp_path: Path) -> None:
     expected = dict(Buffered(0).named_buffers())
-    for rank, (buffers, weight) in enumerate(tiny.together(3, tmp_path, shared)):
+    for rank, (buffers, weight) in enumerate(tiny.run_workers(3, tmp_path, shared)):
         assert buffers.keys() == expected.keys()
         assert all(torch.equal(buffers[key], expected[key]) for key in expected)
         assert weight == rank
 
 
 @pytest.mark.parametrize(
-    ("device", "world", "converted"), [("cpu", 2, 0), ("cuda", 2, 2), ("cuda", 1, 0)]
+    ("device", "world_size", "converted"), [("cpu", 2, 0), ("cuda", 2, 2), ("cuda", 1, 0)]
 )
 def test_synchronised_layers_are_for_several_workers_on_gpus_alone(
-    device: str, world: int, converted: int, monkeypatch: pytest.MonkeyPatch
+    device: str, world_size: int, converted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ray.train.torch.prepare_model", lambda module, **_: module)
     model = small()
     held = {key: id(value) for key, value in model.named_parameters()}
-    wrapped = RayGroup(world=world, device=torch.device(device)).wrap(model)
+    wrapped = RayProcessGroup(world_size=world_size, device=torch.device(device)).wrap(model)
     assert sum(isinstance(each, nn.SyncBatchNorm) for each in wrapped.modules()) == converted
     # an optimiser that holds the weights goes on training them
     assert {key: id(value) for key, value in wrapped.named_parameters()} == held

@@ -15,7 +15,10 @@ from pipeline.train.worker.state import Snapshot
 
 def snapshot(step: int) -> Snapshot:
     return Snapshot(
-        tensors={"model.a": torch.full((40,), float(step))}, step=step, history=History(), facts={}
+        tensors={"model.a": torch.full((40,), float(step))},
+        step=step,
+        history=History(),
+        provenance={},
     )
 
 
@@ -31,13 +34,13 @@ def steps(out: str) -> list[int]:
 def test_the_newest_is_taken_and_the_last_two_are_kept(prefix: str) -> None:
     assert checkpoints.latest(prefix) is None
     for step in (9, 10, 200):
-        checkpoints.put(prefix, snapshot(step))
+        checkpoints.save(prefix, snapshot(step))
         found = checkpoints.latest(prefix)
         assert found is not None
         assert found.step == step
         assert (found.tensors["model.a"] == step).all()
     assert steps(prefix) == [10, 200]
-    checkpoints.put(prefix, snapshot(200))  # a resume may come to it again
+    checkpoints.save(prefix, snapshot(200))  # a resume may come to it again
     assert steps(prefix) == [10, 200]
 
 
@@ -47,7 +50,7 @@ def test_of_a_half_written_one_the_one_before_is_taken(
 ) -> None:
     out = str(tmp_path)
     for step in (4, 8):
-        checkpoints.put(out, snapshot(step))
+        checkpoints.save(out, snapshot(step))
     data = storage.read(uri(out, 8))
     storage.write(uri(out, 8), data[: int(keep * len(data)) if keep == 0.5 else int(keep)])
     with caplog.at_level(logging.WARNING):
@@ -56,7 +59,7 @@ def test_of_a_half_written_one_the_one_before_is_taken(
     assert found.step == 4
     assert "step-00000008" in caplog.text
     assert "going on from the one before" in caplog.text
-    checkpoints.put(out, snapshot(8))
+    checkpoints.save(out, snapshot(8))
     again = checkpoints.latest(out)
     assert again is not None
     assert again.step == 8
@@ -65,7 +68,7 @@ def test_of_a_half_written_one_the_one_before_is_taken(
 def test_of_a_flipped_one_the_one_before_is_taken(tmp_path) -> None:
     out = str(tmp_path)
     for step in (4, 8):
-        checkpoints.put(out, snapshot(step))
+        checkpoints.save(out, snapshot(step))
     data = bytearray(storage.read(uri(out, 8)))
     data[-7] ^= 4  # a weight
     storage.write(uri(out, 8), bytes(data))
@@ -82,7 +85,7 @@ def test_what_a_killed_writer_and_ray_leave_is_no_checkpoint(tmp_path) -> None:
     (folder / "other.safetensors").write_bytes(snapshot(12).to_bytes())
     (tmp_path / "checkpoints" / "checkpoint_manager_snapshot.json").write_text("{")
     assert checkpoints.latest(out) is None
-    checkpoints.put(out, snapshot(3))
+    checkpoints.save(out, snapshot(3))
     found = checkpoints.latest(out)
     assert found is not None
     assert found.step == 3

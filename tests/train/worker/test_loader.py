@@ -22,17 +22,17 @@ from pipeline.data.datasets import open_split
 from pipeline.data.samples import SampleError
 from pipeline.train.recipes.experiment import AugmentConfig
 from pipeline.train.worker import sampler
-from pipeline.train.worker.loader import Batch, Source, batches
+from pipeline.train.worker.loader import Batch, LoaderConfig, batches
 from tests.train import tiny
 
 MADE = AugmentConfig(crop_size=(33, 35), late_crop_size=(49, 33), late_from=0.5)
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+def source(tmp_path_factory: pytest.TempPathFactory) -> LoaderConfig:
     root = tmp_path_factory.mktemp("set")
-    tiny.draw_set(root, train=5, val=1)
-    return Source(
+    tiny.write_dataset(root, train=5, val=1)
+    return LoaderConfig(
         split=open_split(str(root), "train", layout="folders", classes=tiny.CLASSES),
         indices=(0, 1, 2, 3, 4, 2),
         read=storage.read,
@@ -44,7 +44,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     )
 
 
-def made(source: Source, start: int = 0, stop: int = 6, *, loaders: int = 0) -> list[Batch]:
+def made(source: LoaderConfig, start: int = 0, stop: int = 6, *, loaders: int = 0) -> list[Batch]:
     found = list(batches(source, start, stop, loaders=loaders))
     assert all(isinstance(batch, Batch) for batch in found)
     return found  # type: ignore[return-value]
@@ -57,7 +57,9 @@ def same(found: list[Batch], expected: list[Batch]) -> bool:
     )
 
 
-def test_a_batch_is_what_reading_and_augmenting_its_draws_one_by_one_gives(source: Source) -> None:
+def test_a_batch_is_what_reading_and_augmenting_its_draws_one_by_one_gives(
+    source: LoaderConfig,
+) -> None:
     for step, batch in enumerate(made(source)):
         crop = (33, 35) if step < 3 else (49, 33)
         draws = sampler.batch(source.indices, seed=7, step=step, batch_size=5)
@@ -81,31 +83,33 @@ def test_a_batch_is_what_reading_and_augmenting_its_draws_one_by_one_gives(sourc
 
 
 @pytest.mark.parametrize("loaders", [1, 2])
-def test_loader_processes_change_no_byte(source: Source, loaders: int) -> None:
+def test_loader_processes_change_no_byte(source: LoaderConfig, loaders: int) -> None:
     assert same(made(source, loaders=loaders), made(source))
 
 
-def test_a_resume_goes_on_with_the_same_batches(source: Source) -> None:
+def test_a_resume_goes_on_with_the_same_batches(source: LoaderConfig) -> None:
     whole = made(source)
     assert same(made(source, 4), whole[4:])
     assert made(source, 6) == []
 
 
-@pytest.mark.parametrize("world", [2, 3, 5])
-def test_the_workers_parts_are_together_the_batch(source: Source, world: int) -> None:
-    parts = [made(replace(source, rank=rank, world=world), 2, 4) for rank in range(world)]
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_the_workers_parts_are_together_the_batch(source: LoaderConfig, world_size: int) -> None:
+    parts = [
+        made(replace(source, rank=rank, world_size=world_size), 2, 4) for rank in range(world_size)
+    ]
     for step, whole in enumerate(made(source, 2, 4)):
         for place in range(5):
-            part = parts[place % world][step]
-            assert part.uris[place // world] == whole.uris[place]
-            assert torch.equal(part.images[place // world], whole.images[place])
+            part = parts[place % world_size][step]
+            assert part.uris[place // world_size] == whole.uris[place]
+            assert torch.equal(part.images[place // world_size], whole.images[place])
 
 
 @pytest.mark.parametrize("loaders", [0, 1])
 def test_what_cannot_be_read_arrives_as_a_message_and_the_next_batch_comes(
-    source: Source, loaders: int, tmp_path: Path
+    source: LoaderConfig, loaders: int, tmp_path: Path
 ) -> None:
-    tiny.draw_set(tmp_path, train=3, val=1)
+    tiny.write_dataset(tmp_path, train=3, val=1)
     split = open_split(str(tmp_path), "train", layout="folders", classes=tiny.CLASSES)
     label = tmp_path / "train" / "labels" / "01.png"
     Image.fromarray(np.full((40, 42), 37, dtype=np.uint8)).save(label)
@@ -118,7 +122,7 @@ def test_what_cannot_be_read_arrives_as_a_message_and_the_next_batch_comes(
     assert "holds class 37, but num_classes is 4; is ignore_index (255) set?" in str(errors[0])
 
 
-def test_a_batch_says_how_long_it_was_waited_for(source: Source) -> None:
+def test_a_batch_says_how_long_it_was_waited_for(source: LoaderConfig) -> None:
     assert all(batch.waited_s > 0 for batch in made(source))
 
 
@@ -132,7 +136,7 @@ if __name__ == "__main__":
 """
 
 
-def test_loaders_end_with_a_trainer_that_is_killed(source: Source, tmp_path: Path) -> None:
+def test_loaders_end_with_a_trainer_that_is_killed(source: LoaderConfig, tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(pickle.dumps(source))
     (tmp_path / "trainer.py").write_text(_TRAINER)
     command = [sys.executable, str(tmp_path / "trainer.py"), str(tmp_path / "source")]

@@ -29,11 +29,11 @@ def test_an_epoch_holds_each_entry_of_the_list_exactly_once(batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [4, 7, 12])
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_the_workers_share_one_batch_whatever_their_number(world, batch_size):
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_the_workers_share_one_batch_whatever_their_number(world_size, batch_size):
     for step in (0, 1, 2, 1000):
         whole = batch(PHOTOS, seed=5, step=step, batch_size=batch_size)
-        shares = [share(whole, rank, world) for rank in range(world)]
+        shares = [share(whole, rank, world_size) for rank in range(world_size)]
         assert Counter(draw for part in shares for draw in part) == Counter(whole)
         sizes = [len(part) for part in shares]
         assert min(sizes) >= 1
@@ -121,5 +121,5 @@ def test_more_workers_than_images_are_refused_with_the_way_out():
 
 @pytest.mark.parametrize("rank", [-1, 2])
 def test_a_rank_outside_the_world_is_refused(rank):
-    with pytest.raises(ValueError, match=rf"rank is {rank}; with a world of 2"):
+    with pytest.raises(ValueError, match=rf"rank is {rank}; with a world size of 2"):
         share(batch(PHOTOS, seed=5, step=0, batch_size=4), rank, 2)

@@ -16,11 +16,11 @@ from torch.nn import functional
 
 from pipeline.model.config import ModelConfig
 from pipeline.train.recipes.experiment import OptimizerConfig
-from pipeline.train.worker.distributed import Group
+from pipeline.train.worker.distributed import ProcessGroup
 from pipeline.train.worker.loss import PixelLoss
 from pipeline.train.worker.schedule import poly
 from pipeline.train.worker.state import TrainingState
-from pipeline.train.worker.step import Objective, Stepper, build_average, build_optimiser
+from pipeline.train.worker.step import Objective, Trainer, build_average, build_optimizer
 from tests.train import tiny
 
 STEPS = 4
@@ -30,7 +30,7 @@ STEPS = 4
 class Case:
     """What is trained in four steps of seven photos."""
 
-    world: int = 1
+    world_size: int = 1
     model: ModelConfig = tiny.MOBILENET
     optimiser: dict[str, object] = field(default_factory=dict)
     class_weights: tuple[float, ...] | None = None
@@ -66,7 +66,7 @@ def drawn(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images, labels
 
 
-def make(case: Case, group: Group) -> tuple[TrainingState, Stepper]:
+def make(case: Case, group: ProcessGroup) -> tuple[TrainingState, Trainer]:
     model = tiny.network(ModelConfig(**{**vars(case.model), "dropout": 0.0}))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):  # the auxiliary head's too
@@ -77,20 +77,20 @@ def make(case: Case, group: Group) -> tuple[TrainingState, Stepper]:
     config = case.config
     model = model.double() if case.double else model
     state = TrainingState(
-        model=model, optimiser=build_optimiser(model, config), average=build_average(model, config)
+        model=model, optimizer=build_optimizer(model, config), average=build_average(model, config)
     )
     weights = None if case.class_weights is None else torch.tensor(case.class_weights)
     loss = PixelLoss(4, ignore_index=255, class_weights=weights, hard_share=config.hard_share)
     loss = loss.double() if case.double else loss
-    return state, Stepper(state, loss, config, group, seed=3)
+    return state, Trainer(state, loss, config, group, seed=3)
 
 
-def trained(group: Group, case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
+def trained(group: ProcessGroup, case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The losses of the steps, and the weights after them, of a worker of a group."""
     state, stepper = make(case, group)
     losses = []
     for step in range(STEPS):
-        images, labels = (each[group.rank :: group.world] for each in drawn(step))
+        images, labels = (each[group.rank :: group.world_size] for each in drawn(step))
         losses.append(stepper.step(images, labels).loss)
     return losses, {key: value.detach() for key, value in state.model.named_parameters()}
 
@@ -114,7 +114,7 @@ def assert_close(
 
 def written_out(case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The same in plain PyTorch: torch's mean over valid pixels, SGD by hand. Plain cases alone."""
-    state, _ = make(case, Group())
+    state, _ = make(case, ProcessGroup())
     model, config = state.model.eval(), case.config  # eval: frozen statistics, no dropout
     dtype = next(model.parameters()).dtype
     parameters = dict(model.named_parameters())
@@ -147,34 +147,34 @@ def test_four_steps_are_those_of_plain_pytorch_written_out(
     class_weights: tuple[float, ...] | None,
 ) -> None:
     case = Case(class_weights=class_weights)
-    losses, found = trained(Group(), case)
+    losses, found = trained(ProcessGroup(), case)
     expected_losses, expected = written_out(case)
     assert losses == pytest.approx(expected_losses, rel=1e-9)
     assert losses[2] == 0
-    assert_close(found, expected, make(case, Group())[0].model)
+    assert_close(found, expected, make(case, ProcessGroup())[0].model)
 
 
 def test_in_fp32_four_steps_of_three_workers_differ_from_fp64_by_rounding(tmp_path: Path) -> None:
     exact = Case(kinks=False)
     expected_losses, expected = written_out(exact)
-    start = make(exact, Group())[0].model
+    start = make(exact, ProcessGroup())[0].model
     # A gradient is a sum over the batch's pixels, and each step rounds the weight that it stores:
     # n terms of fp32 lose at most n * eps of their size.
     eps = torch.finfo(torch.float32).eps
     pixels = drawn(0)[1].numel()
-    for losses, found in tiny.together(3, tmp_path, trained, Case(kinks=False, double=False)):
+    for losses, found in tiny.run_workers(3, tmp_path, trained, Case(kinks=False, double=False)):
         assert losses == pytest.approx(expected_losses, rel=pixels * eps)
         assert_close(found, expected, start, share=pixels * eps, stored=STEPS * eps)
 
 
 SHARED = {
-    "two workers": Case(world=2),
-    "three workers with uneven shares": Case(world=3),
-    "micro-batches": Case(world=2, optimiser={"micro_batch": 2}),
-    "class weights": Case(world=3, class_weights=(0.5, 2.0, 1.0, 7.0)),
-    "hard pixels": Case(world=2, optimiser={"hard_share": 0.3, "micro_batch": 3}),
-    "labels downsampled": Case(world=2, optimiser={"upsample_logits": False}),
-    "an auxiliary head": Case(world=2, model=tiny.RESNET),
+    "two workers": Case(world_size=2),
+    "three workers with uneven shares": Case(world_size=3),
+    "micro-batches": Case(world_size=2, optimiser={"micro_batch": 2}),
+    "class weights": Case(world_size=3, class_weights=(0.5, 2.0, 1.0, 7.0)),
+    "hard pixels": Case(world_size=2, optimiser={"hard_share": 0.3, "micro_batch": 3}),
+    "labels downsampled": Case(world_size=2, optimiser={"upsample_logits": False}),
+    "an auxiliary head": Case(world_size=2, model=tiny.RESNET),
 }
 
 
@@ -186,9 +186,9 @@ def test_workers_equal_one_worker_at_the_same_global_batch(name: str, tmp_path: 
         optimiser={**case.optimiser, "micro_batch": None},
         class_weights=case.class_weights,
     )
-    expected_losses, expected = trained(Group(), alone)
-    start = make(alone, Group())[0].model
-    workers = tiny.together(case.world, tmp_path, trained, case)
+    expected_losses, expected = trained(ProcessGroup(), alone)
+    start = make(alone, ProcessGroup())[0].model
+    workers = tiny.run_workers(case.world_size, tmp_path, trained, case)
     for losses, found in workers:
         assert losses == pytest.approx(expected_losses, rel=1e-9)
         assert_close(found, expected, start)
@@ -198,11 +198,11 @@ def test_workers_equal_one_worker_at_the_same_global_batch(name: str, tmp_path: 
 
 def test_micro_batches_of_one_worker_equal_the_whole_batch() -> None:
     whole = Case()
-    expected_losses, expected = trained(Group(), whole)
+    expected_losses, expected = trained(ProcessGroup(), whole)
     for size in (1, 2, 3):
-        losses, found = trained(Group(), Case(optimiser={"micro_batch": size}))
+        losses, found = trained(ProcessGroup(), Case(optimiser={"micro_batch": size}))
         assert losses == pytest.approx(expected_losses, rel=1e-9)
-        assert_close(found, expected, make(whole, Group())[0].model)
+        assert_close(found, expected, make(whole, ProcessGroup())[0].model)
 
 
 def test_labels_of_a_feature_are_those_of_the_pixel_that_it_looks_at() -> None:
@@ -210,7 +210,7 @@ def test_labels_of_a_feature_are_those_of_the_pixel_that_it_looks_at() -> None:
     for decoder, stride in ((False, 16), (True, 4)):
         config = ModelConfig(**{**vars(tiny.MOBILENET), "decoder": decoder})
         case = Case(model=config, optimiser={"upsample_logits": False})
-        state, _ = make(case, Group())
+        state, _ = make(case, ProcessGroup())
         objective = Objective(state.model, PixelLoss(4, ignore_index=255), case.config)
         targets = objective.targets(labels)
         image = torch.zeros(1, 3, 33, 37, dtype=torch.float64)
@@ -220,7 +220,7 @@ def test_labels_of_a_feature_are_those_of_the_pixel_that_it_looks_at() -> None:
 
 def test_frozen_normalisation_stays_frozen_and_trained_one_learns_the_batch() -> None:
     for frozen in (True, False):
-        state, stepper = make(Case(optimiser={"freeze_bn": frozen}), Group())
+        state, stepper = make(Case(optimiser={"freeze_bn": frozen}), ProcessGroup())
         norms = [m for m in state.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
         before = [norm.running_mean.clone() for norm in norms]
         state.model.train()  # as whatever came before may have left it
@@ -234,7 +234,7 @@ def test_frozen_normalisation_stays_frozen_and_trained_one_learns_the_batch() ->
 
 def test_the_average_is_that_of_weights_and_statistics_after_each_step() -> None:
     case = Case(optimiser={"ema_decay": 0.75, "freeze_bn": False})
-    state, stepper = make(case, Group())
+    state, stepper = make(case, ProcessGroup())
     expected = None
     for step in range(3):
         stepper.step(*drawn(step))
@@ -249,10 +249,12 @@ def test_the_average_is_that_of_weights_and_statistics_after_each_step() -> None
 
 def test_what_is_random_in_the_network_follows_from_seed_step_and_worker() -> None:
     def loss(*, step: int = 0, rank: int = 0) -> float:
-        state, stepper = make(Case(), Group())
+        state, stepper = make(Case(), ProcessGroup())
         state.model.classifier[0].project[-1].p = 0.5
         state.step = step
-        stepper._group = Group(rank=rank)  # noises of another worker, without another process
+        stepper._group = ProcessGroup(
+            rank=rank
+        )  # noises of another worker, without another process
         torch.manual_seed(17)  # whatever was drawn before
         return stepper.step(*drawn(0)).loss
 
@@ -264,9 +266,9 @@ def test_what_is_random_in_the_network_follows_from_seed_step_and_worker() -> No
 
 def test_every_step_is_told_its_rate_and_the_head_has_its_own() -> None:
     case = Case()
-    state, stepper = make(case, Group())
+    state, stepper = make(case, ProcessGroup())
     for step in range(STEPS):
         told = stepper.step(*drawn(2)).lr
         assert told == poly(step, base_lr=5e-4, max_steps=STEPS, power=0.9)
-        rates = {round(group["lr"] / told, 6) for group in state.optimiser.param_groups}
+        rates = {round(group["lr"] / told, 6) for group in state.optimizer.param_groups}
         assert rates == {1.0, 3.0}

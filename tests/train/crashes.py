@@ -8,14 +8,14 @@ from pipeline.evaluation.score import Score
 from pipeline.train.worker import checkpoints
 from pipeline.train.worker.history import Step
 from pipeline.train.worker.state import Snapshot
-from tests.train.tiny import Heard
+from tests.train.tiny import RecordingListener
 
 
-class Killed(BaseException):
+class WorkerCrash(BaseException):
     """What a worker dies of."""
 
 
-class Dies(Heard):
+class CrashingListener(RecordingListener):
     """A listener whose worker dies when it tells of step `at`."""
 
     def __init__(self, at: int) -> None:
@@ -25,7 +25,7 @@ class Dies(Heard):
     def report_step(self, row: Step, scored: Score | None) -> None:
         super().report_step(row, scored)
         if row.step == self._at:
-            raise Killed
+            raise WorkerCrash
 
 
 def content(snapshot: Snapshot) -> tuple[object, ...]:
@@ -36,7 +36,7 @@ def content(snapshot: Snapshot) -> tuple[object, ...]:
         snapshot.step,
         [(each.step, each.loss, each.lr) for each in history.steps],
         [(each.step, each.miou, each.pixel_accuracy, each.ious) for each in history.scores],
-        dict(snapshot.facts),
+        dict(snapshot.provenance),
     )
 
 
