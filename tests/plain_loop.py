@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 
 from pipeline.bulk.planning.listing import Listing
 from pipeline.bulk.settings import Inference, Settings, fingerprint
-from pipeline.bulk.worker.segmenter import Segmenter, Work, checkpoint_fingerprint
+from pipeline.bulk.worker.segmenter import Segmenter, Work
 from pipeline.data import storage
+from pipeline.model.weights import checkpoint_fingerprint
 from pipeline.results.layout import RunLayout
 
 _OF_RUN = ("run_id", "shard", "etag")  # columns that say in which run, not what was seen

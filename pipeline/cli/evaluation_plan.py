@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pipeline.data import labels, storage
 from pipeline.data.datasets import Layout, open_split
 from pipeline.data.labels import Classes
-from pipeline.evaluation.evaluator import EvalConfig, EvaluatorSpec, digest_of
+from pipeline.evaluation.evaluator import EvalConfig, EvaluatorSpec
 from pipeline.model import devices, weights
 from pipeline.model.config import ModelConfig
 from pipeline.train.recipes.experiment import PAPER_SCALES
@@ -91,7 +91,7 @@ def plan_of(arguments: Arguments) -> Plan:
     return Plan(
         work=EvaluatorSpec(
             checkpoint=arguments.checkpoint,
-            digest=digest_of(data),
+            digest=weights.checkpoint_sha256(data),
             split=split,
             cpus=arguments.cpus_per_worker or _cpus(arguments.workers),
             gpu=arguments.gpus_per_worker > 0,

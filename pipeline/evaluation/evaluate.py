@@ -100,7 +100,7 @@ def evaluate(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     output_stride: int | None = None,
-    window: predict.Window = predict.DEFAULT_WINDOW,
+    window: predict.SlidingWindow = predict.DEFAULT_WINDOW,
     on_image: OnImage | None = None,
 ) -> Evaluation:
     """Evaluate `model` on the images `indices` (all by default) of the split.

@@ -5,7 +5,6 @@ A plain class without Ray: `ray_pool` runs it in actors, a single process calls 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -50,7 +49,7 @@ class EvalConfig:
 class EvaluatorSpec:
     """What every process of an evaluation is given.
 
-    `digest` is the checkpoint's, by `digest_of`; `cpus` is the number of torch's threads.
+    `digest` is the checkpoint's sha256; `cpus` is the number of torch's threads.
     """
 
     checkpoint: str
@@ -83,12 +82,12 @@ class Evaluator:
 
     def __init__(self, spec: EvaluatorSpec) -> None:
         data = weights.read(spec.checkpoint)
-        if digest_of(data) != spec.digest:
+        if weights.checkpoint_sha256(data) != spec.digest:
             raise ValueError(f"{spec.checkpoint} was replaced during the evaluation; run it again")
         torch.set_num_threads(spec.cpus)
         model, _ = weights.load(spec.checkpoint, data=data)
         # as in a bulk run, so that both compute the same
-        self._model = optimize.prepare(model, "cuda" if spec.gpu else "cpu")
+        self._model = optimize.optimize_for_inference(model, "cuda" if spec.gpu else "cpu")
         self._split = spec.split
 
     def evaluate(
@@ -117,8 +116,3 @@ class Evaluator:
     def _read(self, uri: str) -> bytes:
         """Return the object as it was when the split was opened."""
         return storage.read(uri, self._split.objects[uri].etag)
-
-
-def digest_of(data: bytes) -> str:
-    """Return the sha256 of a checkpoint, in hexadecimal."""
-    return hashlib.sha256(data).hexdigest()

@@ -7,6 +7,7 @@ too: a public file of `zoo.FILES`, fetched on first use.
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 from typing import Any
@@ -17,17 +18,19 @@ import torch
 from pipeline.data import storage
 from pipeline.data.labels import CITYSCAPES, VOC, Classes
 from pipeline.model import zoo
-from pipeline.model.checkpoint_formats import State, recognise
+from pipeline.model.checkpoint_formats import State, detect_format
 from pipeline.model.config import ModelConfig
 from pipeline.model.deeplab import DeepLabV3
-from pipeline.model.formats import CheckpointError, TensorFile, parse, shorten
-from pipeline.model.heads import initialise_logits
+from pipeline.model.formats import CheckpointError, TensorFile, parse
+from pipeline.model.heads import initialize_logits
 from pipeline.model.resnet import CASCADED
-from pipeline.text import first_line
+from pipeline.text import first_line, first_names
 
 __all__ = [
     "CheckpointError",
-    "copy",
+    "checkpoint_fingerprint",
+    "checkpoint_sha256",
+    "copy_weights",
     "is_backbone",
     "load",
     "load_backbone",
@@ -102,7 +105,7 @@ def is_backbone(data: bytes, *, name: str) -> bool:
     return not file.npz and not any("backbone." in key for key in file.tensors)
 
 
-def copy(source: DeepLabV3, target: DeepLabV3, uri: str) -> None:
+def copy_weights(source: DeepLabV3, target: DeepLabV3, uri: str) -> None:
     """Copies the weights of `source`, which came from `uri`, into `target`.
 
     Strides, rates and dropout are no weights: they may differ. Raises CheckpointError where
@@ -156,6 +159,16 @@ def read(uri: str) -> bytes:
     return storage.read(storage.normalize(zoo.resolve(uri)))
 
 
+def checkpoint_sha256(data: bytes) -> str:
+    """Return the sha256 of a checkpoint's bytes as 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def checkpoint_fingerprint(data: bytes) -> str:
+    """Return the first 16 digits of `checkpoint_sha256`: the `model` column of results."""
+    return checkpoint_sha256(data)[:16]
+
+
 def _open(
     data: bytes, uri: str, atrous_rates: tuple[int, ...] | None
 ) -> tuple[ModelConfig, Classes, State]:
@@ -165,7 +178,7 @@ def _open(
         if atrous_rates is not None:
             config = dataclasses.replace(config, atrous_rates=atrous_rates)
         return config, classes, file.tensors
-    config, state = recognise(file, name=uri, atrous_rates=atrous_rates)
+    config, state = detect_format(file, name=uri, atrous_rates=atrous_rates)
     classes = _default_classes(config.num_classes)
     logger.info(
         "%s says neither output stride, rates, mean, std nor classes; assumed: %s and %s, ...",
@@ -209,7 +222,7 @@ def _reset_classifier(config: ModelConfig, state: State) -> State:
         if layers is not None:
             *_, (name, last) = layers.named_modules(prefix=head)
             fresh = last.to_empty(device="cpu")
-            initialise_logits(fresh)
+            initialize_logits(fresh)
             state |= {f"{name}.{key}": value for key, value in fresh.state_dict().items()}
     return state
 
@@ -241,7 +254,7 @@ def _fitted(module: torch.nn.Module, state: State, uri: str) -> State:
     if not any(problems.values()):
         problems["not finite"] = [key for key in both if not state[key].isfinite().all()]
     if any(problems.values()):
-        found = "; ".join(f"{what}: {shorten(keys)}" for what, keys in problems.items() if keys)
+        found = "; ".join(f"{what}: {first_names(keys)}" for what, keys in problems.items() if keys)
         raise CheckpointError(f"{uri} does not fit the network: {found}")
     return {key: state[key].to(expected[key].dtype).contiguous() for key in expected}
 

@@ -17,8 +17,9 @@ from PIL import Image
 from pipeline.bulk.driver.finalize import RunFinalizer
 from pipeline.bulk.planning.listing import Listed, Listing
 from pipeline.bulk.settings import Settings, fingerprint
-from pipeline.bulk.worker.segmenter import Work, checkpoint_fingerprint
+from pipeline.bulk.worker.segmenter import Work
 from pipeline.data import storage
+from pipeline.model.weights import checkpoint_fingerprint
 from pipeline.results.layout import RunLayout
 from tests.bulk.finishing import Made, Rows, opened_finish
 from tests.small_photos import DEMO, encoded, photo

@@ -22,7 +22,6 @@ from pipeline.evaluation.evaluator import (
     Evaluator,
     EvaluatorSpec,
     WorkersError,
-    digest_of,
 )
 from pipeline.evaluation.ray_pool import DistributedEvaluator
 from pipeline.model import weights
@@ -78,7 +77,10 @@ def spec(model: DeepLabV3, split: Split, tmp_path_factory: pytest.TempPathFactor
     path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
     path.write_bytes(weights.to_bytes(model, CLASSES))
     return EvaluatorSpec(
-        checkpoint=str(path), digest=digest_of(path.read_bytes()), split=split, cpus=1
+        checkpoint=str(path),
+        digest=weights.checkpoint_sha256(path.read_bytes()),
+        split=split,
+        cpus=1,
     )
 
 

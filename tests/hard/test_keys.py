@@ -24,9 +24,10 @@ from pipeline.bulk.driver.actor_pool import images_of
 from pipeline.bulk.driver.finalize import RunFinalizer
 from pipeline.bulk.planning import plan
 from pipeline.bulk.settings import Settings, fingerprint
-from pipeline.bulk.worker.segmenter import Segmenter, Work, checkpoint_fingerprint
+from pipeline.bulk.worker.segmenter import Segmenter, Work
 from pipeline.data import storage
 from pipeline.data.storage import s3
+from pipeline.model.weights import checkpoint_fingerprint
 from pipeline.results.layout import RunLayout
 from pipeline.results.query import connect
 from tests.small_photos import DEMO, encoded

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.bulk.settings import Inference, fingerprint
-from pipeline.bulk.worker.segmenter import checkpoint_fingerprint
+from pipeline.model.weights import checkpoint_fingerprint
 from tests.scale.planning import put_done, results_of
 from tests.scale.stub_s3 import stub_s3
 

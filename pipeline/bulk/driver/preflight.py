@@ -16,7 +16,7 @@ from pipeline.bulk.driver.actor_pool import Pool
 from pipeline.bulk.driver.progress import Progress
 from pipeline.bulk.planning.plan import Plan
 from pipeline.bulk.settings import Settings
-from pipeline.bulk.worker.segmenter import Work, checkpoint_fingerprint
+from pipeline.bulk.worker.segmenter import Work
 from pipeline.data import storage
 from pipeline.data.labels import Classes
 from pipeline.model import devices, weights
@@ -49,8 +49,8 @@ def preflight(settings: Settings) -> Checkpoint:
         _check_folder(prefix)
     return Checkpoint(
         code_version=_code_version(),
-        sha256=hashlib.sha256(data).hexdigest(),
-        fingerprint=checkpoint_fingerprint(data),
+        sha256=weights.checkpoint_sha256(data),
+        fingerprint=weights.checkpoint_fingerprint(data),
         classes=classes,
     )
 

@@ -8,7 +8,6 @@ end; what is wrong with everything is a `SystemicError`, and the shard is not co
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from pipeline.bulk.worker.storage_probe import Witness
 from pipeline.bulk.worker.summary import Summary
 from pipeline.data import storage
 from pipeline.model import weights
+from pipeline.model.weights import checkpoint_fingerprint
 from pipeline.results import tables
 from pipeline.results.layout import RunLayout
 
@@ -46,11 +46,6 @@ class Work:
     batch_images: int
     cpus: int
     gpu: bool
-
-
-def checkpoint_fingerprint(data: bytes) -> str:
-    """16 hexadecimal digits of the checkpoint's sha256."""
-    return hashlib.sha256(data).hexdigest()[:16]
 
 
 class Segmenter:
