@@ -1,6 +1,8 @@
-"""Error messages on one line: what logs, tables and other messages quote of an error."""
+"""Text on one line: errors and lists of names, as logs, tables and messages quote them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 MAX_CHARACTERS = 300
 
@@ -22,3 +24,9 @@ def last_line(error: BaseException, limit: int = MAX_CHARACTERS) -> str:
     """Return the last line of an error's message: the cause, where it quotes a traceback."""
     lines = str(error).strip().splitlines()
     return one_line(lines[-1] if lines else type(error).__name__, limit)
+
+
+def first_names(names: Sequence[str], limit: int = 3) -> str:
+    """Return the first names, comma-separated, and the number of the others."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(name[:100] for name in names[:limit]) + more
