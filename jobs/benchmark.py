@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(settings.threads)
     device = torch.device(settings.device)
     rates = {
-        str(dtype): timing.product_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)
+        str(dtype): timing.matmul_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)
     }
     print(_headline(device, settings, rates), flush=True)
     rows = _Bench(settings, device, rates).rows()

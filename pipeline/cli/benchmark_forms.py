@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline.model import optimize
+from pipeline.model import devices, optimize
 from pipeline.model.config import Backbone, ModelConfig
 from pipeline.model.deeplab import DeepLabV3
 from pipeline.model.resize import Size
@@ -43,18 +43,18 @@ def form_of(
 ) -> tuple[Built | None, str | None]:
     """The model in that form, or None and why there is none."""
     if form == "fast":
-        fast = optimize.prepare(model, device, size=size)
+        fast = optimize.optimize_for_inference(model, device, size=size)
         dtype = next(fast.parameters()).dtype
         return Built(model=fast, dtype=dtype, channels_last=True), None
     if form == "torchvision":
         return _torchvision(model, device)
-    if form == "bf16" and device.type == "cpu" and not optimize.has_bf16(device):
+    if form == "bf16" and device.type == "cpu" and not devices.has_bf16(device):
         return None, _NO_BF16
     if form == "compiled" and multi:
         return None, "compiled for one size"
     plain = copy.deepcopy(model).to(device)
     if form in ("channels_last", "bf16"):
-        optimize.lay_out(plain)
+        optimize.to_channels_last(plain)
     if form == "bf16":
         plain = plain.bfloat16()
     if form == "compiled":

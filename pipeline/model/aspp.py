@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from pipeline.model.convolution import Convolution, convolve
+from pipeline.model.convolution import Convolution, build_conv_bn
 
-FILTERS = 256
+ASPP_CHANNELS = 256
 
 
 class ImagePooling(nn.Sequential):
@@ -47,25 +47,25 @@ class ASPP(nn.Module):
         self.branches = branches
         self.pooling_first = pooling_first and image_pooling
         convs: list[nn.Module] = [
-            nn.Sequential(*convolve(inputs, FILTERS, kernel, folded=folded), nn.ReLU())
+            nn.Sequential(*build_conv_bn(inputs, ASPP_CHANNELS, kernel, folded=folded), nn.ReLU())
             for kernel in (1, *[3] * branches)
         ]
         if image_pooling:
-            pooled = convolve(inputs, FILTERS, folded=folded)
+            pooled = build_conv_bn(inputs, ASPP_CHANNELS, folded=folded)
             convs.append(ImagePooling(nn.AdaptiveAvgPool2d(1), *pooled, nn.ReLU()))
         self.convs = nn.ModuleList(convs)
         self.project = nn.Sequential(
-            *convolve(FILTERS * len(convs), FILTERS, folded=folded),
+            *build_conv_bn(ASPP_CHANNELS * len(convs), ASPP_CHANNELS, folded=folded),
             nn.ReLU(),
             nn.Dropout(dropout),
         )
 
-    def arrange(self, rates: Sequence[int]) -> None:
+    def set_rates(self, rates: Sequence[int]) -> None:
         """Sets the rates of the 3x3 branches; no weight changes."""
         for branch, rate in zip(self.convs[1 : 1 + self.branches], rates, strict=True):
             assert isinstance(branch, nn.Sequential)
             assert isinstance(branch[0], Convolution)
-            branch[0].place(stride=1, rate=rate)
+            branch[0].set_stride_and_rate(stride=1, rate=rate)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         parts = [branch(x) for branch in self.convs]

@@ -12,7 +12,8 @@ import torch
 
 from pipeline.model import frozen_graph
 from pipeline.model.config import Backbone, ModelConfig
-from pipeline.model.formats import CheckpointError, TensorFile, shorten
+from pipeline.model.formats import CheckpointError, TensorFile
+from pipeline.text import first_names
 
 State = dict[str, torch.Tensor]
 
@@ -32,7 +33,7 @@ RESNETS: dict[tuple[int, bool], Backbone] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class CheckpointFormat:
     """Where a family of files keeps ASPP and logits, and what it never says.
 
     All of them have torchvision's backbone, and one 3x3 convolution before the logits.
@@ -47,11 +48,11 @@ class Layout:
     """How their names begin, and ours in its place."""
 
 
-LAYOUTS = (
+CHECKPOINT_FORMATS = (
     # torchvision.models.segmentation
-    Layout(aspp="classifier.0", logits="classifier.4", output_stride=8, dropout=0.5),
+    CheckpointFormat(aspp="classifier.0", logits="classifier.4", output_stride=8, dropout=0.5),
     # VainF/DeepLabV3Plus-Pytorch, deeplabv3_resnet*
-    Layout(
+    CheckpointFormat(
         aspp="classifier.classifier.0",
         logits="classifier.classifier.4",
         output_stride=16,
@@ -59,7 +60,7 @@ LAYOUTS = (
         renamed=("classifier.classifier.", "classifier."),
     ),
     # VainF/DeepLabV3Plus-Pytorch, deeplabv3plus_resnet*: its decoder has one 3x3 convolution
-    Layout(
+    CheckpointFormat(
         aspp="classifier.aspp",
         logits="classifier.classifier.3",
         decoder=True,
@@ -69,7 +70,7 @@ LAYOUTS = (
 )
 
 
-def recognise(
+def detect_format(
     file: TensorFile, *, name: str, atrous_rates: tuple[int, ...] | None = None
 ) -> tuple[ModelConfig, State]:
     """The config and state_dict of a file of torchvision's, VainF's or the zoo's layout.
@@ -98,25 +99,25 @@ def recognise(
     return config, state
 
 
-def _layout(tensors: State, name: str) -> Layout:
+def _layout(tensors: State, name: str) -> CheckpointFormat:
     if any(key.startswith("backbone.low_level_features.") for key in tensors):
         raise CheckpointError(
             f"{name} is VainF's MobileNetV2, which is not supported: it pads before the 1x1 "
             "expansion, so that its borders carry the normalisation's bias; its ResNets load"
         )
-    for layout in LAYOUTS:
+    for layout in CHECKPOINT_FORMATS:
         logits = tensors.get(f"{layout.logits}.weight")
         found = f"{layout.aspp}.convs.0.0.weight" in tensors
         if found and logits is not None and logits.ndim == 4:
             return layout
     raise CheckpointError(
-        f"{name} is of no known layout (its first names: {shorten(sorted(tensors))}); a "
+        f"{name} is of no known layout (its first names: {first_names(sorted(tensors))}); a "
         "backbone alone, from ImageNet, is what load_backbone is for"
     )
 
 
 def _config(
-    layout: Layout, tensors: State, name: str, atrous_rates: tuple[int, ...] | None
+    layout: CheckpointFormat, tensors: State, name: str, atrous_rates: tuple[int, ...] | None
 ) -> ModelConfig:
     """The config of a file: what names and shapes tell, and the layout's defaults."""
     branches = _branches(tensors, layout.aspp)

@@ -11,15 +11,15 @@ from typing import Any, Literal, get_args
 
 from pipeline.checks import (
     check_choice,
+    check_fraction,
     check_integer,
     check_pixel_statistics,
-    check_rates,
-    check_share,
+    check_positive_integers,
 )
 
 Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"]
 Style = Literal["paper", "torchvision", "tensorflow"]
-Head = Literal["aspp", "cascade"]
+HeadKind = Literal["aspp", "cascade"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -58,7 +58,7 @@ class ModelConfig:
     128 or 256."""
     multi_grid: tuple[int, ...] = (1, 2, 4)
     """The unit rates of the fourth block and of those after it (Sec. 3.2.1)."""
-    head: Head = "aspp"
+    head: HeadKind = "aspp"
     """'aspp' is atrous spatial pyramid pooling (Sec. 3.3); 'cascade' a 1x1 convolution behind
     blocks in a row (Sec. 3.2), which takes `atrous_rates=(), image_pooling=False`."""
     blocks: int = 4
@@ -145,7 +145,7 @@ class ModelConfig:
     def _check_values(self) -> None:
         check_choice("backbone", self.backbone, get_args(Backbone))
         check_choice("style", self.style, get_args(Style))
-        check_choice("head", self.head, get_args(Head))
+        check_choice("head", self.head, get_args(HeadKind))
         for name in ("image_pooling", "decoder", "auxiliary"):
             check_choice(name, getattr(self, name), (True, False))
         check_integer(
@@ -154,10 +154,10 @@ class ModelConfig:
         check_integer("blocks", self.blocks, 4, 7, "the paper's cascade ends with block7")
         if self.num_convs is not None:
             check_integer("num_convs", self.num_convs, 0, MAX_CONVS, "None: as the head's source")
-        check_share("dropout", self.dropout, "0 turns it off")
+        check_fraction("dropout", self.dropout, "0 turns it off")
         check_pixel_statistics(self.mean, self.std)
-        check_rates("multi_grid", self.multi_grid)
-        check_rates("atrous_rates", self.atrous_rates)
+        check_positive_integers("multi_grid", self.multi_grid)
+        check_positive_integers("atrous_rates", self.atrous_rates)
 
     def _check_head(self) -> None:
         if self.head == "aspp":
@@ -198,7 +198,12 @@ class ModelConfig:
 
     def _check_strides(self) -> None:
         possible = tuple(2**power for power in range(2, self.blocks + 2))
-        check_choice(f"output_stride of {self.blocks} blocks", self.output_stride, possible)
+        check_choice(
+            "output_stride",
+            self.output_stride,
+            possible,
+            f"with {self.blocks} blocks",
+        )
 
     def _check_multi_grid(self) -> None:
         if all(rate == 1 for rate in self.multi_grid):

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn import functional
 
 from pipeline.model.config import ModelConfig
-from pipeline.model.convolution import initialise
+from pipeline.model.convolution import initialize_weights
 from pipeline.model.features import Features
-from pipeline.model.heads import auxiliary_head, build_head, initialise_logits
+from pipeline.model.heads import build_auxiliary_head, build_head, initialize_logits
 from pipeline.model.mobilenet import MobileNetV2
 from pipeline.model.resize import Size, resize, resize_aligned, resize_rows
 from pipeline.model.resnet import ResNet
@@ -52,10 +52,10 @@ class DeepLabV3(nn.Module):
         if config.auxiliary:
             assert isinstance(self.backbone, ResNet)
             channels = self.backbone.middle_channels
-            self.aux_classifier = auxiliary_head(channels, config.num_classes)
-        initialise(self)
+            self.aux_classifier = build_auxiliary_head(channels, config.num_classes)
+        initialize_weights(self)
         for head in filter(None, (self.classifier, self.aux_classifier)):
-            initialise_logits(head)
+            initialize_logits(head)
         self.set_output_stride(config.output_stride)
 
     @property
@@ -71,10 +71,10 @@ class DeepLabV3(nn.Module):
         """
         config = dataclasses.replace(self.config, output_stride=output_stride)
         if isinstance(self.backbone, ResNet):
-            self.backbone.arrange(output_stride=output_stride, multi_grid=config.multi_grid)
+            self.backbone.set_strides(output_stride=output_stride, multi_grid=config.multi_grid)
         else:
-            self.backbone.arrange(output_stride=output_stride)
-        self.classifier.arrange(config.rates)
+            self.backbone.set_strides(output_stride=output_stride)
+        self.classifier.set_rates(config.rates)
         self.config = config
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | TrainingLogits:

@@ -1,4 +1,4 @@
-"""What a backbone gives to a head: feature maps of three depths."""
+"""The backbone's feature maps that the heads consume."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,11 @@ import torch
 
 
 class Features(NamedTuple):
-    """Feature maps (n, c, h, w) of a backbone.
+    """Feature maps (n, c, h, w) of a backbone at three depths.
 
-    `low` is at stride 4, whatever the output stride, and feeds the decoder; `middle` is before
-    the last natural stride of an ImageNet network, and feeds the auxiliary head; `final` is at
-    the output stride.
+    `low` is at stride 4, whatever the output stride, and feeds the decoder. `middle` precedes the
+    last natural stride of the ImageNet network, and feeds the auxiliary head. `final` is at the
+    output stride.
     """
 
     low: torch.Tensor

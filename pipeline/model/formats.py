@@ -18,7 +18,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from pipeline.text import first_line
+from pipeline.text import first_line, first_names
 
 MAX_NPZ_BYTES = 1 << 30
 """Unpacked; the largest DeepLab has a quarter of it, a zip bomb more."""
@@ -101,16 +101,10 @@ def _state_dict(content: Any, name: str) -> dict[str, torch.Tensor]:
     tensors = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}
     if not tensors:
         raise CheckpointError(
-            f"{name} holds no tensors, only {shorten(sorted(map(str, content)))}; save "
+            f"{name} holds no tensors, only {first_names(sorted(map(str, content)))}; save "
             f"model.state_dict() itself or under one of {', '.join(WRAPPERS)}"
         )
     return {_strip(key): tensor for key, tensor in tensors.items()}
-
-
-def shorten(names: list[str], show: int = 3) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - show} more" if len(names) > show else ""
-    return ", ".join(name[:100] for name in names[:show]) + more
 
 
 def _strip(key: str) -> str:

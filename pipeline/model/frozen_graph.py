@@ -7,8 +7,9 @@ graph says neither its output stride nor that pixels are scaled to -1..1.
 import torch
 
 from pipeline.model.config import ModelConfig
-from pipeline.model.formats import CheckpointError, shorten
+from pipeline.model.formats import CheckpointError
 from pipeline.model.mobilenet import STAGES
+from pipeline.text import first_names
 
 State = dict[str, torch.Tensor]
 
@@ -63,7 +64,7 @@ def read_state(tensors: State, name: str) -> State:
     if lacking or extra:
         raise CheckpointError(
             f"{name} is not the zoo's MobileNetV2 without atrous branches: missing "
-            f"{shorten(lacking) or 'nothing'}; unexpected {shorten(extra) or 'nothing'}"
+            f"{first_names(lacking) or 'nothing'}; unexpected {first_names(extra) or 'nothing'}"
         )
     return state
 

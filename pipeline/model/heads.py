@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from pipeline.model.aspp import ASPP, FILTERS
+from pipeline.model.aspp import ASPP, ASPP_CHANNELS
 from pipeline.model.config import ModelConfig
-from pipeline.model.convolution import Convolution, convolve
+from pipeline.model.convolution import Convolution, build_conv_bn
 from pipeline.model.features import Features
 from pipeline.model.resize import resize
 
-LOW_FILTERS = 48
+LOW_LEVEL_CHANNELS = 48
 """Few, so that they do not outweigh the encoder's 256 (arXiv 1802.02611, Table 1)."""
 
 LOGITS_STD = 0.01
@@ -30,14 +30,16 @@ class AsppHead(nn.Sequential):
 
     def __init__(self, inputs: int, config: ModelConfig) -> None:
         super().__init__(
-            _aspp(inputs, config), *_refine(FILTERS, config.convs), _logits(FILTERS, config)
+            _aspp(inputs, config),
+            *_refine(ASPP_CHANNELS, config.convs),
+            _logits(ASPP_CHANNELS, config),
         )
 
-    def arrange(self, rates: Sequence[int]) -> None:
+    def set_rates(self, rates: Sequence[int]) -> None:
         """Sets the rates of the 3x3 branches; no weight changes."""
         aspp = self[0]
         assert isinstance(aspp, ASPP)
-        aspp.arrange(rates)
+        aspp.set_rates(rates)
 
     def forward(self, input: Features) -> torch.Tensor:
         x = input.final
@@ -52,7 +54,7 @@ class CascadeHead(nn.Sequential):
     def __init__(self, inputs: int, config: ModelConfig) -> None:
         super().__init__(nn.Dropout(config.dropout), _logits(inputs, config))
 
-    def arrange(self, rates: Sequence[int]) -> None:
+    def set_rates(self, rates: Sequence[int]) -> None:
         """Does nothing: the rates of a cascade are its backbone's."""
         assert not rates
 
@@ -72,16 +74,16 @@ class DecoderHead(nn.Module):
 
     def __init__(self, inputs: int, low: int, config: ModelConfig) -> None:
         super().__init__()
-        self.project = nn.Sequential(*convolve(low, LOW_FILTERS), nn.ReLU())
+        self.project = nn.Sequential(*build_conv_bn(low, LOW_LEVEL_CHANNELS), nn.ReLU())
         self.aspp = _aspp(inputs, config)
-        width = LOW_FILTERS + FILTERS
+        width = LOW_LEVEL_CHANNELS + ASPP_CHANNELS
         self.classifier = nn.Sequential(
-            *_refine(width, config.convs), _logits(FILTERS if config.convs else width, config)
+            *_refine(width, config.convs), _logits(ASPP_CHANNELS if config.convs else width, config)
         )
 
-    def arrange(self, rates: Sequence[int]) -> None:
+    def set_rates(self, rates: Sequence[int]) -> None:
         """Sets the rates of the 3x3 branches; no weight changes."""
-        self.aspp.arrange(rates)
+        self.aspp.set_rates(rates)
 
     def forward(self, features: Features) -> torch.Tensor:
         low = self.project(features.low)
@@ -94,7 +96,7 @@ class DecoderHead(nn.Module):
 Head = AsppHead | CascadeHead | DecoderHead
 
 
-def initialise_logits(head: nn.Module) -> None:
+def initialize_logits(head: nn.Module) -> None:
     """Gives the head's last layer small fresh weights, so that every class begins as likely.
 
     He's would make the first losses several times that, and their gradients undo the backbone.
@@ -115,11 +117,11 @@ def build_head(channels: int, low_channels: int, config: ModelConfig) -> Head:
     return AsppHead(channels, config)
 
 
-def auxiliary_head(inputs: int, num_classes: int) -> nn.Sequential:
+def build_auxiliary_head(inputs: int, num_classes: int) -> nn.Sequential:
     """torchvision's auxiliary FCN head: 3x3 to a quarter of the channels, then 1x1 to logits."""
     width = inputs // 4
     return nn.Sequential(
-        *convolve(inputs, width, 3),
+        *build_conv_bn(inputs, width, 3),
         nn.ReLU(),
         nn.Dropout(AUXILIARY_DROPOUT),
         Convolution(width, num_classes, bias=True),
@@ -141,7 +143,7 @@ def _aspp(inputs: int, config: ModelConfig) -> ASPP:
 def _refine(inputs: int, convs: int) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for index in range(convs):
-        layers += [*convolve(FILTERS if index else inputs, FILTERS, 3), nn.ReLU()]
+        layers += [*build_conv_bn(ASPP_CHANNELS if index else inputs, ASPP_CHANNELS, 3), nn.ReLU()]
     return layers
 
 

@@ -10,9 +10,9 @@ Source: arXiv 1801.04381, Table 2; Sec. 6.2 for DeepLabv3 on it.
 import torch
 from torch import nn
 
-from pipeline.model.convolution import Convolution, convolve
+from pipeline.model.convolution import Convolution, build_conv_bn
 from pipeline.model.features import Features
-from pipeline.model.strides import Stage, Unit, stride_first
+from pipeline.model.strides import StageSpec, UnitStrides, plan_stride_first
 
 STEM_STRIDE = 2
 STEM_CHANNELS = 32
@@ -42,17 +42,17 @@ class InvertedResidual(nn.Module):
         self.residual = inputs == outputs
         layers: list[nn.Module] = []
         if expansion > 1:
-            layers.append(nn.Sequential(*convolve(inputs, width, folded=folded), nn.ReLU6()))
+            layers.append(nn.Sequential(*build_conv_bn(inputs, width, folded=folded), nn.ReLU6()))
         self.depthwise_index = len(layers)
-        depthwise = convolve(width, width, 3, groups=width, folded=folded)
+        depthwise = build_conv_bn(width, width, 3, groups=width, folded=folded)
         layers.append(nn.Sequential(*depthwise, nn.ReLU6()))
-        layers += convolve(width, outputs, folded=folded)
+        layers += build_conv_bn(width, outputs, folded=folded)
         self.conv = nn.Sequential(*layers)
 
-    def arrange(self, unit: Unit) -> None:
+    def set_strides(self, unit: UnitStrides) -> None:
         depthwise = self.get_submodule(f"conv.{self.depthwise_index}.0")
         assert isinstance(depthwise, Convolution)
-        depthwise.place(stride=unit.stride, rate=unit.entry_rate)
+        depthwise.set_stride_and_rate(stride=unit.stride, rate=unit.entry_rate)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         outputs: torch.Tensor = self.conv(x)
@@ -65,7 +65,7 @@ class MobileNetV2(nn.Module):
 
     def __init__(self, *, folded: bool = False) -> None:
         super().__init__()
-        stem = convolve(3, STEM_CHANNELS, 3, stride=2, folded=folded)
+        stem = build_conv_bn(3, STEM_CHANNELS, 3, stride=2, folded=folded)
         units: list[nn.Module] = [nn.Sequential(*stem, nn.ReLU6())]
         inputs = STEM_CHANNELS
         for expansion, outputs, repeats, _ in STAGES:
@@ -75,14 +75,14 @@ class MobileNetV2(nn.Module):
         self.features = nn.Sequential(*units)
         self.low_channels, self.channels = LOW_CHANNELS, inputs
 
-    def arrange(self, *, output_stride: int) -> None:
+    def set_strides(self, *, output_stride: int) -> None:
         """Sets every unit's stride and rate; no weight changes."""
-        stages = [Stage(units=units, stride=stride) for _, _, units, stride in STAGES]
-        plan = stride_first(stages, stem=STEM_STRIDE, output_stride=output_stride)
+        stages = [StageSpec(units=units, stride=stride) for _, _, units, stride in STAGES]
+        plan = plan_stride_first(stages, stem=STEM_STRIDE, output_stride=output_stride)
         placed = [unit for stage in plan for unit in stage]
         for block, unit in zip(list(self.features)[1:], placed, strict=True):
             assert isinstance(block, InvertedResidual)
-            block.arrange(unit)
+            block.set_strides(unit)
 
     def forward(self, x: torch.Tensor) -> Features:
         low = middle = x

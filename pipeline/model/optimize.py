@@ -1,9 +1,9 @@
-"""Makes a trained network fast: folding, precision, memory format, one-pass layers, compilation.
+"""Optimizes a trained network for inference on its device.
 
-Enters: a network in eval mode and a device. Leaves: a network of the same signature for
-inference alone; the one that entered is unchanged. Invariant: in fp32 its logits are the plain
-network's to 1e-4; where a fast form does not work on the device, the plain one is taken and the
-log says why.
+Batch normalization is folded into the convolutions, weights become channels last and bf16 where
+the device has it, activations are fused, and the network is compiled where that pays off. In
+fp32 the logits equal the plain network's to 1e-4. If an optimization fails on the device, the
+plain form is used and the reason is logged.
 """
 
 import copy
@@ -17,45 +17,40 @@ from typing import Literal
 import torch
 from torch import nn
 
-from pipeline.model import atrous
+from pipeline.checks import check_choice
 from pipeline.model.convolution import Convolution
 from pipeline.model.deeplab import DeepLabV3
-from pipeline.model.fused import Activation, Fused, has_one_pass
+from pipeline.model.devices import engine, has_bf16
+from pipeline.model.fused import FusedKernel, onednn_fuses
 from pipeline.model.resize import Size
+from pipeline.model.torch_compat import Activation
 from pipeline.text import first_line
 
 Precision = Literal["fp32", "bf16"]
 
 _ACTIVATIONS: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
 
-_BF16_CPUS = ("amx", "avx512_bf16")
-"""Others compute bf16 by hand: on AVX2 a product of 512 x 512 ran at 1.8 GFLOP/s, fp32 at 40."""
-
-
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compilation:
-    """What compiling for one size takes (seconds), and the share of a pass that it saves."""
+class CompilationCost:
+    """Seconds that compiling for one size takes, and the share of a forward pass that it saves."""
 
-    takes_s: float
-    saves: float
+    compile_s: float
+    saved_share: float
 
 
-COMPILATIONS = {
-    # ResNet-50, output stride 8, 513 x 513, AMX: 47 s, and 0.35 s a pass after 0.59.
-    ("amx", torch.bfloat16): Compilation(takes_s=47, saves=0.4),
-    # The same on EPYC (Zen 1), one thread: 20 s; 0.76 of the plain form's time, which layers in
-    # one pass take to 0.80 (two runs: the saving is a difference of ratios).
-    ("avx2", torch.float32): Compilation(takes_s=20, saves=0.05),
-    # The same on EPYC (Zen 4): 11 s, and 1.51 s a pass after 1.59.
-    ("avx512_bf16", torch.bfloat16): Compilation(takes_s=11, saves=0.05),
+# Measured with ResNet-50 at output stride 8 on 513 x 513; on CPUs with one thread.
+COMPILATION_COSTS = {
+    ("amx", torch.bfloat16): CompilationCost(compile_s=47, saved_share=0.4),
+    ("avx2", torch.float32): CompilationCost(compile_s=20, saved_share=0.05),
+    ("avx512_bf16", torch.bfloat16): CompilationCost(compile_s=11, saved_share=0.05),
 }
-"""By `atrous.engine` and type. Where nothing is measured (GPUs too), nothing is compiled."""
+"""By `devices.engine` and type. Nothing is compiled on others, GPUs included: not measured."""
 
 
-def prepare(
+def optimize_for_inference(
     model: DeepLabV3,
     device: torch.device | str | None = None,
     *,
@@ -63,60 +58,63 @@ def prepare(
     size: Size | None = None,
     images: int = 0,
 ) -> DeepLabV3:
-    """A copy of `model` for inference on `device`, by default the one that it is on.
+    """Return a copy of `model` that is optimized for inference on `device` (default: its own).
 
-    It has no batch normalisation and no auxiliary head, cannot be trained or saved, and keeps
-    `config`, `logits`, `upsample` and `set_output_stride`. `precision` None is bf16 where the
-    device has instructions for it, else fp32; the last layer is fp32 in any case. It is warmed
-    up on one image of `size` (h, w), where given; where `images` of that size are to come and
-    the time that compiling saves them is more than it takes, it is compiled for that size, and
-    stays plain for others. Raises ValueError where the model is in training mode.
+    The copy has no batch normalization and no auxiliary head, and cannot be trained or saved;
+    `config`, `logits`, `upsample` and `set_output_stride` work as before. `precision` None means
+    bf16 if the device has instructions for it, else fp32; the last layer is always fp32.
+
+    With `size` (h, w), the copy is warmed up on an image of that size. With `images`, the number
+    of images of that size to come, it is also compiled for that size if this saves more time
+    than compiling takes; other sizes use the uncompiled form.
+
+    Raises ValueError if the model is in training mode.
     """
     if model.training:
-        raise ValueError("the model is in training mode; call model.eval() before preparing it")
+        raise ValueError("the model is in training mode; call model.eval() before optimizing it")
     device = next(model.parameters()).device if device is None else torch.device(device)
-    on = atrous.engine(device)
     dtype = _dtype(precision, device)
     fast = copy.deepcopy(model).requires_grad_(False)
     fast.aux_classifier = None
-    _fold(fast)
+    _fold_batch_norms(fast)
     last = _last_layer(fast)
     fast.to(device, dtype)
-    lay_out(fast)
+    to_channels_last(fast)
     last.float()
-    _fuse(fast, on, cpu=device.type == "cpu")
+    _fuse(fast, device)
     if size is not None:
-        fast = _warmed_up(fast, model, size, images)
+        fast = _warm_up(fast, model, size, images)
     return fast
 
 
-def _warmed_up(fast: DeepLabV3, model: DeepLabV3, size: Size, images: int) -> DeepLabV3:
-    """`fast` after a pass; compiled where it pays; plain and in fp32 where the pass fails."""
+def _warm_up(fast: DeepLabV3, model: DeepLabV3, size: Size, images: int) -> DeepLabV3:
+    """Return `fast` after a forward pass: compiled if worthwhile; `model` in fp32 if it fails."""
     parameter = next(fast.parameters())
-    photo = torch.zeros((1, 3, *size), device=parameter.device, dtype=parameter.dtype)
-    photo = photo.contiguous(memory_format=torch.channels_last)
+    image = torch.zeros((1, 3, *size), device=parameter.device, dtype=parameter.dtype)
+    image = image.contiguous(memory_format=torch.channels_last)
     try:
-        seconds = _seconds(fast, photo)
+        seconds = _seconds(fast, image)
     except (RuntimeError, NotImplementedError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         logger.warning(
-            "the network runs in its plain form: the fast one fails (%s)", first_line(error)
+            "the optimized network fails on this device, so the plain one is used: %s",
+            first_line(error),
         )
         return copy.deepcopy(model).to(parameter.device).requires_grad_(False)
-    if compilation_pays(atrous.engine(photo.device), photo.dtype, images=images, seconds=seconds):
-        _compile(fast, photo)
+    if compilation_pays_off(engine(image.device), image.dtype, images=images, seconds=seconds):
+        _compile(fast, image)
     return fast
 
 
-def compilation_pays(on: str, dtype: torch.dtype, *, images: int, seconds: float) -> bool:
-    """Whether compiling saves more time than it takes, for `images` that take `seconds` each."""
-    known = COMPILATIONS.get((on, dtype))
-    return known is not None and images * seconds * known.saves > known.takes_s
+def compilation_pays_off(engine: str, dtype: torch.dtype, *, images: int, seconds: float) -> bool:
+    """Return whether compiling saves time for `images` images that take `seconds` each."""
+    cost = COMPILATION_COSTS.get((engine, dtype))
+    return cost is not None and images * seconds * cost.saved_share > cost.compile_s
 
 
-class _Compiled:
-    """Logits by a compiled graph for images of one shape at one output stride, else plainly."""
+class _CompiledLogits:
+    """Logits by a compiled graph for one image shape and output stride, by the model for others."""
 
     def __init__(self, model: DeepLabV3, like: torch.Tensor) -> None:
         self._model = model
@@ -127,66 +125,57 @@ class _Compiled:
         )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        known = x.shape == self._shape and self._model.config.output_stride == self._stride
-        if not known:
+        if x.shape != self._shape or self._model.config.output_stride != self._stride:
             return self._plain(x)
         with torch.inference_mode(False), torch.no_grad():
             x = x.clone(memory_format=torch.channels_last) if x.is_inference() else x
             return self._graph(x)
 
 
-def _compile(model: DeepLabV3, photo: torch.Tensor) -> None:
-    compiled = _Compiled(model, photo)
+def _compile(model: DeepLabV3, image: torch.Tensor) -> None:
+    compiled = _CompiledLogits(model, image)
     try:
-        compiled(photo)
-    except Exception as error:  # a compiler has no one kind of failure
-        logger.warning("the network is not compiled: %s", first_line(error))
+        compiled(image)
+    except Exception as error:  # the compiler may raise anything
+        logger.warning("the network is used uncompiled; compiling failed: %s", first_line(error))
         return
     model.logits = compiled  # type: ignore[method-assign]
 
 
-def _seconds(model: DeepLabV3, photo: torch.Tensor) -> float:
-    """Of the second pass: the first one fills caches."""
+def _seconds(model: DeepLabV3, image: torch.Tensor) -> float:
+    """Return the seconds of the second forward pass; the first one fills caches."""
     with torch.inference_mode():
-        model.logits(photo)
+        model.logits(image)
         started = time.perf_counter()
-        model.logits(photo).sum().item()  # waits for the device
+        model.logits(image).sum().item()  # waits for the device
     return time.perf_counter() - started
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bf16, so that it is faster than fp32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return atrous.engine(device) in _BF16_CPUS
-
-
 def _dtype(precision: Precision | None, device: torch.device) -> torch.dtype:
-    if precision not in ("fp32", "bf16", None):
-        raise ValueError(f"precision must be fp32, bf16 or None, got {precision!r}")
+    check_choice("precision", precision, ("fp32", "bf16", None))
     bf16 = has_bf16(device) if precision is None else precision == "bf16"
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def lay_out(model: nn.Module) -> None:
-    """Makes all weights channels last; measured on a CPU: 8 to 18 % less time than first."""
+def to_channels_last(model: nn.Module) -> None:
+    """Make all weights channels last, which takes 8 to 18 % less time on CPUs."""
     for parameter in model.parameters():
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
-def _fold(model: nn.Module) -> None:
-    """Puts each batch normalisation into the convolution before it."""
+def _fold_batch_norms(model: nn.Module) -> None:
+    """Fold each batch normalization into the convolution before it."""
     for parent in model.modules():
         children = list(parent.named_children())
         for (_, conv), (name, norm) in itertools.pairwise(children):
             if isinstance(conv, Convolution) and isinstance(norm, nn.BatchNorm2d):
-                _fold_into(conv, norm)
+                _fold(conv, norm)
                 setattr(parent, name, nn.Identity())
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
 
 
-def _fold_into(conv: Convolution, norm: nn.BatchNorm2d) -> None:
+def _fold(conv: Convolution, norm: nn.BatchNorm2d) -> None:
     assert norm.running_mean is not None
     assert norm.running_var is not None
     # in fp64, so that the folded weights are rounded once
@@ -199,11 +188,14 @@ def _fold_into(conv: Convolution, norm: nn.BatchNorm2d) -> None:
     conv.bias = nn.Parameter(shift.to(conv.weight.dtype), requires_grad=False)
 
 
-def _fuse(model: nn.Module, on: str, *, cpu: bool) -> None:
-    """Makes every convolution compute for inference, with the activation that follows it."""
+def _fuse(model: nn.Module, device: torch.device) -> None:
+    """Give every convolution a `FusedKernel`, with the activation that follows it."""
+    cpu = device.type == "cpu"
     for layer in model.modules():
         if isinstance(layer, Convolution):
-            layer.fused = Fused(on=on, one_pass=cpu and has_one_pass(layer.weight.dtype))
+            layer.fused = FusedKernel(
+                engine=engine(device), onednn=cpu and onednn_fuses(layer.weight.dtype)
+            )
     for parent in model.modules():
         if isinstance(parent, nn.Sequential):
             conv: Convolution | None = None

@@ -20,7 +20,7 @@ from pipeline.model.resize import Size, resize
 
 
 @dataclass(frozen=True, kw_only=True)
-class Window:
+class SlidingWindow:
     """How an image of more than `threshold_pixels` (height x width) is segmented: tile by tile.
 
     Tiles are `size` a side (less where the image is smaller) and share `overlap` with each
@@ -49,7 +49,7 @@ class Window:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Span:
+class TileSpan:
     """A tile along one axis: it covers start to end, and keep_start to keep_end of it is kept."""
 
     start: int
@@ -58,7 +58,7 @@ class Span:
     keep_end: int
 
 
-DEFAULT_WINDOW = Window()
+DEFAULT_WINDOW = SlidingWindow()
 
 
 STRIP_VALUES = {"cpu": 2**18}
@@ -67,7 +67,7 @@ MANY_STRIP_VALUES = 2**26
 """The same for other devices, which want much to do at once: 256 MiB."""
 
 
-class Look(NamedTuple):
+class ScaleLogits(NamedTuple):
     """What the network says of images of `image_size`, which may be mirrored: (n, k, fh, fw)."""
 
     logits: torch.Tensor
@@ -107,7 +107,7 @@ def segment(
     *,
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
-    window: Window = DEFAULT_WINDOW,
+    window: SlidingWindow = DEFAULT_WINDOW,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Masks (n, h, w) uint8 of class ids and confidence (n, h, w) float32, both on the CPU.
 
@@ -137,7 +137,7 @@ def segment(
 
 def _looks(
     model: DeepLabV3, images: torch.Tensor, *, scales: Sequence[float], flip: bool
-) -> list[Look]:
+) -> list[ScaleLogits]:
     """The logits at each scale of images (n, 3, h, w), and where `flip` of their mirror images."""
     parameter = next(model.parameters())
     images = images.to(parameter.device)
@@ -148,15 +148,15 @@ def _looks(
         # Measured on a CPU: two images together took 0.97 to 1.09 times as long as one by one.
         if flip and parameter.device.type != "cpu":
             logits, mirrored = model.logits(torch.cat([scaled, scaled.flip(3)])).float().chunk(2)
-            looks += [Look(logits, size, False), Look(mirrored, size, True)]
+            looks += [ScaleLogits(logits, size, False), ScaleLogits(mirrored, size, True)]
             continue
-        looks.append(Look(model.logits(scaled).float(), size, False))
+        looks.append(ScaleLogits(model.logits(scaled).float(), size, False))
         if flip:
-            looks.append(Look(model.logits(scaled.flip(3)).float(), size, True))
+            looks.append(ScaleLogits(model.logits(scaled.flip(3)).float(), size, True))
     return looks
 
 
-def _strips(looks: list[Look], size: Size, rows: slice) -> Iterator[slice]:
+def _strips(looks: list[ScaleLogits], size: Size, rows: slice) -> Iterator[slice]:
     """`rows` (from, to) of images of `size`, cut so that a strip's probabilities stay small."""
     first = looks[0].logits
     values = STRIP_VALUES.get(first.device.type, MANY_STRIP_VALUES)
@@ -165,7 +165,9 @@ def _strips(looks: list[Look], size: Size, rows: slice) -> Iterator[slice]:
         yield slice(start, min(start + most, rows.stop))
 
 
-def _probabilities(model: DeepLabV3, looks: list[Look], size: Size, rows: slice) -> torch.Tensor:
+def _probabilities(
+    model: DeepLabV3, looks: list[ScaleLogits], size: Size, rows: slice
+) -> torch.Tensor:
     """The mean probabilities (n, k, rows, w) of all looks, the mirrored ones mirrored back."""
     total: torch.Tensor | None = None
     for logits, image_size, mirrored in looks:
@@ -199,21 +201,21 @@ def _normalised(model: DeepLabV3, images: torch.Tensor | np.ndarray) -> torch.Te
     return pixels.sub_(mean).div_(std)
 
 
-def _tiles(size: Size, window: Window) -> Iterator[tuple[Span, Span]]:
+def _tiles(size: Size, window: SlidingWindow) -> Iterator[tuple[TileSpan, TileSpan]]:
     height, width = size
     if height * width <= window.threshold_pixels:
         yield _whole(height), _whole(width)
         return
-    for rows in spans(height, window):
-        for columns in spans(width, window):
+    for rows in tile_spans(height, window):
+        for columns in tile_spans(width, window):
             yield rows, columns
 
 
-def _whole(length: int) -> Span:
-    return Span(start=0, end=length, keep_start=0, keep_end=length)
+def _whole(length: int) -> TileSpan:
+    return TileSpan(start=0, end=length, keep_start=0, keep_end=length)
 
 
-def spans(length: int, window: Window) -> list[Span]:
+def tile_spans(length: int, window: SlidingWindow) -> list[TileSpan]:
     """The tiles along an axis of `length`: what is kept of them covers it, nothing twice.
 
     All tiles have the window's size; the last is moved back to end with the image.
@@ -226,12 +228,12 @@ def spans(length: int, window: Window) -> list[Span]:
     cuts = [(b + a + window.size) // 2 for a, b in itertools.pairwise(starts)]
     edges = [0, *cuts, length]
     return [
-        Span(start=a, end=a + window.size, keep_start=edges[i], keep_end=edges[i + 1])
+        TileSpan(start=a, end=a + window.size, keep_start=edges[i], keep_end=edges[i + 1])
         for i, a in enumerate(starts)
     ]
 
 
-def _kept(span: Span) -> slice:
+def _kept(span: TileSpan) -> slice:
     return slice(span.keep_start - span.start, span.keep_end - span.start)
 
 

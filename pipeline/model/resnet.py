@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipeline.model.convolution import activate, convolve
+from pipeline.model.convolution import build_conv_bn, conv_bn_relu
 from pipeline.model.features import Features
-from pipeline.model.strides import Stage, Unit, stride_first, stride_last
+from pipeline.model.strides import StageSpec, UnitStrides, plan_stride_first, plan_stride_last
 
 STEM_STRIDE = 4
 WIDTHS = (64, 128, 256, 512)
@@ -24,7 +24,7 @@ CASCADED = ("layer5.", "layer6.", "layer7.")
 """Begins the names of what an ImageNet network does not have."""
 
 
-class Basic(nn.Module):
+class BasicBlock(nn.Module):
     """Two 3x3 convolutions. The stride is in the first, or in the last where `stride_last`."""
 
     expansion = 1
@@ -32,20 +32,22 @@ class Basic(nn.Module):
     def __init__(self, inputs: int, width: int, *, stride_last: bool) -> None:
         super().__init__()
         self.stride_last = stride_last
-        self.conv1, self.bn1 = convolve(inputs, width, 3)
-        self.conv2, self.bn2 = convolve(width, width, 3)
+        self.conv1, self.bn1 = build_conv_bn(inputs, width, 3)
+        self.conv2, self.bn2 = build_conv_bn(width, width, 3)
         self.downsample = _projection(inputs, width)
 
-    def arrange(self, unit: Unit) -> None:
+    def set_strides(self, unit: UnitStrides) -> None:
         early, late = (1, unit.stride) if self.stride_last else (unit.stride, 1)
-        self.conv1.place(stride=early, rate=unit.entry_rate)
-        self.conv2.place(stride=late, rate=unit.entry_rate if self.stride_last else unit.rate)
+        self.conv1.set_stride_and_rate(stride=early, rate=unit.entry_rate)
+        self.conv2.set_stride_and_rate(
+            stride=late, rate=unit.entry_rate if self.stride_last else unit.rate
+        )
         self.stride = unit.stride
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        residual = activate(self.conv1, self.bn1, x)
+        residual = conv_bn_relu(self.conv1, self.bn1, x)
         shortcut = _shortcut(x, self.downsample, self.stride)
-        return activate(self.conv2, self.bn2, residual, shortcut)
+        return conv_bn_relu(self.conv2, self.bn2, residual, shortcut)
 
 
 class Bottleneck(nn.Module):
@@ -55,25 +57,25 @@ class Bottleneck(nn.Module):
 
     def __init__(self, inputs: int, width: int, *, stride_last: bool) -> None:
         super().__init__()
-        self.conv1, self.bn1 = convolve(inputs, width)
-        self.conv2, self.bn2 = convolve(width, width, 3)
-        self.conv3, self.bn3 = convolve(width, width * self.expansion)
+        self.conv1, self.bn1 = build_conv_bn(inputs, width)
+        self.conv2, self.bn2 = build_conv_bn(width, width, 3)
+        self.conv3, self.bn3 = build_conv_bn(width, width * self.expansion)
         self.downsample = _projection(inputs, width * self.expansion)
 
-    def arrange(self, unit: Unit) -> None:
-        self.conv2.place(stride=unit.stride, rate=unit.entry_rate)
+    def set_strides(self, unit: UnitStrides) -> None:
+        self.conv2.set_stride_and_rate(stride=unit.stride, rate=unit.entry_rate)
         self.stride = unit.stride
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        residual = activate(self.conv1, self.bn1, x)
-        residual = activate(self.conv2, self.bn2, residual)
+        residual = conv_bn_relu(self.conv1, self.bn1, x)
+        residual = conv_bn_relu(self.conv2, self.bn2, residual)
         shortcut = _shortcut(x, self.downsample, self.stride)
-        return activate(self.conv3, self.bn3, residual, shortcut)
+        return conv_bn_relu(self.conv3, self.bn3, residual, shortcut)
 
 
-DEPTHS: dict[str, tuple[type[Basic] | type[Bottleneck], tuple[int, int, int, int]]] = {
-    "resnet18": (Basic, (2, 2, 2, 2)),
-    "resnet34": (Basic, (3, 4, 6, 3)),
+DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
 }
@@ -93,7 +95,7 @@ class ResNet(nn.Module):
         copies = blocks - len(depths)
         self.depths = (*depths, *[depths[-1]] * copies)
         self.stride_last = stride_last
-        self.conv1, self.bn1 = convolve(3, WIDTHS[0], 7, stride=2)
+        self.conv1, self.bn1 = build_conv_bn(3, WIDTHS[0], 7, stride=2)
         inputs, stages = WIDTHS[0], []
         for width, units in zip((*WIDTHS, *[WIDTHS[-1]] * copies), self.depths, strict=True):
             stages.append(_stage(kind, inputs, width, units=units, stride_last=stride_last))
@@ -105,7 +107,7 @@ class ResNet(nn.Module):
         self.middle_channels = WIDTHS[2] * kind.expansion
         self.channels = inputs
 
-    def arrange(self, *, output_stride: int, multi_grid: Sequence[int]) -> None:
+    def set_strides(self, *, output_stride: int, multi_grid: Sequence[int]) -> None:
         """Sets every unit's stride and rate; no weight changes.
 
         `multi_grid` multiplies the rates of the fourth block and of its copies, unit by unit.
@@ -113,22 +115,22 @@ class ResNet(nn.Module):
         """
         twos = [2] * (len(self.depths) - 1)
         strides = [*twos, 1] if self.stride_last else [1, *twos]
-        stages = [Stage(units=n, stride=s) for n, s in zip(self.depths, strides, strict=True)]
-        place = stride_last if self.stride_last else stride_first
-        plan = place(stages, stem=STEM_STRIDE, output_stride=output_stride)
+        stages = [StageSpec(units=n, stride=s) for n, s in zip(self.depths, strides, strict=True)]
+        plan_strides = plan_stride_last if self.stride_last else plan_stride_first
+        plan = plan_strides(stages, stem=STEM_STRIDE, output_stride=output_stride)
         # Block4 and its copies.
         plan[3:] = [_with_unit_rates(units, multi_grid) for units in plan[3:]]
         for stage, units in zip(self._stages(), plan, strict=True):
             for block, unit in zip(stage, units, strict=True):
-                assert isinstance(block, (Basic, Bottleneck))
-                block.arrange(unit)
+                assert isinstance(block, (BasicBlock, Bottleneck))
+                block.set_strides(unit)
 
     def _stages(self) -> list[nn.Sequential]:
         children = (child for name, child in self.named_children() if name.startswith("layer"))
         return [child for child in children if isinstance(child, nn.Sequential)]
 
     def forward(self, x: torch.Tensor) -> Features:
-        x = activate(self.conv1, self.bn1, x)
+        x = conv_bn_relu(self.conv1, self.bn1, x)
         x = functional.max_pool2d(x, 3, stride=2, padding=1)
         before = x
         for unit in self.layer1:
@@ -143,7 +145,7 @@ class ResNet(nn.Module):
 
 
 def _stage(
-    kind: type[Basic] | type[Bottleneck],
+    kind: type[BasicBlock] | type[Bottleneck],
     inputs: int,
     width: int,
     *,
@@ -155,7 +157,7 @@ def _stage(
     return nn.Sequential(*(kind(into, width, stride_last=stride_last) for into in channels))
 
 
-def _with_unit_rates(units: list[Unit], multi_grid: Sequence[int]) -> list[Unit]:
+def _with_unit_rates(units: list[UnitStrides], multi_grid: Sequence[int]) -> list[UnitStrides]:
     # All ones may be of any length: it means that there is no multi-grid.
     if all(rate == 1 for rate in multi_grid):
         return units
@@ -167,7 +169,7 @@ def _with_unit_rates(units: list[Unit], multi_grid: Sequence[int]) -> list[Unit]
 
 def _projection(inputs: int, outputs: int) -> nn.Sequential | None:
     # Only where the number of channels changes: a stride alone samples the identity.
-    return nn.Sequential(*convolve(inputs, outputs)) if inputs != outputs else None
+    return nn.Sequential(*build_conv_bn(inputs, outputs)) if inputs != outputs else None
 
 
 def _shortcut(x: torch.Tensor, projection: nn.Sequential | None, stride: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class StageSpec:
     """A stage of a backbone: how many units, and the stride that one of them has by nature."""
 
     units: int
@@ -17,7 +17,7 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
+class UnitStrides:
     """The stride of a unit, and its rates up to its strided convolution and after that."""
 
     stride: int = 1
@@ -25,7 +25,9 @@ class Unit:
     rate: int = 1
 
 
-def stride_first(stages: list[Stage], *, stem: int, output_stride: int) -> list[list[Unit]]:
+def plan_stride_first(
+    stages: list[StageSpec], *, stem: int, output_stride: int
+) -> list[list[UnitStrides]]:
     """Units by stage, the stride in each stage's first unit (torchvision, MobileNetV2).
 
     A stage that would exceed `output_stride` gives up its stride and multiplies the rate
@@ -38,13 +40,15 @@ def stride_first(stages: list[Stage], *, stem: int, output_stride: int) -> list[
         if current * stride > output_stride:
             rate, stride = rate * stride, 1
         current *= stride
-        first = Unit(stride=stride, entry_rate=previous, rate=rate)
-        rest = Unit(stride=1, entry_rate=rate, rate=rate)
+        first = UnitStrides(stride=stride, entry_rate=previous, rate=rate)
+        rest = UnitStrides(stride=1, entry_rate=rate, rate=rate)
         plan.append([first] + [rest] * (stage.units - 1))
     return plan
 
 
-def stride_last(stages: list[Stage], *, stem: int, output_stride: int) -> list[list[Unit]]:
+def plan_stride_last(
+    stages: list[StageSpec], *, stem: int, output_stride: int
+) -> list[list[UnitStrides]]:
     """Units by stage, the stride in each stage's last unit (the paper's ResNet).
 
     The whole stage sees one grid, so it has one rate; a stride given up multiplies the rate of
@@ -53,8 +57,8 @@ def stride_last(stages: list[Stage], *, stem: int, output_stride: int) -> list[l
     current, rate, plan = stem, 1, []
     for stage in stages:
         stride = stage.stride if current * stage.stride <= output_stride else 1
-        body = Unit(stride=1, entry_rate=rate, rate=rate)
-        last = Unit(stride=stride, entry_rate=rate, rate=rate)
+        body = UnitStrides(stride=1, entry_rate=rate, rate=rate)
+        last = UnitStrides(stride=stride, entry_rate=rate, rate=rate)
         plan.append([body] * (stage.units - 1) + [last])
         current *= stride
         rate *= stage.stride // stride

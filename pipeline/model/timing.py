@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeline.model import optimize
+from pipeline.model import devices
 
 _PRODUCT_SIDE = {"cpu": 1536}
 _PRODUCT_SIDE_ELSEWHERE = 8192
@@ -32,10 +32,10 @@ def measure(work: Callable[[], object], device: torch.device, *, repeats: int) -
     return Cost(statistics.median(seconds), statistics.median(walls), _peak(device))
 
 
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product: what a convolution could reach at most."""
     side = _PRODUCT_SIDE.get(device.type, _PRODUCT_SIDE_ELSEWHERE)
-    if dtype == torch.bfloat16 and not optimize.has_bf16(device):
+    if dtype == torch.bfloat16 and not devices.has_bf16(device):
         side //= 4  # computed by hand, it takes 20 times as long
     a = torch.rand((side, side), device=device, dtype=dtype)
     a @ a

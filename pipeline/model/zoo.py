@@ -55,7 +55,7 @@ def fetch(name: str) -> Path:
     CheckpointError where it is not the published file; it is deleted then.
     """
     file = _file(name)
-    path = cache() / file
+    path = cache_folder() / file
     try:
         if path.exists():
             _check(path, file, of=str(path))
@@ -71,7 +71,7 @@ def fetch(name: str) -> Path:
     return path
 
 
-def cache() -> Path:
+def cache_folder() -> Path:
     """The folder of fetched files: `$DEEPLAB_CACHE`, or one below the user's `~/.cache`."""
     given = os.environ.get(CACHE_VARIABLE)
     return Path(given).absolute() if given else Path.home() / ".cache" / "deeplab-pipeline"

@@ -52,7 +52,7 @@ def network(config: ModelConfig) -> DeepLabV3:
 def test_logits_are_those_of_the_cpu_at_any_output_stride(name: str) -> None:
     model = network(CONFIGS[name])
     image = torch.randn(2, 3, 65, 97)
-    exact = optimize.prepare(model, "cuda", precision="fp32")
+    exact = optimize.optimize_for_inference(model, "cuda", precision="fp32")
     for output_stride in (16, 8):
         for each in (model, exact):
             each.set_output_stride(output_stride)
@@ -74,8 +74,8 @@ def photo(height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("name", ["voc-mobilenetv2", "tfzoo-voc-mobilenetv2"])
 def test_masks_of_the_checkpoints_that_ship_are_those_of_the_cpu(name: str, flip: bool) -> None:
     model, _ = weights.load(str(DEMO / f"{name}.safetensors"))
-    plain = optimize.prepare(model.eval(), "cpu", precision="fp32")
-    fast = optimize.prepare(model.eval(), "cuda")
+    plain = optimize.optimize_for_inference(model.eval(), "cpu", precision="fp32")
+    fast = optimize.optimize_for_inference(model.eval(), "cuda")
     assert next(fast.backbone.parameters()).dtype == torch.bfloat16
     how = {"scales": (0.75, 1.0, 1.5) if flip else (1.0,), "flip": flip}
     for data in photos().values():

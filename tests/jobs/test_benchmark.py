@@ -94,5 +94,5 @@ def test_a_form_gives_the_plain_logits():
 def test_a_product_s_rate_is_its_work_over_its_time(monkeypatch):
     monkeypatch.setitem(timing._PRODUCT_SIDE, "cpu", 128)
     monkeypatch.setattr(timing, "measure", lambda *_, **__: timing.Cost(0.5, 1.0, 0))
-    rate = timing.product_rate(torch.device("cpu"), torch.float32)
+    rate = timing.matmul_rate(torch.device("cpu"), torch.float32)
     assert rate == 2 * 128**3 / 0.5

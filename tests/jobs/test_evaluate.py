@@ -55,7 +55,7 @@ def test_the_last_line_and_the_table_say_what_counting_pixels_says(
     put_voc(prefix, 2)
     assert main(arguments(prefix, "--over", "cat", "background")) == 0
     out = capsys.readouterr().out
-    model = optimize.prepare(weights.load(CHECKPOINT)[0])
+    model = optimize.optimize_for_inference(weights.load(CHECKPOINT)[0])
     both, either, right, labelled = np.zeros(21), np.zeros(21), 0, 0
     for i in range(2):
         photo = Image.open(io.BytesIO(storage.read(f"{prefix}/JPEGImages/{i}.jpg")))

@@ -18,7 +18,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def randomise() -> Callable[..., nn.Module]:
+def randomize() -> Callable[..., nn.Module]:
     """Gives a network weights and BN statistics that no layer's default could hide behind."""
 
     def fill(model: nn.Module, *, seed: int = 0) -> nn.Module:

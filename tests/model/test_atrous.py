@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from pipeline.model import atrous
+from pipeline.model import atrous, devices, torch_compat
 
 AVX2 = ("avx2", torch.float32)
 AMX = ("amx", torch.bfloat16)
@@ -52,19 +52,21 @@ def test_the_error_against_fp64_is_at_most_1_2_times_that_of_conv2d(
         x.double(), weight.double(), None if bias is None else bias.double(), *place
     )
     plain = functional.conv2d(x, weight, bias, *place)
-    found = atrous.shifted(
+    found = atrous.shifted_conv2d(
         x, atrous.pack(weight, groups), bias, stride=stride, padding=(padding, padding), rate=rate
     )
     assert found.dtype == dtype
     assert found.shape == plain.shape
-    # On a few pixels the order of fp32 sums decides; in bf16 that is next to nothing.
-    luck = torch.finfo(torch.float32).eps / 2 * exact.square().mean().sqrt().item()
-    assert error(found, exact) <= 1.2 * error(plain, exact) + luck
+    # Rounding 32 / groups terms one after the other errs as a random walk does, whatever conv2d
+    # makes of so few: matters on small maps only.
+    unit = torch.finfo(torch.float32).eps / 2 * exact.square().mean().sqrt().item()
+    walk = unit * max(1.0, 32 / groups / 6) ** 0.5
+    assert error(found, exact) <= 1.2 * error(plain, exact) + walk
 
 
 def test_a_rate_beyond_the_map_is_the_1x1_centre():
     x, weight = drawn(2, 3, 7, 5), drawn(4, 3, 3, 3, seed=1)
-    found = atrous.shifted(x, atrous.pack(weight, 1), None, stride=1, padding=(7, 7), rate=7)
+    found = atrous.shifted_conv2d(x, atrous.pack(weight, 1), None, stride=1, padding=(7, 7), rate=7)
     wanted = torch.einsum("nchw,kc->nkhw", x, weight[:, :, 1, 1])
     torch.testing.assert_close(found, wanted)
 
@@ -72,7 +74,9 @@ def test_a_rate_beyond_the_map_is_the_1x1_centre():
 def test_padding_of_one_axis_alone_and_outputs_that_see_nothing_are_right():
     x, weight, bias = drawn(1, 2, 5, 6), drawn(3, 2, 3, 3, seed=1), drawn(3, seed=2)
     for padding in [(0, 1), (9, 0), (12, 12)]:
-        found = atrous.shifted(x, atrous.pack(weight, 1), bias, stride=1, padding=padding, rate=2)
+        found = atrous.shifted_conv2d(
+            x, atrous.pack(weight, 1), bias, stride=1, padding=padding, rate=2
+        )
         torch.testing.assert_close(found, functional.conv2d(x, weight, bias, 1, padding, 2))
 
 
@@ -80,7 +84,9 @@ def test_pieces_of_any_size_give_the_whole(monkeypatch):
     x, weight = drawn(2, 4, 9, 11), drawn(6, 2, 3, 3, seed=1)
     for values in (1, 300, 2000):
         monkeypatch.setattr(atrous, "GATHERED_VALUES", values)
-        found = atrous.shifted(x, atrous.pack(weight, 2), None, stride=1, padding=(4, 4), rate=4)
+        found = atrous.shifted_conv2d(
+            x, atrous.pack(weight, 2), None, stride=1, padding=(4, 4), rate=4
+        )
         torch.testing.assert_close(found, functional.conv2d(x, weight, None, 1, 4, 4, 2))
 
 
@@ -104,8 +110,8 @@ def test_the_share_of_products_is_what_counting_one_by_one_gives(
             for tap in range(kernel)
         ]
         counts.append(sum(seen) / len(seen))
-    share = atrous.seen_share(
-        (height, width), kernel=kernel, rate=rate, stride=stride, padding=padding
+    share = atrous.valid_tap_share(
+        (height, width), kernel_size=kernel, rate=rate, stride=stride, padding=padding
     )
     assert share == pytest.approx(counts[0] * counts[1])
 
@@ -114,7 +120,7 @@ def test_the_paper_s_rates_on_a_map_of_65_see_what_was_worked_out_by_hand():
     # One tap of three is in the middle; each other one sees 65 - rate of 65 pixels.
     for rate in (12, 24, 36):
         by_hand = ((65 + 2 * (65 - rate)) / (3 * 65)) ** 2
-        share = atrous.seen_share((65, 65), kernel=3, rate=rate, stride=1, padding=rate)
+        share = atrous.valid_tap_share((65, 65), kernel_size=3, rate=rate, stride=1, padding=rate)
         assert share == pytest.approx(by_hand)
     assert 9 * share == pytest.approx(3.6, abs=0.03)
 
@@ -137,7 +143,7 @@ def test_the_paper_s_rates_on_a_map_of_65_see_what_was_worked_out_by_hand():
     ],
 )
 def test_the_form_is_what_was_measured_to_be_cheaper(on, size, rate, inputs, cheaper):
-    where = {"inputs": inputs, "size": size, "rate": rate}
+    where = {"in_channels": inputs, "size": size, "rate": rate}
     assert atrous.is_shifted_cheaper(*on, groups=1, stride=1, **where) == cheaper
     assert not atrous.is_shifted_cheaper(*on, groups=2, stride=1, **where)
     assert not atrous.is_shifted_cheaper(*on, groups=1, stride=2, **where)
@@ -157,18 +163,18 @@ def test_the_engine_is_what_torch_may_use_of_what_the_cpu_has(
     capability, amx, bf16, on, monkeypatch
 ):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
-    assert atrous.engine(torch.device("cpu")) == on
+    monkeypatch.setattr(torch_compat, "has_amx", lambda: amx)
+    monkeypatch.setattr(torch_compat, "has_avx512_bf16", lambda: bf16)
+    assert devices.engine(torch.device("cpu")) == on
 
 
 def test_aten_cpu_capability_makes_any_cpu_one_without_bf16():
     code = """
 import torch
-torch.cpu._is_amx_tile_supported = torch.cpu._is_avx512_bf16_supported = lambda: True
-from pipeline.model import atrous, speed
+from pipeline.model import devices, torch_compat
+torch_compat.has_amx = torch_compat.has_avx512_bf16 = lambda: True
 cpu = torch.device("cpu")
-print(atrous.engine(cpu), speed.has_bf16(cpu))
+print(devices.engine(cpu), devices.has_bf16(cpu))
 """
     ran = subprocess.run(
         [sys.executable, "-c", code],

@@ -21,7 +21,7 @@ def strides(backbone, stage):
 def built(name, style, output_stride, multi_grid=(1, 1, 1), blocks=4):
     with torch.device("meta"):
         backbone = ResNet(name, stride_last=style == "paper", blocks=blocks)
-    backbone.arrange(output_stride=output_stride, multi_grid=multi_grid)
+    backbone.set_strides(output_stride=output_stride, multi_grid=multi_grid)
     return backbone
 
 
@@ -40,7 +40,7 @@ def test_the_paper_strides_in_the_last_unit_and_multiplies_every_rate():
     assert strides(backbone, "layer2") == [1, 1, 1, 2]
     assert set(rates(backbone, "layer3")) == {1}
     assert rates(backbone, "layer4") == [2, 4, 8]
-    backbone.arrange(output_stride=8, multi_grid=(1, 2, 4))
+    backbone.set_strides(output_stride=8, multi_grid=(1, 2, 4))
     assert strides(backbone, "layer2") == [1, 1, 1, 1]
     assert set(rates(backbone, "layer3")) == {2}
     assert rates(backbone, "layer4") == [4, 8, 16]
@@ -99,7 +99,7 @@ def test_the_further_blocks_are_copies_of_block4():
 
 def test_mobilenet_has_the_zoos_rates_at_output_stride_8():
     backbone = MobileNetV2()
-    backbone.arrange(output_stride=8)
+    backbone.set_strides(output_stride=8)
     depthwise = [m for m in backbone.modules() if getattr(m, "groups", 1) > 1]
     assert [layer.dilation[0] for layer in depthwise] == [1] * 7 + [2] * 7 + [4] * 3
     assert [i for i, layer in enumerate(depthwise) if layer.stride == (2, 2)] == [1, 3]
@@ -117,15 +117,15 @@ def test_mobilenet_has_the_zoos_rates_at_output_stride_8():
     ],
 )
 def test_atrous_features_sampled_are_the_strided_ones(
-    name, multi_grid, style, output_stride, randomise
+    name, multi_grid, style, output_stride, randomize
 ):
-    backbone = randomise(ResNet(name, stride_last=style == "paper")).double()
+    backbone = randomize(ResNet(name, stride_last=style == "paper")).double()
     image = torch.randn(1, 3, 33, 49, generator=torch.Generator().manual_seed(1)).double()
     step = 32 // output_stride
     with torch.inference_mode():
-        backbone.arrange(output_stride=32, multi_grid=multi_grid)
+        backbone.set_strides(output_stride=32, multi_grid=multi_grid)
         strided = backbone(image).final
-        backbone.arrange(output_stride=output_stride, multi_grid=multi_grid)
+        backbone.set_strides(output_stride=output_stride, multi_grid=multi_grid)
         atrous = backbone(image).final
     assert strided.shape[-2:] == (2, 2)
     torch.testing.assert_close(atrous[..., ::step, ::step], strided, rtol=1e-5, atol=1e-9)
@@ -137,17 +137,17 @@ def test_atrous_features_sampled_are_the_strided_ones(
     [(7, 256, 16, (1, 1)), (7, 64, 16, (1, 2)), (5, 64, 8, (2, 1))],
 )
 def test_a_cascades_atrous_features_sampled_are_the_strided_ones(
-    blocks, strided_at, output_stride, multi_grid, style, randomise
+    blocks, strided_at, output_stride, multi_grid, style, randomize
 ):
     backbone = ResNet("resnet18", stride_last=style == "paper", blocks=blocks)
-    randomise(backbone).double()
+    randomize(backbone).double()
     size = (3 * strided_at // 2, strided_at + 1)
     image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1)).double()
     step = strided_at // output_stride
     with torch.inference_mode():
-        backbone.arrange(output_stride=strided_at, multi_grid=multi_grid)
+        backbone.set_strides(output_stride=strided_at, multi_grid=multi_grid)
         strided = backbone(image)
-        backbone.arrange(output_stride=output_stride, multi_grid=multi_grid)
+        backbone.set_strides(output_stride=output_stride, multi_grid=multi_grid)
         atrous = backbone(image)
     assert strided.final.shape[-2:] == (2, 2)
     torch.testing.assert_close(
@@ -157,13 +157,13 @@ def test_a_cascades_atrous_features_sampled_are_the_strided_ones(
 
 
 @pytest.mark.parametrize("output_stride", [4, 8, 16])
-def test_atrous_mobilenet_features_sampled_are_the_strided_ones(output_stride, randomise):
-    backbone = randomise(MobileNetV2()).double()
+def test_atrous_mobilenet_features_sampled_are_the_strided_ones(output_stride, randomize):
+    backbone = randomize(MobileNetV2()).double()
     image = torch.randn(1, 3, 33, 49, generator=torch.Generator().manual_seed(1)).double()
     step = 32 // output_stride
     with torch.inference_mode():
-        backbone.arrange(output_stride=32)
+        backbone.set_strides(output_stride=32)
         strided = backbone(image).final
-        backbone.arrange(output_stride=output_stride)
+        backbone.set_strides(output_stride=output_stride)
         atrous = backbone(image).final
     torch.testing.assert_close(atrous[..., ::step, ::step], strided, rtol=1e-5, atol=1e-9)

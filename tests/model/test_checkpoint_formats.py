@@ -5,7 +5,7 @@ import torch
 
 from pipeline.data.labels import CITYSCAPES, VOC
 from pipeline.model import weights
-from pipeline.model.checkpoint_formats import recognise
+from pipeline.model.checkpoint_formats import detect_format
 from pipeline.model.deeplab import DeepLabV3
 from pipeline.model.formats import CheckpointError, TensorFile
 from tests.model.published import (
@@ -18,7 +18,7 @@ from tests.model.published import (
 
 
 def recognised(shapes):
-    return recognise(TensorFile(tensors=constants(shapes)), name="a.pth")
+    return detect_format(TensorFile(tensors=constants(shapes)), name="a.pth")
 
 
 def shapes_of(config):
@@ -96,7 +96,7 @@ def test_another_number_of_atrous_branches_needs_their_rates(stored):
     shapes = vainf_plus_shapes("resnet18")
     shapes = {key: shape for key, shape in shapes.items() if ".convs.4." not in key}
     file = TensorFile(tensors=constants(shapes))
-    config, _ = recognise(file, name="a.pth")
+    config, _ = detect_format(file, name="a.pth")
     assert not config.image_pooling
     with pytest.raises(CheckpointError, match=r"3 atrous branches.*\(6, 12\).*atrous_rates"):
-        recognise(file, name="a.pth", atrous_rates=(6, 12))
+        detect_format(file, name="a.pth", atrous_rates=(6, 12))

@@ -105,14 +105,14 @@ def test_an_output_stride_that_fits_no_rate_leaves_the_model_as_it_was():
 def test_an_output_stride_that_the_network_has_not_leaves_it_as_it_was():
     model = shell(backbone="resnet18", blocks=5, **CASCADE, multi_grid=(1, 2))
     model.set_output_stride(64)
-    with pytest.raises(ValueError, match="5 blocks must be one of 4, 8, 16, 32, 64, got 128"):
+    with pytest.raises(ValueError, match="128: must be one of 4, 8, 16, 32, 64; with 5 blocks"):
         model.set_output_stride(128)
     assert model.config.output_stride == 64
 
 
-def test_a_cascades_logits_have_the_images_size_at_every_output_stride(randomise):
+def test_a_cascades_logits_have_the_images_size_at_every_output_stride(randomize):
     config = ModelConfig(backbone="resnet18", blocks=7, **CASCADE, multi_grid=(1, 2), num_classes=3)
-    model = randomise(DeepLabV3(config))
+    model = randomize(DeepLabV3(config))
     with torch.inference_mode():
         for power in (2, 5, 6, 8):
             model.set_output_stride(2**power)
@@ -125,8 +125,8 @@ def test_a_cascades_logits_have_the_images_size_at_every_output_stride(randomise
 
 @pytest.mark.parametrize("output_stride", [4, 8, 16, 32])
 @pytest.mark.parametrize("style", SMALL)
-def test_logits_have_the_images_size_however_tiny_it_is(style, output_stride, randomise):
-    model = randomise(DeepLabV3(SMALL[style]))
+def test_logits_have_the_images_size_however_tiny_it_is(style, output_stride, randomize):
+    model = randomize(DeepLabV3(SMALL[style]))
     model.set_output_stride(output_stride)
     with torch.inference_mode():
         for size in [(1, 1), (1, 100), (5, 7), (33, 18)]:

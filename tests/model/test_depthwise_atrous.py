@@ -18,7 +18,7 @@ def test_phases_agree_with_conv2d_with_dilation(rate: int, size: tuple[int, int]
     x.requires_grad_()
     weight = torch.randn(6, 1, 3, 3, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
-    ours = depthwise_atrous.by_phases(x, weight, bias, rate=rate)
+    ours = depthwise_atrous.space_to_batch_conv2d(x, weight, bias, rate=rate)
     theirs = functional.conv2d(x, weight, bias, padding=rate, dilation=rate, groups=6)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     upstream = torch.randn_like(theirs)

@@ -42,12 +42,12 @@ def by_hand(x, state, name, rates, pooling):
 
 @pytest.mark.parametrize("rates", [(), (2,), (6, 12, 18), (1, 2, 3, 24)])
 @pytest.mark.parametrize("pooling", [True, False])
-def test_aspp_is_its_branches_side_by_side(rates, pooling, randomise):
+def test_aspp_is_its_branches_side_by_side(rates, pooling, randomize):
     aspp = ASPP(
         6, branches=len(rates), image_pooling=pooling, dropout=0.5, folded=False,
         pooling_first=False,
     )  # fmt: skip
-    randomise(aspp).double().arrange(rates)
+    randomize(aspp).double().set_rates(rates)
     state, x = aspp.state_dict(), noise(2, 6, 9, 7)
     with torch.inference_mode():
         wanted = functional.conv2d(
@@ -56,16 +56,16 @@ def test_aspp_is_its_branches_side_by_side(rates, pooling, randomise):
         torch.testing.assert_close(aspp(x), normal(wanted, state, "project.1"))
 
 
-def test_a_rate_beyond_the_map_is_the_filters_1x1_centre(randomise):
+def test_a_rate_beyond_the_map_is_the_filters_1x1_centre(randomize):
     config = ModelConfig(**PLAIN, atrous_rates=(66,), image_pooling=False)
-    aspp = randomise(build_head(6, 6, config)).double()[0]
+    aspp = randomize(build_head(6, 6, config)).double()[0]
     x = noise(1, 6, 65, 33)
     atrous = aspp.convs[1][0]
-    atrous.place(stride=1, rate=65)
+    atrous.set_stride_and_rate(stride=1, rate=65)
     with torch.inference_mode():
         centre = functional.conv2d(x, atrous.weight[:, :, 1:2, 1:2])
         torch.testing.assert_close(atrous(x), centre)
-        atrous.place(stride=1, rate=64)
+        atrous.set_stride_and_rate(stride=1, rate=64)
         assert not torch.allclose(atrous(x), centre)
 
 
@@ -85,10 +85,10 @@ def test_the_papers_table_of_rates_can_be_built(fields, rates, channels):
 
 
 @pytest.mark.parametrize("convs", [0, 1, 2, 3])
-def test_the_decoder_refines_upsampled_aspp_with_features_of_stride_4(convs, randomise):
+def test_the_decoder_refines_upsampled_aspp_with_features_of_stride_4(convs, randomize):
     config = ModelConfig(**PLAIN, decoder=True, num_convs=convs, atrous_rates=(2, 4))
-    head = randomise(build_head(6, 5, config)).double()
-    head.arrange((2, 4))
+    head = randomize(build_head(6, 5, config)).double()
+    head.set_rates((2, 4))
     state = head.state_dict()
     low, final = noise(1, 5, 13, 18), noise(1, 6, 4, 5, seed=2)
     with torch.inference_mode():
@@ -117,8 +117,8 @@ def test_the_decoder_refines_upsampled_aspp_with_features_of_stride_4(convs, ran
         {**MOBILE, "style": "torchvision"},
     ],
 )
-def test_a_decoders_logits_are_at_stride_4_whatever_the_encoders(fields, randomise):
-    model = randomise(DeepLabV3(ModelConfig(**fields, num_classes=3, decoder=True)))
+def test_a_decoders_logits_are_at_stride_4_whatever_the_encoders(fields, randomize):
+    model = randomize(DeepLabV3(ModelConfig(**fields, num_classes=3, decoder=True)))
     images, low = noise(1, 3, 33, 50).float(), []
     with torch.inference_mode():
         for output_stride in (4, 16, 32):
@@ -137,11 +137,11 @@ def test_a_decoder_learns_in_all_its_layers():
 
 
 @pytest.mark.parametrize("blocks", [4, 7])
-def test_a_cascade_ends_in_a_1x1_convolution_of_its_last_block(blocks, randomise):
+def test_a_cascade_ends_in_a_1x1_convolution_of_its_last_block(blocks, randomize):
     config = ModelConfig(
         **PLAIN, head="cascade", blocks=blocks, atrous_rates=(), image_pooling=False
     )
-    model = randomise(DeepLabV3(config)).double()
+    model = randomize(DeepLabV3(config)).double()
     images = noise(1, 3, 33, 50)
     with torch.inference_mode():
         final = model.backbone(images).final

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.model import atrous, fused, optimize
+from pipeline.model import atrous, devices, fused, optimize
 from pipeline.model.config import ModelConfig
 from pipeline.model.convolution import Convolution
 from pipeline.model.deeplab import DeepLabV3
@@ -34,16 +34,16 @@ def relative(found, wanted):
 
 
 @pytest.fixture
-def tiny(randomise):
-    return randomise(DeepLabV3(CONFIGS["inverted"]))
+def tiny(randomize):
+    return randomize(DeepLabV3(CONFIGS["inverted"]))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.inference_mode()
-def test_in_fp32_logits_equal_the_plain_networks_at_any_output_stride(name, randomise):
-    model = randomise(DeepLabV3(CONFIGS[name]))
+def test_in_fp32_logits_equal_the_plain_networks_at_any_output_stride(name, randomize):
+    model = randomize(DeepLabV3(CONFIGS[name]))
     x = images(1, 33, 50)
-    fast = optimize.prepare(model, precision="fp32")
+    fast = optimize.optimize_for_inference(model, precision="fp32")
     for output_stride in (16, 8):
         model.set_output_stride(output_stride)
         fast.set_output_stride(output_stride)
@@ -55,30 +55,30 @@ def test_in_fp32_logits_equal_the_plain_networks_at_any_output_stride(name, rand
 @pytest.mark.parametrize("one_pass", [True, False])
 @torch.inference_mode()
 def test_activations_in_their_own_pass_and_in_the_convolutions_are_equal(
-    one_pass, randomise, monkeypatch
+    one_pass, randomize, monkeypatch
 ):
-    monkeypatch.setattr(optimize, "has_one_pass", lambda _: one_pass)
+    monkeypatch.setattr(optimize, "onednn_fuses", lambda _: one_pass)
     for name in ("bottlenecks", "tensorflow"):
-        model = randomise(DeepLabV3(CONFIGS[name]))
-        fast = optimize.prepare(model, precision="fp32")
+        model = randomize(DeepLabV3(CONFIGS[name]))
+        fast = optimize.optimize_for_inference(model, precision="fp32")
         assert relative(fast.logits(images(1, 33, 41)), model.logits(images(1, 33, 41))) < 1e-4
 
 
 @torch.inference_mode()
-def test_shifted_taps_give_the_networks_logits(randomise, monkeypatch):
-    crossover = atrous.Crossover(min_rate=2, max_share=1.0, min_inputs=1)
-    on = atrous.engine(torch.device("cpu"))
+def test_shifted_taps_give_the_networks_logits(randomize, monkeypatch):
+    crossover = atrous.Crossover(min_rate=2, max_valid_share=1.0, min_in_channels=1)
+    on = devices.engine(torch.device("cpu"))
     monkeypatch.setitem(atrous.CROSSOVERS, (on, torch.float32), crossover)
-    calls, shifted = [], atrous.shifted
+    calls, shifted = [], atrous.shifted_conv2d
     monkeypatch.setattr(
         atrous,
-        "shifted",
+        "shifted_conv2d",
         lambda *a, **how: calls.append(how["rate"]) or shifted(*a, **how),  # type: ignore[func-returns-value]
     )
     for name in ("bottlenecks", "tensorflow"):
         calls.clear()
-        model = randomise(DeepLabV3(CONFIGS[name]))
-        fast = optimize.prepare(model, precision="fp32")
+        model = randomize(DeepLabV3(CONFIGS[name]))
+        fast = optimize.optimize_for_inference(model, precision="fp32")
         for side in (17, 33):
             x = images(1, side, side + 8)
             assert relative(fast.logits(x), model.logits(x)) < 1e-4
@@ -87,7 +87,7 @@ def test_shifted_taps_give_the_networks_logits(randomise, monkeypatch):
 
 def test_the_network_that_entered_is_unchanged_and_nothing_of_it_is_shared(tiny):
     before = {name: value.clone() for name, value in tiny.state_dict().items()}
-    fast = optimize.prepare(tiny)
+    fast = optimize.optimize_for_inference(tiny)
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in fast.modules())
     with torch.no_grad():
         for parameter in fast.parameters():
@@ -99,7 +99,7 @@ def test_the_network_that_entered_is_unchanged_and_nothing_of_it_is_shared(tiny)
 
 @torch.inference_mode()
 def test_bf16_keeps_the_last_layer_in_fp32_and_most_of_the_masks(tiny):
-    fast = optimize.prepare(tiny, precision="bf16")
+    fast = optimize.optimize_for_inference(tiny, precision="bf16")
     x = images(1, 65, 81)
     logits = fast.logits(x.bfloat16())
     assert logits.dtype == torch.float32
@@ -112,7 +112,7 @@ def test_masks_of_a_prepared_network_are_the_plain_ones(tiny):
     photos = torch.randint(0, 256, (2, 50, 70, 3), dtype=torch.uint8)
     how = {"scales": (0.5, 1.0), "flip": True}
     wanted, confidence = segment(tiny, photos, **how)
-    found, sure = segment(optimize.prepare(tiny, precision="fp32"), photos, **how)
+    found, sure = segment(optimize.optimize_for_inference(tiny, precision="fp32"), photos, **how)
     assert (found == wanted).float().mean() >= 0.999
     torch.testing.assert_close(sure, confidence, rtol=0, atol=1e-4)
 
@@ -123,10 +123,10 @@ def test_a_fast_form_that_fails_is_replaced_by_the_plain_one_with_its_reason(
     def broken(*_, **__):
         raise RuntimeError("could not create a primitive")
 
-    monkeypatch.setattr(fused, "_one_pass", broken)
-    monkeypatch.setattr(optimize, "has_one_pass", lambda _: True)
+    monkeypatch.setattr(fused, "onednn_convolution", broken)
+    monkeypatch.setattr(optimize, "onednn_fuses", lambda _: True)
     with caplog.at_level(logging.WARNING):
-        fast = optimize.prepare(tiny, precision="bf16", size=(33, 41))
+        fast = optimize.optimize_for_inference(tiny, precision="bf16", size=(33, 41))
     assert "could not create a primitive" in caplog.text
     x = images(1, 33, 41)
     with torch.inference_mode():
@@ -137,25 +137,25 @@ def test_a_onednn_without_such_layers_is_noticed(monkeypatch, caplog):
     def missing(*_, **__):
         raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute")
 
-    monkeypatch.setattr(fused, "_one_pass", missing)
-    fused.has_one_pass.cache_clear()
+    monkeypatch.setattr(fused, "onednn_convolution", missing)
+    fused.onednn_fuses.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
-            assert not fused.has_one_pass(torch.float32)
+            assert not fused.onednn_fuses(torch.float32)
     finally:
-        fused.has_one_pass.cache_clear()
-    assert "separate passes" in caplog.text
+        fused.onednn_fuses.cache_clear()
+    assert "pass of their own" in caplog.text
 
 
 def test_compiling_pays_from_as_many_images_on_as_it_takes_the_time_of():
     # 47 s by hand: 0.4 of 0.6 s is saved a pass, so that 196 passes save it.
     amx = ("amx", torch.bfloat16)
-    assert not optimize.compilation_pays(*amx, images=20, seconds=0.6)
-    assert not optimize.compilation_pays(*amx, images=195, seconds=0.6)
-    assert optimize.compilation_pays(*amx, images=197, seconds=0.6)
-    assert not optimize.compilation_pays("avx2", torch.float32, images=20, seconds=8.0)
-    assert optimize.compilation_pays("avx2", torch.float32, images=200, seconds=8.0)
-    assert not optimize.compilation_pays("cuda", torch.bfloat16, images=10**6, seconds=1.0)
+    assert not optimize.compilation_pays_off(*amx, images=20, seconds=0.6)
+    assert not optimize.compilation_pays_off(*amx, images=195, seconds=0.6)
+    assert optimize.compilation_pays_off(*amx, images=197, seconds=0.6)
+    assert not optimize.compilation_pays_off("avx2", torch.float32, images=20, seconds=8.0)
+    assert optimize.compilation_pays_off("avx2", torch.float32, images=200, seconds=8.0)
+    assert not optimize.compilation_pays_off("cuda", torch.bfloat16, images=10**6, seconds=1.0)
 
 
 @torch.inference_mode()
@@ -170,10 +170,10 @@ def test_only_the_size_that_pays_is_compiled_and_only_at_its_stride(tiny, monkey
         return graph
 
     monkeypatch.setattr(torch, "compile", compiled)
-    monkeypatch.setattr(optimize, "compilation_pays", lambda *_, images, **__: images > 10)
-    optimize.prepare(tiny, precision="fp32", size=(33, 41), images=10)
+    monkeypatch.setattr(optimize, "compilation_pays_off", lambda *_, images, **__: images > 10)
+    optimize.optimize_for_inference(tiny, precision="fp32", size=(33, 41), images=10)
     assert graphs == []
-    fast = optimize.prepare(tiny, precision="fp32", size=(33, 41), images=11)
+    fast = optimize.optimize_for_inference(tiny, precision="fp32", size=(33, 41), images=11)
     graphs.clear()
     for size in ((33, 41), (41, 33)):
         assert relative(fast.logits(images(1, *size)), tiny.logits(images(1, *size))) < 1e-4
@@ -187,9 +187,9 @@ def test_a_compiler_that_fails_leaves_the_network_uncompiled(tiny, monkeypatch, 
         raise RuntimeError("no working C++ compiler")
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
-    monkeypatch.setattr(optimize, "compilation_pays", lambda *_, **__: True)
+    monkeypatch.setattr(optimize, "compilation_pays_off", lambda *_, **__: True)
     with caplog.at_level(logging.WARNING):
-        fast = optimize.prepare(tiny, precision="fp32", size=(33, 41), images=1)
+        fast = optimize.optimize_for_inference(tiny, precision="fp32", size=(33, 41), images=1)
     assert "no working C++ compiler" in caplog.text
     assert fast.logits(images(1, 33, 41)).shape[1] == 5
 
@@ -197,15 +197,15 @@ def test_a_compiler_that_fails_leaves_the_network_uncompiled(tiny, monkeypatch, 
 @pytest.mark.slow
 @torch.inference_mode()
 def test_a_compiled_network_gives_the_plain_ones_logits(tiny, monkeypatch):
-    monkeypatch.setattr(optimize, "compilation_pays", lambda *_, **__: True)
-    fast = optimize.prepare(tiny, precision="fp32", size=(33, 41), images=1)
-    assert isinstance(fast.logits, optimize._Compiled)
+    monkeypatch.setattr(optimize, "compilation_pays_off", lambda *_, **__: True)
+    fast = optimize.optimize_for_inference(tiny, precision="fp32", size=(33, 41), images=1)
+    assert isinstance(fast.logits, optimize._CompiledLogits)
     x = images(1, 33, 41)
     assert relative(fast.logits(x), tiny.logits(x)) < 1e-4
 
 
 def test_a_network_in_training_and_an_unknown_precision_are_refused(tiny):
-    with pytest.raises(ValueError, match="precision must be"):
-        optimize.prepare(tiny, precision="fp8")
+    with pytest.raises(ValueError, match="fp8.*must be one of fp32"):
+        optimize.optimize_for_inference(tiny, precision="fp8")
     with pytest.raises(ValueError, match="eval"):
-        optimize.prepare(tiny.train())
+        optimize.optimize_for_inference(tiny.train())

@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.model.config import ModelConfig
 from pipeline.model.deeplab import DeepLabV3
-from pipeline.model.predict import Window, predict, segment, spans
+from pipeline.model.predict import SlidingWindow, predict, segment, tile_spans
 
 PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 MOBILE = {"backbone": "mobilenet_v2", "multi_grid": (1, 1, 1), "num_classes": 4}
@@ -54,8 +54,8 @@ def normalised(n, height, width, seed=0):
 
 
 @pytest.mark.parametrize("style", ["paper", "torchvision", "tensorflow"])
-def test_one_scale_without_flip_is_the_softmax_of_a_forward_pass(style, randomise):
-    model = randomise(DeepLabV3(ModelConfig(**MOBILE, style=style))).double()
+def test_one_scale_without_flip_is_the_softmax_of_a_forward_pass(style, randomize):
+    model = randomize(DeepLabV3(ModelConfig(**MOBILE, style=style))).double()
     images = normalised(2, 37, 50).double()
     with torch.inference_mode():
         wanted = model(images).softmax(1).float()
@@ -91,8 +91,8 @@ def test_mirrored_copies_are_mirrored_back():
     torch.testing.assert_close(predict(model, images, flip=True), predict(model, images))
 
 
-def test_an_asymmetric_network_becomes_symmetric_by_flipping(randomise):
-    model = randomise(DeepLabV3(ModelConfig(**MOBILE))).double()
+def test_an_asymmetric_network_becomes_symmetric_by_flipping(randomize):
+    model = randomize(DeepLabV3(ModelConfig(**MOBILE))).double()
     images = normalised(1, 33, 49).double()
     direct = predict(model, images, flip=True)
     mirrored = predict(model, images.flip(3), flip=True)
@@ -111,8 +111,8 @@ def test_scaled_sizes_are_the_references(aligned, sides):
 
 @pytest.mark.parametrize("style", ["paper", "torchvision", "tensorflow"])
 @pytest.mark.parametrize("output_stride", [8, 16, 32])
-def test_tiny_images_have_masks_at_every_scale(style, output_stride, randomise):
-    model = randomise(DeepLabV3(ModelConfig(**MOBILE, style=style, output_stride=output_stride)))
+def test_tiny_images_have_masks_at_every_scale(style, output_stride, randomize):
+    model = randomize(DeepLabV3(ModelConfig(**MOBILE, style=style, output_stride=output_stride)))
     for size in [(1, 1), (1, 500), (5, 7)]:
         mask, confidence = segment(model, photos(1, *size), scales=(0.25, 1.0), flip=True)
         assert mask.shape == confidence.shape == (1, *size)
@@ -144,9 +144,9 @@ def test_read_only_arrays_and_tensors_give_the_same_masks():
 @pytest.mark.parametrize("size", [(64, 200), (150, 211), (65, 64), (3, 500)])
 def test_a_window_changes_nothing_where_logits_are_local(size):
     image = photos(2, *size)
-    window = Window(size=64, overlap=16, threshold_pixels=1000)
+    window = SlidingWindow(size=64, overlap=16, threshold_pixels=1000)
     whole, tiled = Scripted(colours), Scripted(colours)
-    wanted = segment(whole, image, window=Window(threshold_pixels=10**9), flip=True)
+    wanted = segment(whole, image, window=SlidingWindow(threshold_pixels=10**9), flip=True)
     found = segment(tiled, image, window=window, flip=True)
     assert len(whole.seen) == 2
     assert len(tiled.seen) > 2
@@ -164,16 +164,16 @@ def test_a_window_changes_nothing_where_half_the_overlap_covers_what_a_pixel_see
 
     image = photos(1, 90, 131)
     wanted, _ = segment(Scripted(blurred, dtype=torch.float64), image)
-    window = Window(size=32, overlap=8, threshold_pixels=1)
+    window = SlidingWindow(size=32, overlap=8, threshold_pixels=1)
     found, _ = segment(Scripted(blurred, dtype=torch.float64), image, window=window)
     assert torch.equal(found, wanted)
 
 
 @given(length=st.integers(1, 3000), size=st.integers(1, 1100), overlap=st.integers(0, 1099))
 def test_tiles_keep_every_pixel_once_with_half_the_overlap_around_it(length, size, overlap):
-    window = Window(size=size, overlap=overlap % size)
+    window = SlidingWindow(size=size, overlap=overlap % size)
     kept = []
-    for span in spans(length, window):
+    for span in tile_spans(length, window):
         assert 0 <= span.start <= span.keep_start < span.keep_end <= span.end <= length
         assert span.end - span.start == min(size, length)
         assert span.keep_start - span.start >= window.overlap // 2 or span.start == 0
@@ -183,8 +183,8 @@ def test_tiles_keep_every_pixel_once_with_half_the_overlap_around_it(length, siz
 
 
 @pytest.mark.parametrize("style", ["paper", "tensorflow"])
-def test_a_mask_does_not_depend_on_the_rest_of_the_batch(style, randomise):
-    model = randomise(DeepLabV3(ModelConfig(**MOBILE, style=style)))
+def test_a_mask_does_not_depend_on_the_rest_of_the_batch(style, randomize):
+    model = randomize(DeepLabV3(ModelConfig(**MOBILE, style=style)))
     images = photos(4, 60, 81)
     together, _ = segment(model, images, scales=(0.5, 1.0))
     alone = torch.cat([segment(model, images[i : i + 1], scales=(0.5, 1.0))[0] for i in range(4)])
@@ -214,4 +214,4 @@ def test_a_network_in_training_and_images_of_another_kind_are_refused():
 @pytest.mark.parametrize("fields", [{"size": 0}, {"overlap": 1025}, {"threshold_pixels": 0}])
 def test_a_window_that_cannot_slide_is_refused(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
-        Window(**fields)
+        SlidingWindow(**fields)

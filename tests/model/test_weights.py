@@ -22,8 +22,8 @@ SMALL = ModelConfig(
 
 
 @pytest.fixture
-def model(randomise):
-    return randomise(DeepLabV3(SMALL))
+def model(randomize):
+    return randomize(DeepLabV3(SMALL))
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ def test_a_network_is_loaded_by_its_name_and_fetched_once(host, published):
     assert len(host.asked) == 1
     path = zoo.fetch("tiny_coco")
     assert path.read_bytes() == published[path.name]
-    assert [entry.name for entry in zoo.cache().iterdir()] == [path.name]
+    assert [entry.name for entry in zoo.cache_folder().iterdir()] == [path.name]
 
 
 def test_a_backbone_is_loaded_by_its_name(host):
@@ -88,7 +88,7 @@ def test_a_host_that_sends_something_else_leaves_nothing_behind(host):
     (host.folder / name).write_bytes(b"<html>sign in to this network</html>")
     with pytest.raises(CheckpointError, match=rf"not the published {name}.*sha256.*deleted"):
         zoo.fetch("tiny")
-    assert not list(zoo.cache().iterdir())
+    assert not list(zoo.cache_folder().iterdir())
 
 
 def test_a_damaged_file_in_the_cache_is_deleted_and_fetched_by_the_next_try(host, published):
@@ -108,11 +108,11 @@ def test_without_a_network_one_line_says_what_to_put_where(host, monkeypatch, pu
     file = next(name for name in published if name.startswith("tiny_coco"))
     message = str(error.value)
     assert f"{zoo.HOST}{file}" in message
-    assert str(zoo.cache() / file) in message
+    assert str(zoo.cache_folder() / file) in message
     assert "\n" not in message
-    assert not list(zoo.cache().iterdir())
+    assert not list(zoo.cache_folder().iterdir())
 
-    (zoo.cache() / file).write_bytes(published[file])
+    (zoo.cache_folder() / file).write_bytes(published[file])
     assert weights.load("zoo:tiny_coco")[0].config.num_classes == 5
 
 
@@ -130,7 +130,7 @@ def test_a_connection_that_breaks_leaves_nothing_behind(host, monkeypatch):
     monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "copyfile", broken)
     with pytest.raises((StorageError, CheckpointError)):
         zoo.fetch("tiny")
-    assert not list(zoo.cache().iterdir())
+    assert not list(zoo.cache_folder().iterdir())
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():

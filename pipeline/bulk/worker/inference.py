@@ -17,13 +17,13 @@ class Network:
 
     def __init__(self, model: Any, inference: Inference, *, gpu: bool) -> None:
         # not compiled: nobody knows the photos' sizes before they are fetched
-        self._model = optimize.prepare(model, "cuda" if gpu else "cpu")
+        self._model = optimize.optimize_for_inference(model, "cuda" if gpu else "cpu")
         if inference.output_stride is not None:
             self._model.set_output_stride(inference.output_stride)
         self._how: dict[str, Any] = {
             "scales": inference.scales,
             "flip": inference.flip,
-            "window": predict.Window(
+            "window": predict.SlidingWindow(
                 size=inference.window,
                 overlap=inference.window_overlap,
                 threshold_pixels=inference.window_above,

@@ -181,7 +181,7 @@ def initial_model(experiment: Experiment, say: Log) -> DeepLabV3:
         found, _ = weights.load(
             experiment.init, num_classes=wanted, reset_classifier=True, data=data
         )
-    weights.copy(found, model, experiment.init)
+    weights.copy_weights(found, model, experiment.init)
     return model
 
 

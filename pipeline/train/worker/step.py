@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pipeline.model import optimize
+from pipeline.model import devices
 from pipeline.model.deeplab import DeepLabV3, TrainingLogits
 from pipeline.train.recipes.experiment import OptimizerConfig
 from pipeline.train.worker import batch_norm
@@ -150,7 +150,7 @@ class Trainer:
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
         kind = self._group.device.type
-        enabled = self._config.bf16 and optimize.has_bf16(self._group.device)
+        enabled = self._config.bf16 and devices.has_bf16(self._group.device)
         return torch.autocast(kind, torch.bfloat16, enabled=enabled)
 
 

@@ -91,7 +91,7 @@ def build_trainer(task: WorkerSpec, state: TrainingState, group: ProcessGroup) -
 def node_cache(*splits: Split, max_bytes: int) -> NodeCache:
     """Reads the splits' objects; what comes from a bucket is kept on this node's disk."""
     objects = [each for split in splits for each in split.objects.values()]
-    return NodeCache(zoo.cache() / "photos", objects, max_bytes=max_bytes)
+    return NodeCache(zoo.cache_folder() / "photos", objects, max_bytes=max_bytes)
 
 
 def check_paths_visible(task: WorkerSpec) -> SampleError | None:
