@@ -205,7 +205,7 @@ def test_a_compiled_network_gives_the_plain_ones_logits(tiny, monkeypatch):
 
 
 def test_a_network_in_training_and_an_unknown_precision_are_refused(tiny):
-    with pytest.raises(ValueError, match="fp8.*must be one of fp32"):
+    with pytest.raises(ValueError, match=r"fp8.*must be one of fp32"):
         optimize.optimize_for_inference(tiny, precision="fp8")
     with pytest.raises(ValueError, match="eval"):
         optimize.optimize_for_inference(tiny.train())

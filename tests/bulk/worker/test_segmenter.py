@@ -106,9 +106,7 @@ def test_rows_equal_those_of_looking_at_each_photo_alone(
     photos[3] = photos[3]._replace(label_uri=None, label_etag=None)
     work = work_for(settings)
     rows = _rows(work, photos)
-    model = optimize.optimize_for_inference(
-        weights.load(settings.checkpoint)[0]
-    )
+    model = optimize.optimize_for_inference(weights.load(settings.checkpoint)[0])
     seen = set()
     for photo, row in zip(photos, rows, strict=True):
         masks, confidences = predict.segment(model, _pixels(photo.uri)[None])
