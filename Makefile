@@ -3,7 +3,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test chaos cluster-test check audit clean
+.PHONY: demo quick test interop chaos cluster-test check audit clean
+
+# The tests that start no process, no server and no Ray, and take less than five seconds each.
+QUICK := not ray and not s3 and not process and not slow and not gpu and not interop and not cluster and not chaos
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -13,8 +16,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed  ## photos in a bucket -> masks, IoU, overlays, in a minute
 	$(BIN)/python -m jobs.demo.run
 
-test: $(VENV)/.installed  ## every test, on a CPU
+quick: $(VENV)/.installed  ## the tests that take under two minutes in all
+	$(BIN)/python -m pytest -m '$(QUICK)'
+
+test: $(VENV)/.installed  ## every test that the README promises, on a CPU
 	$(BIN)/python -m pytest
+
+interop: $(VENV)/.installed  ## other libraries as oracles; installs them
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[oracles]'
+	$(BIN)/python -m pytest -m interop
 
 chaos: $(VENV)/.installed  ## faults injected into real runs, for minutes; ends with a table ($CHAOS_TABLE, $CHAOS_SEED)
 	$(BIN)/python -m pytest -m chaos tests/chaos
