@@ -78,14 +78,17 @@ BAD_USE = {
     "a public file that is none": (["--init", "zoo:mobilenet"], "'mobilenet'; known are"),
     "a start from a letter": (["--init", "{root}/letter.pth"], "{root}/letter.pth"),
     "a start from nothing": (["--init", "{root}/none.pth"], "{root}/none.pth does not exist"),
-    "a whole bucket for out": (["--out", "s3://tests"], "give a prefix below the bucket"),
+    "a whole bucket for out": (["--out", "s3://tests"], "must be a prefix below the bucket"),
     "a scale without end": (["--eval-scales", "inf"], "--eval-scales inf: give one or more"),
     "a decay that grows": (
         ["--weight-decay", "-1"],
         "--weight-decay -1: must be at least 0 and finite",
     ),
-    "a cache of less than nothing": (["--cache-gb", "-1"], "--cache-gb -1: it must be finite"),
-    "several GPUs a worker": (["--gpus-per-worker", "2"], "--gpus-per-worker 2: it must be 0 to 1"),
+    "a cache of less than nothing": (["--cache-gb", "-1"], "--cache-gb -1: must be at least 0"),
+    "several GPUs a worker": (
+        ["--gpus-per-worker", "2"],
+        "--gpus-per-worker 2: must be from 0 to 1",
+    ),
     "GPUs that are not there": (
         ["--gpus-per-worker", "1", "--workers", "64", "--batch-size", "64"],
         "--gpus-per-worker 1 on 64 workers: this machine has",

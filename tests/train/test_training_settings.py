@@ -43,22 +43,22 @@ def said(*, batch_size: int = 8, pooled: bool = False, **values: Any) -> Trainin
         ({"workers": (1, 2, 3)}, "--workers 1 2 3"),
         ({"cpus_per_worker": 0}, "--cpus-per-worker 0"),
         ({"gpus_per_worker": -1.0}, "--gpus-per-worker -1"),
-        ({"gpus_per_worker": 0.5, "workers": (1, 2)}, "two of them would share a GPU"),
+        ({"gpus_per_worker": 0.5, "workers": (1, 2)}, "workers that share a GPU cannot"),
         ({"loaders": -1}, "--loaders -1"),
         ({"checkpoint_every": 0}, "--checkpoint-every 0"),
         ({"stall_timeout": 0}, "--stall-timeout 0"),
-        ({"max_failures": -7}, "--max-failures -7: it must be at least 0"),
-        ({"cache_gb": -1.0}, "--cache-gb -1: it must be finite and at least 0"),
+        ({"max_failures": -7}, "--max-failures -7: must be at least 0; 0 stops"),
+        ({"cache_gb": -1.0}, "--cache-gb -1: must be at least 0 and finite"),
         ({"cache_gb": float("nan")}, "--cache-gb nan"),
         ({"cache_gb": float("inf")}, "--cache-gb inf"),
-        ({"out": "s3://bucket"}, "give a prefix below the bucket"),
+        ({"out": "s3://bucket"}, "must be a prefix below the bucket"),
         ({"out": "gs://bucket/x"}, "neither s3://bucket/prefix nor a local path"),
-        ({"batch_size": 3, "workers": (4,)}, "there are 4 workers, and each needs a photo"),
+        ({"batch_size": 3, "workers": (4,)}, "with 4 workers: each worker needs an image"),
         ({"batch_size": 3, "workers": (1, 4)}, "give at most --workers 3"),
-        ({"batch_size": 1, "pooled": True}, "a single photo, and batch normalisation after image"),
-        ({"batch_size": 5, "workers": (3,), "pooled": True}, "on 3 workers .* a single photo"),
-        ({"batch_size": 9, "micro_batch": 4, "pooled": True}, "on 1 workers .* a single photo"),
-        ({"micro_batch": 1, "pooled": True}, "a single photo"),
+        ({"batch_size": 1, "pooled": True}, "a single image, and batch normalization after image"),
+        ({"batch_size": 5, "workers": (3,), "pooled": True}, "on 3 workers .* a single image"),
+        ({"batch_size": 9, "micro_batch": 4, "pooled": True}, "on 1 workers .* a single image"),
+        ({"micro_batch": 1, "pooled": True}, "a single image"),
         # four and three each would do, but not the number between them
         ({"batch_size": 10, "micro_batch": 4, "workers": (1, 3), "pooled": True}, "on 2 workers"),
         (
@@ -85,7 +85,7 @@ def test_what_cannot_be_is_refused_in_a_line(values: dict[str, Any], message: st
     ],
 )
 def test_what_can_be_is_taken(values: dict[str, Any]) -> None:
-    assert said(**values).most_workers >= 1
+    assert said(**values).max_workers >= 1
 
 
 @pytest.fixture

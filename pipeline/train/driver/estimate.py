@@ -53,7 +53,7 @@ def estimate(settings: TrainingSettings, say: Log) -> TrainingEstimate:
     stepper = build_trainer(task, state, group)
     # the first of as many workers as there will be, alone; batch normalisation wants two photos
     config = task.experiment.optimizer
-    world = min(settings.most_workers, max(1, config.batch_size // 2))
+    world = min(settings.max_workers, max(1, config.batch_size // 2))
     source = build_loader_config(task, rank=0, world_size=world)
     seconds, waited = [], []
     steps = min(STEPS + WARM_UP, config.max_steps)

@@ -27,7 +27,7 @@ from pipeline.runs.ray_connection import RunStoppedError
 from pipeline.runs.timeouts import StallTimer
 from pipeline.text import last_line
 from pipeline.train.driver.preflight import PreparedRun, inspect_data, prepare
-from pipeline.train.driver.ray_trainer import build_trainer
+from pipeline.train.driver.ray_trainer import build_ray_trainer
 from pipeline.train.driver.run_identity import check_experiment
 from pipeline.train.driver.status import Status, StatusActor
 from pipeline.train.settings import TrainingSettings
@@ -67,7 +67,7 @@ def fit(settings: TrainingSettings, say: Callable[[str], None], watch: OnStatus)
         return TrainingResult(record=record, nothing_to_do=True)
     looked = inspect_data(settings, say)
     ray_connection.connect(
-        workers=settings.most_workers, cpus=settings.cpus, gpus=settings.gpus_per_worker, quiet=True
+        workers=settings.max_workers, cpus=settings.cpus, gpus=settings.gpus_per_worker, quiet=True
     )
     settings = _fit_to_cluster(settings, say)
     with lease.hold(uri, settings.out, within=settings.out) as held:
@@ -129,7 +129,7 @@ def _train(begun: PreparedRun, watch: OnStatus, held: Lease) -> TrainingResult:
     watching = _RunMonitor(board, watch, held.lost, _stall_timer(begun.settings))
     with watching, _interruptible():
         try:
-            build_trainer(begun, board).fit()
+            build_ray_trainer(begun, board).fit()
         except KeyboardInterrupt:
             if watching.stopped:
                 raise RunStoppedError(watching.stopped) from None

@@ -23,7 +23,7 @@ _PATIENCE_S = 24 * 3600
 """Seconds that a worker waits for another one, which may be slow on val; Ray notices the dead."""
 
 
-def build_trainer(begun: PreparedRun, board: Any) -> TorchTrainer:
+def build_ray_trainer(begun: PreparedRun, board: Any) -> TorchTrainer:
     """Ray Train's trainer of the run, whose workers tell the actor `board` how they do."""
     settings, task = begun.settings, begun.task
     where = checkpoints.ray_storage(task.out)

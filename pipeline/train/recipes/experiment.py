@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pipeline.checks import check_at_least, flag
+from pipeline.checks import check_at_least, check_fraction, flag
 from pipeline.data.datasets import Layout
 from pipeline.model.config import MAX_SCALE, ModelConfig
 
@@ -73,7 +73,7 @@ class AugmentConfig:
                 f"--min-scale {self.min_scale:g} --max-scale {self.max_scale:g}: must be "
                 f"0 < min-scale <= max-scale <= {MAX_SCALE:g}"
             )
-        _check_fraction("late_from", self.late_from)
+        check_fraction(flag("late_from"), self.late_from)
 
     def crop_at(self, step: int, max_steps: int) -> tuple[int, int]:
         """Return the crop (height, width) of the batch at `step`, counted from 0."""
@@ -147,7 +147,7 @@ class OptimizerConfig:
                 "pixels"
             )
         for name in ("momentum", "bn_momentum", "ema_decay"):
-            _check_fraction(name, getattr(self, name))
+            check_fraction(flag(name), getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,11 +279,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{name}"] = value
     return found
-
-
-def _check_fraction(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{flag(name)} {value:g}: must be at least 0 and below 1")
 
 
 def _joined(values: tuple[float, ...]) -> str:

@@ -1,22 +1,22 @@
 """The runs of "Rethinking Atrous Convolution for Semantic Image Segmentation", table by table.
 
-Source: arXiv 1706.05587, Tables 1 to 13. Leaves: `PAPER`, recipes in the order of the tables,
-each one derived from `FINAL` (Table 6) or `CASCADE` (Table 1). A run ends with the evaluation of
-one of its figures, and jobs/evaluate.py gives the others; where the figure is a test server's, it
-ends with a single pass over val, whose photos it has trained on.
+Source: arXiv 1706.05587, Tables 1 to 13. `PAPER` holds the recipes in the order of the tables, each
+derived from `FINAL` (Table 6) or `CASCADE` (Table 1). A run ends with the evaluation of one of its
+scores, and jobs/evaluate.py computes the others. If the score is a test server's, the run ends with
+a single-scale evaluation on val, although val is part of the training data there.
 
-Two things are not the paper's, because its ImageNet checkpoints are not public in a form that
+Two things differ from the paper, because its ImageNet checkpoints are not public in a format that
 can be read here, and torchvision's are:
-- In torchvision's files a block's stride is in its first unit, in the paper's ResNet in the last.
-  The style has to be that of the file, "torchvision": a first unit was trained on the grid of the
-  block before and keeps its rate. Block4 at stride 16 with multi-grid (1, 2, 4) so has the rates
-  1, 4, 8 where the paper has 2, 4, 8, and a cascaded block's first unit half its rate. With the
-  paper's rule a network without multi-grid is no longer the one that was pretrained: a ResNet-50's
-  features are off by 12 to 24 %. Who has weights with the stride last gives them as `init`, with
-  `style` "paper".
-- `num_convs` 0 puts the paper's head on that style: no 3x3 convolution before the logits.
-The ImageNet accuracy that they start from is therefore not the paper's either, and no figure here
-is promised to come out to the second digit.
+- In torchvision's files the stride of a block is in its first unit, in the paper's ResNet in its
+  last. The style has to be the file's, "torchvision": a first unit was trained on the grid of the
+  previous block and keeps that block's rate. Block4 at output stride 16 with multi-grid (1, 2, 4)
+  therefore has rates 1, 4, 8 instead of the paper's 2, 4, 8, and the first unit of a cascaded block
+  has half its rate. With the paper's rule, a network without multi-grid would differ from the
+  pretrained one: the features of a ResNet-50 are off by 12 to 24 %. If you have weights with the
+  stride in the last unit, pass them as `init` with `style` "paper".
+- `num_convs` 0 gives the paper's head in that style: no 3x3 convolution before the logits.
+The ImageNet accuracy of the starting weights is therefore not the paper's either, so do not expect
+its scores to the second digit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pipeline.train.recipes.experiment import (
     DataConfig,
     Experiment,
 )
-from pipeline.train.recipes.recipe import Figure, Recipe
+from pipeline.train.recipes.recipe import ExpectedScore, Recipe
 
 CITYSCAPES_SCALES = (0.75, 1.0, 1.25)
 CITYSCAPES_TEST_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
@@ -48,7 +48,7 @@ def _optimizer(experiment: Experiment, **fields: Any) -> Experiment:
     return replace(experiment, optimizer=replace(experiment.optimizer, **fields))
 
 
-def _four(
+def _four_scores(
     plain: float,
     finer: float,
     scaled: float,
@@ -56,18 +56,18 @@ def _four(
     *,
     scales: tuple[float, ...] = PAPER_SCALES,
     on: str = "VOC val",
-) -> tuple[Figure, ...]:
-    """Figures at OS16, OS8, + several scales, + flip."""
+) -> tuple[ExpectedScore, ...]:
+    """Return the scores at OS16, at OS8, with several scales, and with flip."""
     return (
-        Figure(miou=plain, output_stride=16, on=on),
-        Figure(miou=finer, output_stride=8, on=on),
-        Figure(miou=scaled, output_stride=8, scales=scales, on=on),
-        Figure(miou=flipped, output_stride=8, scales=scales, flip=True, on=on),
+        ExpectedScore(miou=plain, output_stride=16, on=on),
+        ExpectedScore(miou=finer, output_stride=8, on=on),
+        ExpectedScore(miou=scaled, output_stride=8, scales=scales, on=on),
+        ExpectedScore(miou=flipped, output_stride=8, scales=scales, flip=True, on=on),
     )
 
 
-def _one(miou: float, output_stride: int = 16) -> Figure:
-    return Figure(miou=miou, output_stride=output_stride)
+def _one_score(miou: float, output_stride: int = 16) -> ExpectedScore:
+    return ExpectedScore(miou=miou, output_stride=output_stride)
 
 
 FINAL = Experiment(model=ModelConfig(style="torchvision", num_convs=0), init="zoo:resnet101")
@@ -85,18 +85,20 @@ CITYSCAPES = replace(
 )
 
 
-def _row(table: int, row: str, about: str, experiment: Experiment, *figures: Figure) -> Recipe:
+def _row(
+    table: int, row: str, about: str, experiment: Experiment, *scores: ExpectedScore
+) -> Recipe:
     return Recipe(
         name=f"table{table}-{row}",
         source=f"Table {table}",
         about=about,
         experiment=experiment,
-        figures=figures,
+        scores=scores,
     )
 
 
 def _after(name: str, recipe: Recipe) -> Recipe:
-    """The recipe as one that starts from a checkpoint of the recipe `name`."""
+    """Return the recipe, starting from a checkpoint of the recipe `name`."""
     return replace(recipe, after=name, experiment=replace(recipe.experiment, init=None))
 
 
@@ -105,7 +107,7 @@ def _table1() -> Iterator[Recipe]:
     for stride, miou in mious.items():
         about = f"ResNet-50 with block7, output stride {stride}"
         experiment = _model(CASCADE50, output_stride=stride)
-        yield _row(1, f"os{stride}", about, experiment, _one(miou, stride))
+        yield _row(1, f"os{stride}", about, experiment, _one_score(miou, stride))
 
 
 def _table2() -> Iterator[Recipe]:
@@ -117,7 +119,7 @@ def _table2() -> Iterator[Recipe]:
         for block, miou in zip(DEPTHS, mious, strict=True):
             about = f"cascade of ResNet-{depth} up to block{block}"
             shorter = _model(experiment, blocks=block)
-            yield _row(2, f"r{depth}-block{block}", about, shorter, _one(miou))
+            yield _row(2, f"r{depth}-block{block}", about, shorter, _one_score(miou))
 
 
 def _table3() -> Iterator[Recipe]:
@@ -132,13 +134,15 @@ def _table3() -> Iterator[Recipe]:
         for block, miou in zip(DEPTHS, mious, strict=True):
             row = f"mg{''.join(map(str, grid))}-block{block}"
             about = f"ResNet-101 up to block{block}, multi-grid {grid}"
-            yield _row(3, row, about, _model(CASCADE, blocks=block, multi_grid=grid), _one(miou))
+            yield _row(
+                3, row, about, _model(CASCADE, blocks=block, multi_grid=grid), _one_score(miou)
+            )
 
 
 def _table4() -> Iterator[Recipe]:
     about = "ResNet-101 with block7, multi-grid (1, 2, 1), by inference strategy"
     experiment = _model(CASCADE, multi_grid=(1, 2, 1))
-    yield _row(4, "mg121-block7", about, experiment, *_four(76.66, 78.05, 78.93, 79.35))
+    yield _row(4, "mg121-block7", about, experiment, *_four_scores(76.66, 78.05, 78.93, 79.35))
 
 
 def _table5() -> Iterator[Recipe]:
@@ -155,16 +159,16 @@ def _table5() -> Iterator[Recipe]:
         model = experiment.model
         pooling = " and pooling" if model.image_pooling else ""
         about = f"multi-grid {model.multi_grid}, ASPP {model.atrous_rates}{pooling}"
-        yield _row(5, row, about, experiment, _one(miou))
+        yield _row(5, row, about, experiment, _one_score(miou))
 
 
 def _table6() -> Iterator[Recipe]:
     about = "the final model, one stage at stride 16 on trainaug, by inference strategy"
-    yield _row(6, "final", about, FINAL, *_four(77.21, 78.51, 79.45, 79.77))
-    figure = Figure(miou=82.70, output_stride=8, scales=PAPER_SCALES, flip=True)
-    experiment = replace(_optimizer(FINAL, base_lr=0.0001), evaluation=figure.evaluation)
+    yield _row(6, "final", about, FINAL, *_four_scores(77.21, 78.51, 79.45, 79.77))
+    score = ExpectedScore(miou=82.70, output_stride=8, scales=PAPER_SCALES, flip=True)
+    experiment = replace(_optimizer(FINAL, base_lr=0.0001), evaluation=score.evaluation)
     yield _after(
-        "coco-pretraining", _row(6, "coco", "the final model after COCO", experiment, figure)
+        "coco-pretraining", _row(6, "coco", "the final model after COCO", experiment, score)
     )
 
 
@@ -173,7 +177,7 @@ def _coco() -> Iterator[Recipe]:
         name="coco-pretraining",
         source="Before Tables 6 and 7",
         about="COCO trainval without minival (jobs/coco.py), images with 1000 annotated px or more "
-        "of VOC's classes, others as background; steps and rate are not stated, so VOC's",
+        "of VOC's classes, others as background; steps and learning rate are not stated, so VOC's",
         experiment=COCO,
     )
 
@@ -183,28 +187,30 @@ def _table7() -> Iterator[Recipe]:
     hard = ("bicycle", "chair", "diningtable", "pottedplant", "sofa")
     second = replace(FINAL, data=DataConfig(train_split="trainval", repeat_classes=hard))
     second = _optimizer(_model(second, output_stride=8), base_lr=0.001, freeze_bn=True)
-    figure = Figure(miou=85.7, output_stride=8, scales=PAPER_SCALES, flip=True, on="VOC test")
-    yield _after("table6-coco", _row(7, "test", about, second, figure))
+    score = ExpectedScore(miou=85.7, output_stride=8, scales=PAPER_SCALES, flip=True, on="VOC test")
+    yield _after("table6-coco", _row(7, "test", about, second, score))
 
 
 def _table8() -> Iterator[Recipe]:
-    yield _row(8, "all", "crop 513, logits upsampled, BN tuned", FINAL, _one(77.21))
-    yield _row(8, "bn-frozen", "BN not tuned", _optimizer(FINAL, freeze_bn=True), _one(75.95))
+    yield _row(8, "all", "crop 513, logits upsampled, BN tuned", FINAL, _one_score(77.21))
+    yield _row(8, "bn-frozen", "BN not tuned", _optimizer(FINAL, freeze_bn=True), _one_score(75.95))
     small = _optimizer(FINAL, upsample_logits=False)
-    yield _row(8, "small-labels", "labels downsampled, logits not upsampled", small, _one(76.01))
+    yield _row(
+        8, "small-labels", "labels downsampled, logits not upsampled", small, _one_score(76.01)
+    )
     cropped = replace(FINAL, augment=AugmentConfig(crop_size=(321, 321)))
-    yield _row(8, "crop321", "crop 321", cropped, _one(67.22))
+    yield _row(8, "crop321", "crop 321", cropped, _one_score(67.22))
 
 
 def _table9() -> Iterator[Recipe]:
     for size, miou in {4: 64.43, 8: 75.76, 12: 76.49, 16: 77.21}.items():
         experiment = _optimizer(FINAL, batch_size=size)
-        yield _row(9, f"batch{size}", f"batch {size}", experiment, _one(miou))
+        yield _row(9, f"batch{size}", f"batch {size}", experiment, _one_score(miou))
 
 
 def _table10() -> Iterator[Recipe]:
     for stride, mious in {8: (74.45, 75.62), 16: (77.21, 78.51), 32: (75.90, 75.75)}.items():
-        coarse, fine = _one(mious[0], 16), _one(mious[1], 8)
+        coarse, fine = _one_score(mious[0], 16), _one_score(mious[1], 8)
         experiment = replace(_model(FINAL, output_stride=stride), evaluation=coarse.evaluation)
         yield _row(
             10, f"os{stride}", f"trained at output stride {stride}", experiment, coarse, fine
@@ -214,29 +220,31 @@ def _table10() -> Iterator[Recipe]:
 def _table11() -> Iterator[Recipe]:
     mious = {1: 77.21, 2: 77.15, 4: 76.79, 8: 77.02, 16: 77.18, 32: 76.69}
     for replicas, miou in mious.items():
-        about = f"--workers {replicas}; the paper's replicas train without waiting for each other"
-        # each needs a photo
+        about = f"--workers {replicas}; the paper's replicas train asynchronously"
+        # each worker needs an image
         optimizer = replace(FINAL.optimizer, batch_size=max(16, replicas))
         experiment = replace(FINAL, optimizer=optimizer)
-        yield _row(11, f"replicas{replicas}", about, experiment, _one(miou))
+        yield _row(11, f"replicas{replicas}", about, experiment, _one_score(miou))
 
 
 def _table12() -> Iterator[Recipe]:
     about = "the final model on Cityscapes, crop 769, by inference strategy"
-    figures = _four(77.23, 77.82, 79.06, 79.30, scales=CITYSCAPES_SCALES, on="Cityscapes val")
-    experiment = replace(CITYSCAPES, evaluation=figures[-1].evaluation)
-    yield _row(12, "cityscapes", about, experiment, *figures)
+    scores = _four_scores(77.23, 77.82, 79.06, 79.30, scales=CITYSCAPES_SCALES, on="Cityscapes val")
+    experiment = replace(CITYSCAPES, evaluation=scores[-1].evaluation)
+    yield _row(12, "cityscapes", about, experiment, *scores)
 
 
 def _table13() -> Iterator[Recipe]:
     about = (
-        "trained on 3,475 fine labels and train_extra's 20,000 coarse ones, which have to lie in "
-        "gtFine/train_extra under gtFine's names"
+        "trained on 3,475 fine labels and train_extra's 20,000 coarse ones, which must be "
+        "stored in gtFine/train_extra under the names of gtFine"
     )
     data = replace(CITYSCAPES.data, train_split="train+val+train_extra")
     scales = CITYSCAPES_TEST_SCALES
-    figure = Figure(miou=81.3, output_stride=4, scales=scales, flip=True, on="Cityscapes test")
-    yield _row(13, "cityscapes-test", about, replace(CITYSCAPES, data=data), figure)
+    score = ExpectedScore(
+        miou=81.3, output_stride=4, scales=scales, flip=True, on="Cityscapes test"
+    )
+    yield _row(13, "cityscapes-test", about, replace(CITYSCAPES, data=data), score)
 
 
 PAPER: tuple[Recipe, ...] = (

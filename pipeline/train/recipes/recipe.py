@@ -1,7 +1,4 @@
-"""What a recipe is, and how many of them are printed: an experiment with the score it has.
-
-Enters: nothing but values. Leaves: frozen `Recipe`s, and lines for a terminal.
-"""
+"""Recipes: named experiments with the scores to expect, and their list for a terminal."""
 
 from __future__ import annotations
 
@@ -13,19 +10,19 @@ from itertools import groupby, zip_longest
 from pipeline.train.recipes.experiment import PAPER_SCALES, EvaluationConfig, Experiment
 
 WIDTH = 100
-"""Columns of a terminal that the list is made for."""
+"""Width of the printed list, in columns."""
 
 _LEGEND = (
-    "mIoU in percent and how it is measured: at output stride OS, MS as the mean over the scales "
-    "0.5 to 1.75 or those named (a range is in steps of 0.25), flip and over mirrored copies. "
+    "mIoU in percent and how it is measured: OS is the output stride, MS averages over the scales "
+    "0.5 to 1.75 or the ones listed (a range is in steps of 0.25), flip adds mirrored images. "
     "jobs/evaluate.py measures the same."
 )
 _HOW_WIDTH = len("OS8 + MS 0.75 1 1.25 + flip")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figure:
-    """A score: `miou` in percent on the set `on`, and how the images were looked at."""
+class ExpectedScore:
+    """A score, `miou` in percent on the data set `on`, and how it was measured."""
 
     miou: float
     output_stride: int
@@ -35,7 +32,7 @@ class Figure:
 
     @property
     def how(self) -> str:
-        """The evaluation in a few characters: OS8 + MS + flip; scales not the paper's are named."""
+        """How it was measured, in short: OS8 + MS + flip; scales are listed unless the paper's."""
         parts = [f"OS{self.output_stride}"]
         if len(self.scales) > 1:
             parts.append(" ".join(["MS", *self._named_scales()]))
@@ -43,7 +40,7 @@ class Figure:
         return " + ".join(parts)
 
     def _named_scales(self) -> list[str]:
-        """None of the paper's usual ones, the ends of another long list, or a short one whole."""
+        """Return nothing for the paper's usual scales, a short list whole, or a long one's ends."""
         if self.scales == PAPER_SCALES:
             return []
         named = [f"{scale:g}" for scale in self.scales]
@@ -51,7 +48,7 @@ class Figure:
 
     @property
     def evaluation(self) -> EvaluationConfig:
-        """The evaluation, at the end of a run, that this score is to be compared with."""
+        """The evaluation at the end of a run that compares with this score."""
         return EvaluationConfig(
             eval_output_stride=self.output_stride, eval_scales=self.scales, eval_flip=self.flip
         )
@@ -59,27 +56,26 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """An experiment called `name`: what it is `about`, and where it is from.
+    """A named experiment, with a description, its source and the scores to expect.
 
-    `source` is the paper's table, or ours; `about` its row. `figures` are the published or
-    measured scores, () where there are none. `cost` is what a run of ours costs, "" for the
-    paper's. `after` is the recipe whose checkpoint this one starts from: `init` has to name it
-    then; "" where the experiment says what it starts from.
+    `source` is the paper's table, or "Ours"; `about` describes the row. `scores` are the published
+    or measured scores, if any. `cost` is the cost of a run of ours, "" for the paper's. `after` is
+    the recipe whose checkpoint has to be given as `init`; "" if the experiment names its own.
     """
 
     name: str
     source: str
     about: str
     experiment: Experiment
-    figures: tuple[Figure, ...] = ()
+    scores: tuple[ExpectedScore, ...] = ()
     cost: str = ""
     after: str = ""
 
 
 def describe(recipes: Iterable[Recipe]) -> str:
-    """The recipes as text of at most 100 columns, one paragraph a source, in their order.
+    """Return the recipes as text of at most 100 columns, with a paragraph per source.
 
-    Columns: name, each figure with how it was measured, what the recipe is about.
+    Columns: name, each score with how it was measured, description.
     """
     listed = list(recipes)
     name_width = max((len(recipe.name) for recipe in listed), default=0)
@@ -92,19 +88,19 @@ def describe(recipes: Iterable[Recipe]) -> str:
 
 
 def _heading(source: str, recipes: list[Recipe]) -> str:
-    measured_on = dict.fromkeys(figure.on for recipe in recipes for figure in recipe.figures)
-    return f"{source}: {', '.join(measured_on) or 'no figure'}"
+    measured_on = dict.fromkeys(score.on for recipe in recipes for score in recipe.scores)
+    return f"{source}: {', '.join(measured_on) or 'no score'}"
 
 
 def _lines(recipe: Recipe, name_width: int) -> Iterator[str]:
-    figures = [f"{figure.miou:5.2f} {figure.how:<{_HOW_WIDTH}}" for figure in recipe.figures]
+    scores = [f"{score.miou:5.2f} {score.how:<{_HOW_WIDTH}}" for score in recipe.scores]
     about = recipe.about
-    about += f"; from {recipe.after}'s checkpoint: give --init" if recipe.after else ""
+    about += f"; starts from {recipe.after}'s checkpoint: give --init" if recipe.after else ""
     about += f"; {recipe.cost}" if recipe.cost else ""
     # two columns of indentation, and two between columns
     left = 2 + name_width + 2 + len("00.00 ") + _HOW_WIDTH + 2
     wrapped = textwrap.wrap(about, WIDTH - left, break_on_hyphens=False)
     blank = " " * (len("00.00 ") + _HOW_WIDTH)
     names = [recipe.name]
-    for name, figure, text in zip_longest(names, figures, wrapped):
-        yield f"  {name or '':<{name_width}}  {figure or blank}  {text or ''}".rstrip()
+    for name, score, text in zip_longest(names, scores, wrapped):
+        yield f"  {name or '':<{name_width}}  {score or blank}  {text or ''}".rstrip()

@@ -50,6 +50,6 @@ def test_a_worker_that_dies_leaves_a_board_on_which_none_trains(
     board: Any = ray.remote(StatusActor).options(num_cpus=0).remote()  # type: ignore[attr-defined]
     begun = prepare(settings, inspect_data(settings, print), print)
     with pytest.raises(TrainingFailedError):
-        ray_trainer.build_trainer(begun, board).fit()
+        ray_trainer.build_ray_trainer(begun, board).fit()
     assert ray.get(board.status.remote()).heartbeats == 1
     assert ray.get(board.status.remote()).workers == 0

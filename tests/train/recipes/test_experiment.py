@@ -1,4 +1,4 @@
-"""Experiments: through JSON and back, what differs between two, and what cannot be."""
+"""Experiments: JSON round trips, differences between two, and invalid values."""
 
 from __future__ import annotations
 
@@ -21,32 +21,41 @@ from pipeline.train.recipes.registry import RECIPES
 from tests.train import tiny
 
 
-def test_json_gives_the_same_experiment() -> None:
+def test_json_round_trips_give_the_same_experiment() -> None:
     for recipe in RECIPES.values():
         text = recipe.experiment.to_json()
         assert Experiment.from_json(text) == recipe.experiment
         assert Experiment.from_json(text).to_json() == text
 
 
-def test_an_older_version_lacks_fields_and_a_newer_one_is_refused() -> None:
+def test_the_optimizer_is_stored_under_its_first_spelling() -> None:
+    """Renaming the key would make every run of an earlier version another experiment."""
+    stored = json.loads(tiny.experiment().to_json())
+    assert stored.keys() == {"model", "init", "data", "augment", "optimiser", "evaluation", "seed"}
+    stored["optimizer"] = stored.pop("optimiser")
+    with pytest.raises(ValueError, match=r"unknown fields \['optimizer'\]"):
+        Experiment.from_json(json.dumps(stored))
+
+
+def test_fields_of_an_older_version_are_filled_in_and_a_newer_one_is_refused() -> None:
     values = json.loads(tiny.experiment().to_json())
     del values["optimiser"]["hard_share"], values["evaluation"], values["seed"]
     found = Experiment.from_json(json.dumps(values))
     assert found.optimizer.hard_share == 1.0
     for part in ("", "optimiser", "model"):
-        strange = json.loads(json.dumps(values))
-        (strange[part] if part else strange)["warp"] = 9
+        newer = json.loads(json.dumps(values))
+        (newer[part] if part else newer)["warp"] = 9
         with pytest.raises(ValueError, match=r"unknown fields \['warp'\].*newer version"):
-            Experiment.from_json(json.dumps(strange))
+            Experiment.from_json(json.dumps(newer))
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"optimiser": 3}', '{"optimiser": {"momentum": "a"}}'])
-def test_other_text_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"experiment|optimiser"):
+def test_text_that_is_not_an_experiment_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"experiment|optimiser|--momentum 'a'"):
         Experiment.from_json(text)
 
 
-def test_differences_name_the_fields() -> None:
+def test_differences_name_the_fields_as_they_are_stored() -> None:
     mine = tiny.experiment()
     theirs = dataclasses.replace(mine, optimizer=OptimizerConfig(), seed=4)
     assert differences(mine.to_json(), mine.to_json()) == []
@@ -59,13 +68,13 @@ def test_differences_name_the_fields() -> None:
 @pytest.mark.parametrize(
     ("step", "crop"), [(0, (33, 35)), (7, (33, 35)), (8, (49, 50)), (10, (49, 50))]
 )
-def test_late_crops_begin_at_their_share_of_the_run(step: int, crop: tuple[int, int]) -> None:
+def test_late_crops_start_after_their_fraction_of_the_run(step: int, crop: tuple[int, int]) -> None:
     config = AugmentConfig(crop_size=(33, 35), late_crop_size=(49, 50), late_from=0.75)
     assert config.crop_at(step, 10) == crop
     assert AugmentConfig(crop_size=(33, 35)).crop_at(step, 10) == (33, 35)
 
 
-WRONG: list[tuple[type, dict[str, Any], str]] = [
+INVALID: list[tuple[type, dict[str, Any], str]] = [
     (DataConfig, {"repeats": 0}, "--repeats 0"),
     (AugmentConfig, {"crop_size": (0, 33)}, "--crop-size 0 33"),
     (AugmentConfig, {"late_crop_size": (33, -1)}, "--late-crop-size 33 -1"),
@@ -73,7 +82,7 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (AugmentConfig, {"min_scale": 2.0, "max_scale": 1.0}, "0 < min-scale <= max-scale"),
     (AugmentConfig, {"max_scale": float("inf")}, "--max-scale inf: must be .* max-scale <= 8"),
     (AugmentConfig, {"max_scale": float("nan")}, "--max-scale nan"),
-    (AugmentConfig, {"late_from": 1.0}, "--late-from 1"),
+    (AugmentConfig, {"late_from": 1.0}, "--late-from 1.0"),
     (OptimizerConfig, {"max_steps": 0}, "--max-steps 0"),
     (OptimizerConfig, {"batch_size": 0}, "--batch-size 0"),
     (OptimizerConfig, {"micro_batch": 0}, "--micro-batch 0"),
@@ -90,7 +99,7 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (OptimizerConfig, {"auxiliary_weight": float("inf")}, "--auxiliary-weight inf"),
     (OptimizerConfig, {"hard_share": 0}, "--hard-share 0"),
     (OptimizerConfig, {"hard_share": 1.5}, "--hard-share 1.5"),
-    (OptimizerConfig, {"ema_decay": 1.0}, "--ema-decay 1"),
+    (OptimizerConfig, {"ema_decay": 1.0}, "--ema-decay 1.0"),
     (OptimizerConfig, {"momentum": -0.1}, "--momentum -0.1"),
     (EvaluationConfig, {"eval_every": -1}, "--eval-every -1"),
     (EvaluationConfig, {"eval_scales": ()}, "--eval-scales without a value"),
@@ -101,13 +110,15 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("part", "values", "message"), WRONG)
-def test_a_value_that_cannot_be_is_named(part: type, values: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("part", "values", "message"), INVALID)
+def test_an_invalid_value_is_refused_by_its_flag(
+    part: type, values: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         part(**values)
 
 
-def test_values_that_do_not_fit_together_are_refused_before_anything_starts() -> None:
+def test_values_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ValueError, match="--eval-output-stride 7"):
         Experiment(evaluation=EvaluationConfig(eval_output_stride=7))
     odd = ModelConfig(atrous_rates=(3,))

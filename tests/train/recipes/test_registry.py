@@ -1,4 +1,4 @@
-"""Recipes: the paper's figures typed again as it prints them, and networks that can be built."""
+"""Recipes: the tables of the paper, typed in a second time, and networks that can be built."""
 
 import dataclasses
 import functools
@@ -15,8 +15,8 @@ from pipeline.train.recipes.registry import OURS, PAPER, RECIPES, Recipe, by_nam
 
 SIX = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
-# One line a figure: recipe, output stride, scales (a comma where there are several), flip, mIoU.
-SINGLE_FIGURES = """
+# One line per score: recipe, output stride, scales (separated by commas), flip, mIoU.
+SINGLE_SCORES = """
 table4-mg121-block7      16  1                         -     76.66
 table4-mg121-block7       8  1                         -     78.05
 table4-mg121-block7       8  .5,.75,1,1.25,1.5,1.75    -     78.93
@@ -43,7 +43,7 @@ table12-cityscapes        8  .75,1,1.25                flip  79.30
 table13-cityscapes-test   4  .75,1,1.25,1.5,1.75,2     flip  81.3
 """
 
-# Tables with one pass a figure: {} in the recipe's name is the column, {row} the row.
+# Tables of single-scale scores: in the recipe's name, {} is the column and {row} the row.
 GRIDS = {
     "table2-{row}-block{}": """
               4      5      6      7
@@ -79,9 +79,9 @@ STRIDES = """
 
 
 def published():
-    """(recipe, output stride, scales, flip, mIoU) of every figure of the paper."""
+    """Return (recipe, output stride, scales, flip, mIoU) of every score of the paper."""
     found = set()
-    for line in SINGLE_FIGURES.split("\n")[1:-1]:
+    for line in SINGLE_SCORES.split("\n")[1:-1]:
         name, stride, scales, flip, miou = line.split()
         several = tuple(float(scale) for scale in scales.split(","))
         found.add((name, int(stride), several, flip == "flip", float(miou)))
@@ -101,13 +101,13 @@ def published():
 
 @functools.cache
 def weightless(config):
-    """A network without memory for its weights."""
+    """Return a network on the meta device, which allocates no weights."""
     with torch.device("meta"):
         return DeepLabV3(config)
 
 
 def shell(recipe: Recipe, **fields):
-    """The recipe's network, until the next call: those that differ in rates alone are one."""
+    """Return the recipe's network, valid until the next call: it is reused with other rates."""
     config = dataclasses.replace(recipe.experiment.model, **fields)
     model = weightless(dataclasses.replace(config, output_stride=16, multi_grid=(1, 1, 1)))
     model.config = config
@@ -116,27 +116,27 @@ def shell(recipe: Recipe, **fields):
 
 
 def block_rates(model, block):
-    """The rates of the 3x3 convolutions of a ResNet's block (1 to 7)."""
+    """Return the rates of the 3x3 convolutions of a ResNet's block (1 to 7)."""
     layers = getattr(model.backbone, f"layer{block}").modules()
     return [m.dilation[0] for m in layers if getattr(m, "kernel_size", None) == (3, 3)]
 
 
-def test_every_figure_is_the_paper_s_and_none_is_missing():
+def test_the_scores_are_exactly_those_of_the_paper():
     ours = [
-        (recipe.name, figure.output_stride, figure.scales, figure.flip, figure.miou)
+        (recipe.name, score.output_stride, score.scales, score.flip, score.miou)
         for recipe in PAPER
-        for figure in recipe.figures
+        for score in recipe.scores
     ]
     assert len(ours) == len(set(ours))
     assert set(ours) == published()
-    assert [recipe.name for recipe in PAPER if not recipe.figures] == ["coco-pretraining"]
+    assert [recipe.name for recipe in PAPER if not recipe.scores] == ["coco-pretraining"]
 
 
-def test_figures_are_of_val_but_where_a_server_measured_them():
+def test_scores_are_measured_on_val_except_those_of_a_test_server():
     elsewhere = {
-        recipe.name: {figure.on for figure in recipe.figures}
+        recipe.name: {score.on for score in recipe.scores}
         for recipe in PAPER
-        if any(figure.on != "VOC val" for figure in recipe.figures)
+        if any(score.on != "VOC val" for score in recipe.scores)
     }
     assert elsewhere == {
         "table7-test": {"VOC test"},
@@ -151,22 +151,22 @@ def test_no_two_recipes_share_a_name():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_an_experiment_comes_back_from_its_json(name):
+def test_an_experiment_survives_a_round_trip_through_json(name):
     experiment = RECIPES[name].experiment
     assert Experiment.from_json(experiment.to_json()) == experiment
     assert hash(Experiment.from_json(experiment.to_json())) == hash(experiment)
 
 
-def test_every_network_can_be_built_and_evaluated_at_its_figures_strides():
+def test_every_network_can_be_built_and_evaluated_at_the_strides_of_its_scores():
     for recipe in RECIPES.values():
         model = shell(recipe)
-        strides = {figure.output_stride for figure in recipe.figures}
+        strides = {score.output_stride for score in recipe.scores}
         for stride in (strides | {recipe.experiment.evaluation.eval_output_stride}) - {None}:
             model.set_output_stride(stride)
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_classes_are_those_of_the_data_set_and_repeated_ones_exist(name):
+def test_classes_match_the_data_set_and_repeated_ones_exist(name):
     experiment = RECIPES[name].experiment
     classes = labels.get_classes(experiment.data.classes)
     assert experiment.model.num_classes == len(classes.names)
@@ -188,18 +188,18 @@ def test_a_recipe_starts_from_a_public_file_or_from_another_recipe(name):
 
 
 @pytest.mark.parametrize("recipe", PAPER, ids=lambda recipe: recipe.name)
-def test_a_run_ends_with_one_of_its_figures_evaluations(recipe):
+def test_a_run_ends_with_the_evaluation_of_one_of_its_scores(recipe):
     evaluation = recipe.experiment.evaluation
     stride = evaluation.eval_output_stride or recipe.experiment.model.output_stride
     mine = (stride, evaluation.eval_scales, evaluation.eval_flip)
-    on_val = [figure for figure in recipe.figures if figure.on.endswith(" val")]
+    on_val = [score for score in recipe.scores if score.on.endswith(" val")]
     if on_val:
         assert mine in [(f.output_stride, f.scales, f.flip) for f in on_val]
     else:
         assert mine == (recipe.experiment.model.output_stride, (1.0,), False)
 
 
-def test_unit_rates_multiply_a_block_s_rate_as_in_the_paper():
+def test_multi_grid_multiplies_the_rate_of_a_block_as_in_the_paper():
     recipe = RECIPES["table3-mg124-block7"]
     paper = shell(recipe, style="paper")
     assert [block_rates(paper, block) for block in (4, 5, 6, 7)] == [
@@ -210,7 +210,7 @@ def test_unit_rates_multiply_a_block_s_rate_as_in_the_paper():
     ]
 
 
-def test_the_recipes_own_style_differs_in_a_block_s_first_unit_alone():
+def test_torchvision_style_differs_only_in_the_first_unit_of_a_block():
     # torchvision's files have the stride there: that unit was trained on the previous block's grid
     for recipe in PAPER:
         config = recipe.experiment.model
@@ -229,7 +229,7 @@ def test_without_atrous_convolution_no_block_has_a_rate():
         assert [block_rates(model, block)[-1] for block in (4, 5, 6, 7)] == rates
 
 
-def test_aspp_rates_are_the_paper_s_at_each_stride():
+def test_aspp_rates_at_each_stride_are_those_of_the_paper():
     rates = {name: recipe.experiment.model.rates for name, recipe in RECIPES.items()}
     assert rates["table6-final"] == (6, 12, 18)
     assert rates["table7-test"] == rates["table10-os8"] == (12, 24, 36)
@@ -238,7 +238,7 @@ def test_aspp_rates_are_the_paper_s_at_each_stride():
     assert rates["table4-mg121-block7"] == ()
 
 
-# What a run differs in from the final model, in the words of the paper's Section 4.
+# How a run differs from the final model, according to the paper's Section 4.
 DIFFERENCES = {
     "table6-final": {},
     "table5-mg124-pooling": {},
@@ -282,7 +282,7 @@ DIFFERENCES = {
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
-def test_a_recipe_differs_from_the_final_model_in_what_the_paper_says(name):
+def test_a_recipe_differs_from_the_final_model_as_the_paper_states(name):
     mine, final = (json.loads(RECIPES[key].experiment.to_json()) for key in (name, "table6-final"))
     found = {}
     for key, value in mine.items():
@@ -311,20 +311,20 @@ def test_the_final_model_is_trained_as_in_section_4_1():
         ("camvid-resnet50", 0.01, 4_600, 16),
     ],
 )
-def test_ours_stay_as_they_were_run(name, base_lr, max_steps, batch_size):
-    """A rate that changed with another recipe's would refuse the resume of a run begun before."""
+def test_our_recipes_keep_the_values_of_earlier_runs(name, base_lr, max_steps, batch_size):
+    """With another value, a run started by an earlier version would be refused."""
     optimizer = RECIPES[name].experiment.optimizer
     assert (optimizer.base_lr, optimizer.max_steps) == (base_lr, max_steps)
     assert optimizer.batch_size == batch_size
 
 
-def test_ours_have_a_cost_and_a_score_or_say_that_nobody_measured_them():
+def test_our_recipes_have_a_cost_and_a_score_or_state_not_measured():
     for recipe in OURS:
         assert recipe.cost
-        assert bool(recipe.figures) != ("not measured" in recipe.cost), recipe.name
+        assert bool(recipe.scores) != ("not measured" in recipe.cost), recipe.name
 
 
-def test_the_list_shows_every_recipe_and_figure_in_a_hundred_columns():
+def test_the_list_shows_every_recipe_and_score_within_100_columns():
     text = describe(RECIPES.values())
     lines = text.splitlines()
     assert max(map(len, lines)) <= 100
@@ -339,9 +339,9 @@ def test_the_list_shows_every_recipe_and_figure_in_a_hundred_columns():
     assert " 79.77 OS8 + MS + flip" in text
 
 
-def test_an_unknown_recipe_is_answered_with_its_neighbours():
+def test_an_unknown_recipe_is_refused_with_the_closest_names():
     assert by_name("table6-final") is RECIPES["table6-final"]
-    with pytest.raises(ValueError, match=r"'voc-mobilenet'.*voc-mobilenetv2.*--list"):
+    with pytest.raises(ValueError, match=r"--recipe voc-mobilenet:.*voc-mobilenetv2.*--list"):
         by_name("voc-mobilenet")
 
 
@@ -356,12 +356,12 @@ def test_an_unknown_recipe_is_answered_with_its_neighbours():
         ('{"optimiser": {"max_steps": "many"}}', "value of the wrong type"),
     ],
 )
-def test_what_is_no_experiment_is_said(text, message):
+def test_invalid_json_of_an_experiment_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         Experiment.from_json(text)
 
 
-def test_an_older_experiment_lacks_fields_and_gets_the_defaults():
+def test_fields_that_an_older_experiment_lacks_get_their_defaults():
     old = '{"seed": 3, "data": {"repeat_classes": ["sofa"]}}'
     assert Experiment.from_json(old) == Experiment(
         seed=3, data=DataConfig(repeat_classes=("sofa",))
