@@ -200,8 +200,15 @@ def test_two_shards_at_once_give_the_files_of_one_after_the_other(
 
 
 def test_masks_depend_neither_on_the_batch_nor_on_its_neighbours(
-    tmp_path: Path, fill: Fill, settings_for: SettingsFor, work_for: WorkFor, listed: ListedBy
+    tmp_path: Path,
+    fill: Fill,
+    settings_for: SettingsFor,
+    work_for: WorkFor,
+    listed: ListedBy,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # in fp32 on every CPU: bf16 rounds so much that another order of sums moves borders
+    monkeypatch.setattr(optimize, "has_bf16", lambda _: False)
     fill(str(tmp_path), 16)
     settings = settings_for(str(tmp_path))
     photos = listed(settings)
