@@ -11,6 +11,7 @@ import weakref
 
 import pytest
 
+from pipeline.cli import interruptible
 from pipeline.cli.interruptible import BackgroundCall
 
 
@@ -41,7 +42,7 @@ def test_what_failed_work_held_is_let_go_of_with_its_error() -> None:
     try:
         ask(held)
         del held
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while gone() is not None and time.monotonic() < deadline:
             time.sleep(0.01)  # the thread may not have come to let go of it
         assert gone() is None
@@ -50,12 +51,15 @@ def test_what_failed_work_held_is_let_go_of_with_its_error() -> None:
 
 
 @pytest.mark.parametrize("listens", [True, False])
-def test_an_interruption_stops_the_work_or_leaves_it(listens: bool) -> None:
+def test_an_interruption_stops_the_work_or_leaves_it(
+    listens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interruptible, "_GRACE_S", 60.0 if listens else 1.0)
     ended, asked = threading.Event(), []
 
     def work() -> None:
         _thread.interrupt_main()
-        ended.wait(20)
+        ended.wait(60)
 
     def stop() -> None:
         asked.append(time.monotonic())
@@ -67,5 +71,5 @@ def test_an_interruption_stops_the_work_or_leaves_it(listens: bool) -> None:
         beside.wait_for(work, stop)
     took = time.monotonic() - started
     ended.set()
-    assert took < 0.9 if listens else 0.9 < took < 5
+    assert took < 30 if listens else 0.9 < took < 30
     assert len(asked) == 2 if listens else len(asked) > 5

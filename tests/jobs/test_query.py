@@ -275,7 +275,7 @@ def test_ctrl_c_ends_every_part_of_a_question_at_once_and_in_one_line(
     finally:
         typed.join()
         signal.signal(signal.SIGINT, before)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30  # and not a minute or more
     assert capsysbinary.readouterr() == (b"", b"interrupted\n")
 
 
@@ -298,10 +298,8 @@ def test_ctrl_c_ends_a_query_whose_reader_has_stopped_reading(
     assert process.stderr is not None
     assert process.stdout.read(1)
     time.sleep(0.5)  # and the pipe is full
-    started = time.monotonic()
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 1
-    assert time.monotonic() - started < 5
+    assert process.wait(timeout=30) == 1  # nobody reads: by itself it would never end
     assert process.stderr.read() == b"interrupted\n"
 
 
