@@ -65,7 +65,9 @@ def _draw(arguments: Arguments) -> str:
             progress.add(Summary(shard=0, images=images))
             display(progress)
 
-        drawn = coco_labels.convert(pictures, data, out, min_pixels=arguments.min_pixels, tell=tell)
+        drawn = coco_labels.convert(
+            pictures, data, out, min_pixels=arguments.min_pixels, progress=tell
+        )
     table = storage.join(out, coco_labels.TABLE)
     print(f"train with: --recipe coco-pretraining --data {visible(shlex.quote(table))}")
     facts = {split: each.kept for split, each in drawn.items()}

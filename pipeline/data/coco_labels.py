@@ -1,8 +1,8 @@
-"""A COCO data set made ready for training: a label for each photo, and a table of the pairs.
+"""Converts COCO to a training set: a label PNG per image, and a table of image/label pairs.
 
-Enters: the URI of a folder with train2017/, val2017/ and annotations/. Leaves: labels/SPLIT/*.png
-and pairs.parquet below another URI. The photos stay where they are and are not read. The table is
-written last; a label that is there already is left as it is, unless the annotations have changed.
+The input is a folder with train2017/, val2017/ and annotations/. The output is labels/SPLIT/*.png
+and pairs.parquet under another URI. The images stay where they are and are not read. The table is
+written last; existing labels are kept unless the annotations have changed.
 """
 
 from __future__ import annotations
@@ -23,71 +23,71 @@ from pipeline.data.pairs import stem
 from pipeline.data.storage import StorageError
 
 FOLDERS = {"train": "train2017", "val": "val2017"}
-"""Where COCO keeps the photos of each split; train2017 is trainval without minival."""
+"""COCO's image folder of each split; train2017 is trainval without minival."""
 
 TABLE = "pairs.parquet"
 
-_PUTS = 16
-_BATCH = 256  # photos between two looks at how far it is
+_WRITERS = 16
+_BATCH = 256  # images between two progress reports
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitCounts:
-    """What became of a split: how many photos are in the table, and how many were left out."""
+    """Numbers of images of a split that are in the table, and that were left out."""
 
     kept: int
     left_out: int
 
 
 def read_annotations(data: str) -> dict[str, list[AnnotatedImage]]:
-    """The pictures of each split below `data`, in the order of their names.
+    """Return the annotated images of each split under `data`, sorted by name.
 
-    Raises ValueError where annotations or photos are missing or wrong, StorageError where storage
+    Raises ValueError if annotations or images are missing or malformed, StorageError if storage
     refuses.
     """
-    return {split: _pictures(data, folder) for split, folder in FOLDERS.items()}
+    return {split: _read_split(data, folder) for split, folder in FOLDERS.items()}
 
 
 def convert(
-    pictures: Mapping[str, Sequence[AnnotatedImage]],
+    images: Mapping[str, Sequence[AnnotatedImage]],
     data: str,
     out: str,
     *,
     min_pixels: int,
-    tell: Callable[[int], None],
+    progress: Callable[[int], None],
 ) -> dict[str, SplitCounts]:
-    """Draws the labels of `annotated(data)` below `out`, writes the table, says what it has.
+    """Write the labels of `read_annotations(data)` and the pair table under `out`.
 
-    A photo of train with fewer than `min_pixels` px of VOC's things is left out; val has all.
-    `tell` is called with the number of photos drawn since it was called last. Raises ValueError
-    where nothing of train is left, StorageError where storage refuses.
+    Train images with fewer than `min_pixels` px of VOC's classes are left out; val keeps all.
+    `progress` is called with the number of images finished since its last call. Returns counts by
+    split. Raises ValueError if no train image is left, StorageError if storage refuses.
     """
     rows: list[tuple[str, str, str]] = []
-    drawn: dict[str, SplitCounts] = {}
+    counts: dict[str, SplitCounts] = {}
     for split, folder in FOLDERS.items():
-        images = [storage.join(data, f"{folder}/{each.file_name}") for each in pictures[split]]
+        uris = [storage.join(data, f"{folder}/{each.file_name}") for each in images[split]]
         least = min_pixels if split == "train" else 0
-        labels = list(_labels(out, folder, pictures[split], least, tell))
-        kept = [(i, key, split) for i, key in zip(images, labels, strict=True) if key]
+        labels = list(_write_labels(out, folder, images[split], least, progress))
+        kept = [(uri, key, split) for uri, key in zip(uris, labels, strict=True) if key]
         rows += kept
-        drawn[split] = SplitCounts(kept=len(kept), left_out=len(labels) - len(kept))
-    if not drawn["train"].kept:
+        counts[split] = SplitCounts(kept=len(kept), left_out=len(labels) - len(kept))
+    if not counts["train"].kept:
         raise ValueError(
-            f"none of {drawn['train'].left_out} photos of {FOLDERS['train']} has {min_pixels} px "
-            "of VOC's classes; give a smaller --min-pixels"
+            f"none of the {counts['train'].left_out} images in {FOLDERS['train']} has "
+            f"{min_pixels} px of VOC's classes; give a smaller --min-pixels"
         )
     columns = dict(zip(("image", "label", "split"), zip(*rows, strict=True), strict=True))
     buffer = io.BytesIO()
     pq.write_table(pa.table({name: list(values) for name, values in columns.items()}), buffer)
     storage.write(storage.join(out, TABLE), buffer.getvalue())
-    return drawn
+    return counts
 
 
-def _pictures(data: str, folder: str) -> list[AnnotatedImage]:
-    """The annotated pictures of `folder`, each of which is there."""
+def _read_split(data: str, folder: str) -> list[AnnotatedImage]:
+    """Return the annotated images of `folder`. Raises ValueError if an image file is missing."""
     uri = storage.join(data, f"annotations/instances_{folder}.json")
     try:
-        pictures = coco.parse(storage.read(uri))
+        images = coco.parse(storage.read(uri))
     except StorageError as error:
         if error.kind != "vanished":
             raise
@@ -97,42 +97,42 @@ def _pictures(data: str, folder: str) -> list[AnnotatedImage]:
         ) from None
     except ValueError as error:
         raise ValueError(f"{uri}: {error}") from None
-    photos = storage.join(data, folder)
-    there = {storage.relative(photos, item.uri) for item in storage.list_objects(photos)}
-    missing = [picture.file_name for picture in pictures if picture.file_name not in there]
+    root = storage.join(data, folder)
+    present = {storage.relative(root, item.uri) for item in storage.list_objects(root)}
+    missing = [image.file_name for image in images if image.file_name not in present]
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(pictures)} photos that {uri} names are not in {photos}, the "
-            f"first is {missing[0]}; add them"
+            f"{len(missing)} of {len(images)} images listed in {uri} are not in {root}, the first "
+            f"is {missing[0]}; add them"
         )
-    return pictures
+    return images
 
 
-def _labels(
+def _write_labels(
     out: str,
     folder: str,
-    pictures: Sequence[AnnotatedImage],
+    images: Sequence[AnnotatedImage],
     least: int,
-    tell: Callable[[int], None],
+    progress: Callable[[int], None],
 ) -> Iterator[str | None]:
-    """The key of each picture's label below `out`, None where fewer than `least` px are in it."""
+    """Yield the key of each image's label under `out`, None if it has fewer than `least` px."""
 
-    def label(picture: AnnotatedImage) -> str | None:
-        ids = coco.draw_label(picture)
+    def write(image: AnnotatedImage) -> str | None:
+        ids = coco.draw_label(image)
         if np.count_nonzero((ids != 0) & (ids != VOC.ignore_index)) < least:
             return None
-        key = f"labels/{folder}/{stem(picture.file_name)}.png"
-        _put(storage.join(out, key), masks.encode(ids))
+        key = f"labels/{folder}/{stem(image.file_name)}.png"
+        _write_if_different(storage.join(out, key), masks.encode(ids))
         return key
 
-    with ThreadPoolExecutor(_PUTS) as pool:
-        for start in range(0, len(pictures), _BATCH):
-            batch = pictures[start : start + _BATCH]
-            yield from pool.map(label, batch)
-            tell(len(batch))
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        for start in range(0, len(images), _BATCH):
+            batch = images[start : start + _BATCH]
+            yield from pool.map(write, batch)
+            progress(len(batch))
 
 
-def _put(uri: str, data: bytes) -> None:
-    """`data` is what lies at `uri` afterwards; the same bytes are not written again."""
+def _write_if_different(uri: str, data: bytes) -> None:
+    """Make `data` the object at `uri`; an identical object is not rewritten."""
     if not storage.create(uri, data) and storage.read(uri) != data:
         storage.write(uri, data)

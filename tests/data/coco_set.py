@@ -1,4 +1,4 @@
-"""A COCO of a few tiny photos, drawn from numbers."""
+"""A COCO data set of a few tiny generated images."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Json = dict[str, Any]
 
 
 def rectangle(top: int, left: int, bottom: int, right: int) -> list[list[float]]:
-    """A polygon around rows top to bottom and columns left to right, without the last ones."""
+    """Return a polygon around rows [top, bottom) and columns [left, right)."""
     return [[left, top, right, top, right, bottom, left, bottom]]
 
 
 def instances(numbers: list[int], things: list[tuple[int, int, Any]]) -> Json:
-    """instances_*.json over the photos `numbers`; things are (number, category, segmentation)."""
+    """Return instances_*.json for images `numbers`; things are (number, category, segmentation)."""
     return {
         "info": {"year": 2017},
         "licenses": [],
@@ -46,7 +46,7 @@ def instances(numbers: list[int], things: list[tuple[int, int, Any]]) -> Json:
 
 
 def coco_files(**splits: Json) -> dict[str, bytes | str]:
-    """The files of a COCO with these annotations: train2017=..., val2017=..."""
+    """Return the files of a COCO with these annotations: train2017=..., val2017=..."""
     files: dict[str, bytes | str] = {}
     for folder, values in splits.items():
         files[f"annotations/instances_{folder}.json"] = json.dumps(values)

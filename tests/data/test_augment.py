@@ -1,4 +1,4 @@
-"""Augmentation: photo and label stay one, and the crop is a plain piece of the scaled photo."""
+"""Augmentation keeps image and label aligned, and a crop is a piece of the scaled image."""
 
 import numpy as np
 import pytest
@@ -27,12 +27,12 @@ def crops(image, label, seed, crop_size, *, low=0.5, high=2.0, mirror=True, fill
 
 
 def drawn(label):
-    """The label as a photo: 40 grey levels a class."""
+    """Return the label drawn as an image, 40 gray levels per class."""
     return np.repeat((label * 40)[:, :, None], 3, axis=2)
 
 
 def smooth(height, width):
-    """A photo whose red is twice its row, and whose green is twice its column."""
+    """Return an image whose red is twice the row and whose green is twice the column."""
     image = np.zeros((height, width, 3), dtype=np.uint8)
     image[:, :, 0] = 2 * np.arange(height)[:, None]
     image[:, :, 1] = 2 * np.arange(width)[None, :]
@@ -44,8 +44,10 @@ sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
 
 @settings(max_examples=60, deadline=None)
 @given(sizes, sizes, st.integers(0, 2**32), st.booleans())
-def test_a_label_drawn_into_the_photo_agrees_with_it_after_any_transform(size, crop, seed, mirror):
-    # two halves, so that only pixels beside the border may be mixed
+def test_a_label_drawn_into_the_image_still_matches_it_after_any_transform(
+    size, crop, seed, mirror
+):
+    # two halves, so that only pixels next to the border may be mixed
     label = np.zeros(size, dtype=np.uint8)
     label[:, size[1] // 2 :] = 4
     image, found = crops(drawn(label), label, seed, crop, mirror=mirror, fill=(200, 200, 200))
@@ -56,11 +58,11 @@ def test_a_label_drawn_into_the_photo_agrees_with_it_after_any_transform(size, c
     assert set(np.unique(found)) <= {0, 4, IGNORED}
     nearest = np.where(image[:, :, 0] < 80, 0, 4)
     differs = (nearest != found) & ~outside
-    # the border is a column: at most the one that bilinear and nearest see half each differs
+    # the border is a column; bilinear and nearest may disagree on at most one column
     assert differs.any(axis=0).sum() <= 1
 
 
-def test_what_the_crop_keeps_is_a_piece_of_the_whole_photo_resized():
+def test_a_crop_is_a_piece_of_the_whole_resized_image():
     generator = np.random.default_rng(0)
     image = generator.integers(0, 256, (37, 50, 3), dtype=np.uint8)
     label = generator.integers(0, 21, (37, 50), dtype=np.uint8)
@@ -81,7 +83,7 @@ def test_what_the_crop_keeps_is_a_piece_of_the_whole_photo_resized():
         assert len(places) > 5
 
 
-def test_a_photo_at_scale_one_is_cropped_exactly_and_every_other_one_mirrored():
+def test_crops_at_scale_one_are_exact_and_half_of_them_mirrored():
     image, label = smooth(20, 30), np.arange(600, dtype=np.uint16).reshape(20, 30) % 251
     label = label.astype(np.uint8)
     mirrored = 0
@@ -95,24 +97,24 @@ def test_a_photo_at_scale_one_is_cropped_exactly_and_every_other_one_mirrored():
     assert 70 < mirrored < 130
 
 
-@pytest.mark.parametrize("photo", [(9, 11), (3, 2), (3, 11)])
-def test_every_place_is_as_likely_as_another_corners_included(photo):
-    """A crop inside a photo, a photo inside a crop, and one of each."""
+@pytest.mark.parametrize("size", [(9, 11), (3, 2), (3, 11)])
+def test_every_crop_position_is_equally_likely_corners_included(size):
+    """Crop inside the image, image inside the crop, and one axis of each."""
     crop = (6, 7)
-    label = np.arange(photo[0] * photo[1], dtype=np.uint8).reshape(photo)
+    label = np.arange(size[0] * size[1], dtype=np.uint8).reshape(size)
     image = drawn(label * 0)
-    ways = [abs(photo[axis] - crop[axis]) + 1 for axis in (0, 1)]
+    ways = [abs(size[axis] - crop[axis]) + 1 for axis in (0, 1)]
     seen = np.zeros(ways, dtype=int)
     for seed in range(200 * ways[0] * ways[1]):
         _, ids = crops(image, label, seed, crop, low=1, high=1, mirror=False)
         row, column = np.argwhere(ids != IGNORED)[0]
-        y, x = divmod(int(ids[row, column]), photo[1])
+        y, x = divmod(int(ids[row, column]), size[1])
         seen[abs(row - y), abs(column - x)] += 1
     assert seen.min() > 140
     assert seen.max() < 260
 
 
-def test_a_constant_photo_stays_constant():
+def test_a_constant_image_stays_constant():
     image, label = np.full((11, 13, 3), 77, np.uint8), np.full((11, 13), 5, np.uint8)
     for seed in range(30):
         found, ids = crops(image, label, seed, (16, 9), fill=(1, 2, 3))
@@ -122,7 +124,7 @@ def test_a_constant_photo_stays_constant():
         assert (ids[~inside] == IGNORED).all()
 
 
-def test_scales_are_uniform_between_their_limits():
+def test_scales_are_uniform_between_the_limits():
     label = np.ones((100, 100), np.uint8)
     heights = [
         (crops(drawn(label), label, seed, (200, 200))[1] == 1).any(axis=1).sum()
@@ -134,7 +136,7 @@ def test_scales_are_uniform_between_their_limits():
     assert thirds.min() > 70
 
 
-def test_padding_is_the_mean_colour_rounded():
+def test_padding_is_the_fill_color_rounded():
     label = np.zeros((4, 4), np.uint8)
     image, ids = crops(drawn(label), label, 0, (9, 9), low=1, high=1)
     assert (image[ids == IGNORED] == (124, 116, 104)).all()
@@ -142,7 +144,7 @@ def test_padding_is_the_mean_colour_rounded():
 
 @pytest.mark.parametrize("mirror", [True, False])
 @pytest.mark.parametrize("crop", [(3, 3), (90, 90)])
-def test_the_same_generator_gives_the_same_bytes_and_is_left_in_the_same_place(mirror, crop):
+def test_equal_generators_give_equal_bytes_and_advance_equally(mirror, crop):
     image, label = smooth(20, 30), np.zeros((20, 30), np.uint8)
     first, again, counted = (np.random.default_rng(5) for _ in range(3))
     values = {"crop_size": crop, "min_scale": 0.5, "max_scale": 2.0, "mirror": mirror}
@@ -157,7 +159,7 @@ def test_the_same_generator_gives_the_same_bytes_and_is_left_in_the_same_place(m
     assert first.random() == counted.random()
 
 
-def test_the_arrays_that_went_in_are_as_they_were_and_those_that_come_out_are_ones_own():
+def test_inputs_are_not_modified_and_outputs_are_copies():
     image, label = smooth(20, 30), np.zeros((20, 30), np.uint8)
     for seed in range(4):
         found, ids = crops(image, label, seed, (20, 30), low=1, high=1)
@@ -166,6 +168,6 @@ def test_the_arrays_that_went_in_are_as_they_were_and_those_that_come_out_are_on
     assert not label.any()
 
 
-def test_a_label_of_another_size_is_refused():
+def test_a_label_of_another_size_than_the_image_is_refused():
     with pytest.raises(ValueError, match=r"image is \(4, 5, 3\), but label is \(5, 4\); give"):
         crops(np.zeros((4, 5, 3), np.uint8), np.zeros((5, 4), np.uint8), 0, (3, 3))

@@ -1,4 +1,4 @@
-"""The cache of a node: what it serves is what was listed, and it fetches it once."""
+"""The node cache returns the bytes that were listed, and downloads each object once."""
 
 import multiprocessing
 import pickle
@@ -17,7 +17,7 @@ from tests.data.drawn import put_all
 
 @pytest.fixture
 def downloads(monkeypatch):
-    """How often each object was read from storage."""
+    """Number of storage reads by URI."""
     read, counts = storage.read, Counter()
 
     def counted(uri, etag=None):
@@ -37,7 +37,7 @@ def files(folder):
     return sorted(path for path in Path(folder).rglob("*") if path.is_file())
 
 
-def test_an_object_is_downloaded_once_whoever_asks_later(s3_prefix, tmp_path, downloads):
+def test_an_object_is_downloaded_once_also_for_other_processes(s3_prefix, tmp_path, downloads):
     objects = put(s3_prefix)
     first = NodeCache(tmp_path / "cache", objects, max_bytes=10**6)
     for read in (first, first, pickle.loads(pickle.dumps(first))):
@@ -47,17 +47,17 @@ def test_an_object_is_downloaded_once_whoever_asks_later(s3_prefix, tmp_path, do
     assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
 
 
-def test_a_replaced_object_is_never_served_from_its_old_bytes(s3_prefix, tmp_path):
+def test_a_replaced_object_is_downloaded_again_after_a_new_listing(s3_prefix, tmp_path):
     objects = put(s3_prefix, 1)
     before = NodeCache(tmp_path, objects, max_bytes=10**6)
     assert before(objects[0].uri) == bytes(1000)
     storage.write(objects[0].uri, b"new")
     after = NodeCache(tmp_path, storage.list_objects(s3_prefix), max_bytes=10**6)
     assert after(objects[0].uri) == b"new"
-    assert before(objects[0].uri) == bytes(1000)  # what its split was listed with
+    assert before(objects[0].uri) == bytes(1000)  # the version of its own listing
 
 
-def test_what_was_replaced_since_it_was_listed_is_refused(s3_prefix, tmp_path):
+def test_an_object_replaced_after_the_listing_is_refused(s3_prefix, tmp_path):
     objects = put(s3_prefix, 1)
     storage.write(objects[0].uri, b"new")
     for max_bytes in (10**6, 0):
@@ -78,17 +78,17 @@ def test_a_torn_file_is_downloaded_again(s3_prefix, tmp_path, downloads, keep):
     assert downloads[item.uri] == 2
 
 
-def test_zeros_of_the_right_length_are_not_taken_for_the_object(s3_prefix, tmp_path, downloads):
+def test_a_file_of_zeros_of_the_right_length_is_not_trusted(s3_prefix, tmp_path, downloads):
     put_all(s3_prefix, {"a": b"x" * 50})
     [item] = storage.list_objects(s3_prefix)
     read = NodeCache(tmp_path, [item], max_bytes=10**6)
     read(item.uri)
     [file] = files(tmp_path)
-    file.write_bytes(bytes(66))  # what some file systems leave after a crash
+    file.write_bytes(bytes(66))  # as some file systems leave after a crash
     assert read(item.uri) == b"x" * 50
 
 
-def test_what_has_no_room_is_read_through_every_time(s3_prefix, tmp_path, downloads):
+def test_objects_that_do_not_fit_are_downloaded_every_time(s3_prefix, tmp_path, downloads):
     objects = put(s3_prefix)
     read = NodeCache(tmp_path, objects, max_bytes=2500)
     for _ in range(3):
@@ -98,7 +98,7 @@ def test_what_has_no_room_is_read_through_every_time(s3_prefix, tmp_path, downlo
     assert not read.fits
 
 
-def test_what_other_sets_left_in_the_folder_counts_against_the_limit(s3_prefix, tmp_path):
+def test_files_of_other_data_sets_count_against_the_limit(s3_prefix, tmp_path):
     objects = put(s3_prefix)
     for few in (objects[:2], objects[2:]):
         read = NodeCache(tmp_path, few, max_bytes=3500)
@@ -108,9 +108,7 @@ def test_what_other_sets_left_in_the_folder_counts_against_the_limit(s3_prefix, 
     assert len(files(tmp_path)) == 3
 
 
-def test_local_files_and_objects_that_were_not_listed_are_read_as_they_are(
-    tmp_path, s3_prefix, downloads
-):
+def test_local_files_and_unlisted_objects_bypass_the_cache(tmp_path, s3_prefix, downloads):
     put_all(str(tmp_path), {"a": b"local"})
     put_all(s3_prefix, {"b": b"remote"})
     read = NodeCache(tmp_path / "cache", storage.list_objects(str(tmp_path)), max_bytes=10**6)
@@ -124,23 +122,23 @@ def test_local_files_and_objects_that_were_not_listed_are_read_as_they_are(
     assert caught.value.kind == "vanished"
 
 
-def test_a_disk_that_is_nearly_full_or_refuses_costs_downloads_alone(
+def test_a_full_or_unwritable_disk_only_disables_the_cache(
     s3_prefix, tmp_path, monkeypatch, downloads, caplog
 ):
     [item] = put(s3_prefix, 1)
-    (tmp_path / "file").write_text("where a folder should be")
+    (tmp_path / "file").write_text("a file where the cache folder should be")
     refused = NodeCache(tmp_path / "file" / "cache", [item], max_bytes=10**6)
-    monkeypatch.setattr(cache, "MIN_FREE_SHARE", 1.0)
+    monkeypatch.setattr(cache, "MIN_FREE_FRACTION", 1.0)
     full = NodeCache(tmp_path / "cache", [item], max_bytes=10**6)
     for read in (refused, full):
         assert read(item.uri) == bytes(1000)
         assert read(item.uri) == bytes(1000)
     assert downloads[item.uri] == 4
     assert files(tmp_path / "cache") == []
-    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2  # one a cache
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2  # once per cache
 
 
-def test_many_processes_fill_one_folder_at_once(s3_prefix, tmp_path):
+def test_several_processes_fill_one_folder_concurrently(s3_prefix, tmp_path):
     objects = put(s3_prefix, 20)
     read = NodeCache(tmp_path, objects, max_bytes=10**6)
     uris = [item.uri for item in objects]
@@ -150,7 +148,7 @@ def test_many_processes_fill_one_folder_at_once(s3_prefix, tmp_path):
         with ThreadPoolExecutor(8) as threads:
             assert list(threads.map(read, uris)) == expected
         assert [job.result() for job in jobs] == [expected, expected]
-    assert len(files(tmp_path)) == 20  # no temporary ones
+    assert len(files(tmp_path)) == 20  # no temporary files
 
 
 def _all(read, uris):
@@ -158,5 +156,5 @@ def _all(read, uris):
 
 
 def test_a_negative_limit_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="max_bytes is -1; it must be at least 0"):
+    with pytest.raises(ValueError, match="max_bytes -1: must be at least 0; 0 caches nothing"):
         NodeCache(tmp_path, [], max_bytes=-1)

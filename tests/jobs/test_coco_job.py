@@ -62,7 +62,7 @@ def test_a_photo_needs_as_many_pixels_as_were_asked_for(prefix: str, capsys: Cap
     assert names(opened(prefix, "train")) == ["000000000001.jpg"]
     assert convert(prefix, "--min-pixels", "37") == 2
     reason = capsys.readouterr().out.splitlines()[-1]
-    assert "none of 3 photos of train2017 has 37 px of VOC's classes" in reason
+    assert "none of the 3 images in train2017 has 37 px of VOC's classes" in reason
 
 
 def test_the_same_command_again_writes_what_is_missing_or_has_changed(prefix: str) -> None:
@@ -106,13 +106,13 @@ def test_what_is_missing_or_wrong_is_one_line_and_exit_2(prefix: str, capsys: Ca
     photo = files.pop("train2017/000000000002.jpg")
     put_all(f"{prefix}/coco", files)
     assert convert(prefix) == 2
-    assert "1 of 3 photos" in (line := said())
+    assert "1 of 3 images" in (line := said())
     assert "the first is 000000000002.jpg" in line
 
     uri = "annotations/instances_val2017.json"
     put_all(f"{prefix}/coco", {"train2017/000000000002.jpg": photo, uri: json.dumps([])})
     assert convert(prefix) == 2
-    assert f"{uri}: it is no instances_*.json of COCO" in said()
+    assert f"{uri}: not a COCO instances_*.json file" in said()
 
     storage.delete([f"{prefix}/coco/{uri}"])
     assert convert(prefix) == 2
