@@ -1,6 +1,6 @@
-"""Why a split gave no photos, so that it can be mended: which splits and layouts are there.
+"""Error messages for a split without images: which splits and layouts are there instead.
 
-Only who has found nothing asks here: a wrong argument may cost a listing, a right one never does.
+Called only after no images were found, so valid arguments never pay for the extra listing.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ Layout = Literal["voc", "cityscapes", "camvid", "folders", "table"]
 
 TABLE_ENDINGS = (".parquet", ".csv")
 
-# what each layout is known by; the words are for messages
-_MARKS: dict[Layout, str] = {
+# files that identify each layout, as named in messages
+_MARKERS: dict[Layout, str] = {
     "voc": "ImageSets/Segmentation/SPLIT.txt",
     "cityscapes": "leftImg8bit/SPLIT/CITY/*_leftImg8bit.png",
     "camvid": "SPLIT/images/*",
@@ -25,12 +25,12 @@ _MARKS: dict[Layout, str] = {
     "table": "*.parquet or *.csv",
 }
 
-# objects looked at: a wrong root may be a bucket of millions
-_LOOKED_AT = 10_000
+# objects listed at most: a wrong root may be a bucket of millions
+_MAX_LISTED = 10_000
 
 
 def guess_layout(root: str) -> Layout | None:
-    """The layout that `root` seems to have, None where it is none of those known."""
+    """Return the layout that `root` seems to have, None if it is none of the known ones."""
     if root.lower().endswith(TABLE_ENDINGS):
         return "table"
     if _names(join(root, "ImageSets/Segmentation"), 1):
@@ -41,47 +41,47 @@ def guess_layout(root: str) -> Layout | None:
 
 
 def wrong_layout_error(root: str, layout: Layout) -> ValueError:
-    """The error for a root that is not of `layout`: what it looks like instead."""
-    seen = guess_layout(root)
-    if seen is not None and seen != layout:
-        advice = f"it looks like layout {seen}: take that, or another root"
+    """Return the error for a root that is not of `layout`: what it looks like instead."""
+    guess = guess_layout(root)
+    if guess is not None and guess != layout:
+        hint = f"it looks like layout {guess}: use that, or another root"
     elif first := _names(root, 1):
-        advice = f"the first object there is {first[0]}: take another root or layout"
+        hint = f"the first object there is {first[0]}: use another root or layout"
     else:
-        advice = "nothing is there: check the path"
-    return ValueError(f"{root} is not of layout {layout}, no {_MARKS[layout]} is there; {advice}")
+        hint = "nothing is there: check the path"
+    return ValueError(f"{root} is not of layout {layout}: it has no {_MARKERS[layout]}; {hint}")
 
 
 def unknown_split_error(root: str, split: str, known: list[str], layout: Layout) -> ValueError:
-    """The error for a split that does not exist, where `known` ones do; else for the layout."""
+    """Return the error for a missing split; without `known` splits, the layout must be wrong."""
     if not known:
         return wrong_layout_error(root, layout)
-    return ValueError(f"split {split!r} is not in {root}; give one of {', '.join(known)}")
+    return ValueError(f"split {split!r} is not in {root}; choose from {', '.join(known)}")
 
 
 def empty_split_error(
     root: str, split: str, layout: Layout, *, endings: tuple[str, ...]
 ) -> ValueError:
-    """The error for a split whose folder gave no photo: unknown, empty, or another layout."""
+    """Return the error for a split without images: unknown, empty, or of another layout."""
     top = join(root, "leftImg8bit") if layout == "cityscapes" else root
     if _names(join(top, split), 1):
-        wanted = _MARKS[layout].replace("SPLIT", split)
+        wanted = _MARKERS[layout].replace("SPLIT", split)
         return ValueError(
-            f"split {split!r} of {root} is empty: no {wanted} is there that ends in "
-            f"{', '.join(endings)}; add photos, or give another split"
+            f"split {split!r} of {root} is empty: it has no {wanted} that ends in "
+            f"{', '.join(endings)}; add images, or give another split"
         )
     return unknown_split_error(root, split, _splits(top, layout), layout)
 
 
 def _splits(top: str, layout: Layout) -> list[str]:
-    """The splits of Cityscapes or two folders that the first names below `top` tell."""
+    """Return the splits of Cityscapes or folders, from the first names under `top`."""
     paths = [name.split("/") for name in _names(top)]
     if layout == "cityscapes":
         return sorted({path[0] for path in paths if path[-1].endswith("_leftImg8bit.png")})
     return sorted({path[0] for path in paths if len(path) > 2 and path[1] == "images"})
 
 
-def _names(folder: str, count: int = _LOOKED_AT) -> list[str]:
-    """The relative keys of the first `count` objects below `folder`."""
+def _names(folder: str, count: int = _MAX_LISTED) -> list[str]:
+    """Return the relative keys of the first `count` objects under `folder`."""
     listed: Iterator[storage.Object] = islice(storage.list_objects(folder), count)
     return [storage.relative(folder, item.uri) for item in listed]

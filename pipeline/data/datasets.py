@@ -1,7 +1,6 @@
-"""A data set's split, opened: every photo with its label, checked to be there before training.
+"""Opens a split of a data set: pairs every image with its label and checks that all files exist.
 
-Enters: a root URI, the name of a split, its layout and classes. Leaves: a `Split`, plain values
-that travel to other processes. Whether the labels hold what they should is `survey`'s question.
+A `Split` holds plain values and can be pickled. The labels' contents are checked by `survey`.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ __all__ = ["Layout", "Split", "open_split"]
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """The photos of a split in their order, each with its label.
+    """A split's pairs of images and labels, in order.
 
-    `lookup` (256,) uint8 maps the values in label files to class ids, None where they are ids.
-    `objects` is what the listing said (etag, bytes) of each image and label, by URI.
+    `lookup` (256,) uint8 maps the values in label files to class ids; None if they are ids.
+    `objects` has each file's listing entry (etag, bytes) by URI.
     """
 
     root: str
@@ -44,7 +43,7 @@ class Split:
 
     @property
     def fingerprint(self) -> str:
-        """Another one where another file, another version of a file, or a class differs."""
+        """Hash of the classes and of every file's URI and etag, in order."""
         values = [
             self.classes.to_dict(),
             self.lookup is not None,
@@ -58,17 +57,17 @@ class Split:
 
 
 def open_split(root: str, split: str, *, layout: Layout, classes: Classes) -> Split:
-    """The pairs of `split` below `root`; "train+val" is one after the other, each photo once.
+    """Return the pairs of `split` under `root`; "train+val" concatenates splits, without repeats.
 
-    VOC's order is that of its list, a table's that of its rows, else the paths' own: the same on
-    every storage. Raises ValueError where the split is unknown or empty, the layout is another,
-    a photo or a label is missing, a label has no photo, or the classes are not Cityscapes' there;
-    StorageError where storage refuses.
+    The order is the list's for VOC, the rows' for a table, and otherwise by path, so it is the same
+    on every storage. Raises ValueError if the split is unknown or empty, `root` has another layout,
+    an image or label is missing, a label has no image, or layout cityscapes is used with other
+    classes; StorageError if storage refuses.
     """
     root = storage.normalize(root)
     parts = list(dict.fromkeys(part.strip() for part in split.split("+")))
     if not all(parts):
-        raise ValueError(f"split is {split!r}; give a name, or a sum of names such as train+val")
+        raise ValueError(f"split {split!r}: must be a name, or names joined by + such as train+val")
     found = _found(root, parts, layout, classes)
     by_image = {pair.image: pair for part in reversed(parts) for pair in found.pairs[part]}
     images = dict.fromkeys(pair.image for part in parts for pair in found.pairs[part])
@@ -92,9 +91,9 @@ def _found(root: str, parts: list[str], layout: Layout, classes: Classes) -> Dat
     if layout == "cityscapes":
         if (classes.num_classes, classes.ignore_index) != (19, 255):
             raise ValueError(
-                f"layout cityscapes has 19 classes and ignore_index 255, but classes have "
-                f"{classes.num_classes} and {classes.ignore_index}; take classes cityscapes, or "
-                "layout table for classes of your own"
+                f"layout cityscapes has 19 classes and ignore_index 255, but the given classes "
+                f"have {classes.num_classes} and {classes.ignore_index}; use classes cityscapes, "
+                "or layout table for classes of your own"
             )
         return layouts.cityscapes(root, parts)
     if layout in ("camvid", "folders"):
@@ -102,4 +101,4 @@ def _found(root: str, parts: list[str], layout: Layout, classes: Classes) -> Dat
     if layout == "table":
         pairs, objects = pair_table.open_table(root, parts)
         return DatasetFiles(pairs=pairs, objects=objects)
-    raise ValueError(f"layout is {layout!r}; give voc, cityscapes, camvid, folders or table")
+    raise ValueError(f"layout {layout!r}: must be voc, cityscapes, camvid, folders or table")

@@ -1,9 +1,9 @@
-"""Untrusted bytes become an RGB array, or one typed error.
+"""Decodes untrusted bytes to an RGB array, or raises one typed error.
 
-Whatever the bytes hold, `decode` returns a picture as a viewer would show it, raises `ImageError`,
-or runs out of memory; Pillow's own exceptions and warnings do not leave this room. A decoder in C
-may still crash or hang: the process it runs in contains that. Pillow's limits are module globals,
-set for the time of a call: use one thread of a process at a time.
+Whatever the bytes contain, `decode` returns the image as a viewer would show it, raises
+`ImageError`, or runs out of memory; Pillow's exceptions and warnings stay inside this module. C
+decoders may still crash or hang, so run them in a child process. Pillow's limits are module
+globals set during a call: only one thread of a process may decode at a time.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from pipeline.checks import check_at_least
 from pipeline.text import one_line
 
-# empty: no bytes. truncated: an image that ends early. not_an_image: no format that is known here.
+# empty: no bytes. truncated: the image ends early. not_an_image: no known format.
 # too_large: over the pixel limit. unsupported: a known format or variant that is not read.
-# corrupt: the format's own rules are broken in any other way.
+# corrupt: any other violation of the format.
 ImageErrorKind = Literal[
     "empty", "truncated", "not_an_image", "too_large", "unsupported", "corrupt"
 ]
@@ -32,15 +33,15 @@ IMAGE_ERROR_KINDS: tuple[ImageErrorKind, ...] = get_args(ImageErrorKind)
 
 Pixels = npt.NDArray[np.uint8]
 
-# Pictures that Pillow decodes by itself: never EPS (starts Ghostscript), PDF, WMF, nor BUFR, GRIB,
-# HDF5 (stubs that decode nothing). Tried in this order; TGA has no signature, so it is last.
+# Formats that Pillow decodes by itself: not EPS (starts Ghostscript), PDF, WMF, nor BUFR, GRIB,
+# HDF5 (stubs). Tried in this order; TGA has no signature, so it is last.
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF", "JPEG2000", "BMP", "DIB", "PPM", "ICO", "CUR"),
     *("ICNS", "PSD", "DDS", "QOI", "SGI", "SUN", "PCX", "DCX", "FLI", "TGA"),
 )
 
-# (name, offset, bytes) that tell a broken or a refused file from one that is no image at all;
-# a name of FORMATS is a broken one. The bare ftyp is after those that it would hide.
+# (name, offset, bytes) to tell corrupt files (a name of FORMATS) and unsupported formats (all
+# others) from files that are not images. The bare ftyp comes after the more specific ones.
 _SIGNATURES = (
     *(("JPEG", 0, b"\xff\xd8\xff"), ("PNG", 0, b"\x89PNG"), ("GIF", 0, b"GIF8")),
     *(("WEBP", 8, b"WEBP"), ("TIFF", 0, b"II*\0"), ("TIFF", 0, b"MM\0*"), ("AVIF", 4, b"ftypavi")),
@@ -53,19 +54,19 @@ _SIGNATURES = (
     ("video", 4, b"ftyp"),
 )
 
-# what Pillow's plugins say, in lower case
+# phrases in the messages of Pillow's plugins, in lower case
 _TRUNCATED = ("truncated", "buffer is not large enough", "not enough", "unexpected end")
 _UNSUPPORTED = ("unsupported", "not supported", "unknown compression", "unknown pixel mode")
 
 
 class ImageError(ValueError):
-    """Bytes that are no picture within the limits. `kind` is one of `IMAGE_ERROR_KINDS`.
+    """Bytes that are not an image within the limits. `kind` is one of `IMAGE_ERROR_KINDS`.
 
-    The message is one line of at most 300 printable characters, whatever the bytes hold.
+    The message is one line of at most 300 printable characters.
     """
 
     def __init__(self, kind: ImageErrorKind, message: str) -> None:
-        super().__init__(kind, message)  # both, so that the error survives pickling
+        super().__init__(kind, message)  # both, so that the error can be pickled
         self.kind: ImageErrorKind = kind
 
     def __str__(self) -> str:
@@ -73,18 +74,18 @@ class ImageError(ValueError):
 
 
 def decode(data: bytes, *, max_pixels: int = 100_000_000) -> Pixels:
-    """The picture in `data` as (h, w, 3) RGB, C-contiguous, upright by its EXIF orientation.
+    """Return the image in `data` as (h, w, 3) uint8 RGB, C-contiguous, upright by EXIF orientation.
 
-    Of an animation or a document it is the first frame. Transparency is shown on white. CMYK is
-    converted without its profile, LAB as D50. 16-bit gray is 0 to 65535 (12-bit TIFF 0 to 4095),
-    32-bit integers too, floats 0 to 1 or else 0 to 255; what exceeds that is stretched from its
-    least to its largest value; 16-bit gray ignores a transparent value.
-    Raises ImageError on anything else, `too_large` before a pixel is decoded, and MemoryError
-    where memory is short.
+    Animations and documents give their first frame. Transparency is shown on white; a transparent
+    value of 16-bit gray is ignored. CMYK is converted without its profile, LAB as D50. Gray values
+    are scaled from 0..65535 (16-bit and 32-bit integers), 0..4095 (12-bit TIFF), or 0..1, else
+    0..255 (floats); values beyond that are stretched from minimum to maximum.
+    Raises ImageError if this fails (`too_large` before any pixel is decoded), MemoryError if memory
+    is short.
     """
     with guard(max_pixels):
         image = open_image(data)
-        # asked first: Pillow forgets how samples are stored once it has read them
+        # read before load(), after which Pillow no longer knows how samples are stored
         white = 4095 if raw_mode(image).startswith("I;12") else 65535
         image.load()
         return _to_rgb(image, white)
@@ -92,16 +93,15 @@ def decode(data: bytes, *, max_pixels: int = 100_000_000) -> Pixels:
 
 @contextmanager
 def guard(max_pixels: int) -> Iterator[None]:
-    """Pillow within limits: in the body its errors become ImageError and its warnings silence.
+    """Limit Pillow to `max_pixels`, turn its errors into ImageError and silence its warnings.
 
-    Raises ValueError where `max_pixels` is under 1.
+    Raises ValueError if `max_pixels` is less than 1.
     """
-    if max_pixels < 1:
-        raise ValueError(f"max_pixels is {max_pixels}; it must be at least 1")
+    check_at_least("max_pixels", max_pixels, 1)
     before = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # up to twice its limit Pillow only warns; it checks icons' inner images too
+        # Pillow only warns up to twice its limit; it also checks images inside icons
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         Image.MAX_IMAGE_PIXELS = max_pixels
         try:
@@ -111,8 +111,8 @@ def guard(max_pixels: int) -> Iterator[None]:
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             size = str(error).partition(" exceeds")[0]
             raise ImageError("too_large", f"{size} is over max_pixels, {max_pixels}") from error
-        # Pillow's parsers raise whatever their slicing and unpacking happens to raise (OSError,
-        # SyntaxError, struct.error, zlib.error, KeyError, ...): no narrower list is complete
+        # Pillow's parsers raise OSError, SyntaxError, struct.error, zlib.error, KeyError and more:
+        # no narrower list is complete
         except Exception as error:
             raise ImageError(_kind(error), f"{type(error).__name__}: {error}") from error
         finally:
@@ -120,7 +120,7 @@ def guard(max_pixels: int) -> Iterator[None]:
 
 
 def open_image(data: bytes, *, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """The image in `data` with its header read and no pixel decoded; to be called in `guard`."""
+    """Return the image in `data` with only its header read; call this inside `guard`."""
     if not data:
         raise ImageError("empty", "the object has no bytes")
     try:
@@ -133,7 +133,7 @@ def open_image(data: bytes, *, formats: tuple[str, ...] = FORMATS) -> Image.Imag
 
 
 def raw_mode(image: Image.Image) -> str:
-    """How the samples of an opened, not yet loaded image are stored, like "L;4"; "" if unknown."""
+    """Return how the samples of an image not yet loaded are stored, such as "L;4", or ""."""
     tiles = getattr(image, "tile", None)
     args: Any = tiles[0].args if tiles else ""
     first = args[0] if isinstance(args, tuple) and args else args
@@ -141,24 +141,24 @@ def raw_mode(image: Image.Image) -> str:
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation of a loaded image, 1 to 8; 1 where it has none or a broken one."""
+    """Return the EXIF orientation of an image, 1 to 8; 1 if it is missing or invalid."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except MemoryError:
         raise
-    # the pixels are fine: broken metadata, in any of the ways of `guard`, must not cost the image
+    # broken metadata raises as many types as in `guard`, and must not cost the image
     except Exception:
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def upright(stored: Pixels, orientation: int) -> Pixels:
-    """A view of `stored` (h, w, ...) as its EXIF `orientation` (1 to 8) wants it to be seen."""
+    """Return an upright view of `stored` (h, w, ...) by its EXIF `orientation`, 1 to 8."""
     return _flip(stored.swapaxes(0, 1) if orientation >= 5 else stored, orientation)
 
 
 def _stored(upright: Pixels, orientation: int) -> Pixels:
-    """The inverse of `upright`: a view of the upright array in the order of the file."""
+    """Return the inverse of `upright`: a view of the upright array in the file's order."""
     flipped = _flip(upright, orientation)
     return flipped.swapaxes(0, 1) if orientation >= 5 else flipped
 
@@ -170,10 +170,10 @@ def _flip(pixels: Pixels, orientation: int) -> Pixels:
 
 
 def _to_rgb(image: Image.Image, white: int) -> Pixels:
-    turn = orientation(image)
+    exif = orientation(image)
     height, width = image.height, image.width
-    out = np.empty((width, height, 3) if turn >= 5 else (height, width, 3), dtype=np.uint8)
-    stored = _stored(out, turn)
+    out = np.empty((width, height, 3) if exif >= 5 else (height, width, 3), dtype=np.uint8)
+    stored = _stored(out, exif)
     convert = _converter(image, white)
     for top, strip in _strips(image):
         stored[top : top + strip.height] = convert(strip)
@@ -181,14 +181,14 @@ def _to_rgb(image: Image.Image, white: int) -> Pixels:
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """(top row, strip) of about a million pixels: a large image is never held in three copies."""
+    """Yield (top row, strip) of about a million pixels, so that temporary copies stay small."""
     rows = max(1, 2**20 // image.width)
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def _converter(image: Image.Image, white: int) -> Callable[[Image.Image], Pixels]:
-    """What turns a strip of `image` into (h, w, 3), or (h, w, 1) where it is gray."""
+    """Return the function that converts a strip of `image` to (h, w, 3), or (h, w, 1) if gray."""
     if image.mode.startswith("I;16"):
         return partial(_gray, low=0, high=white)
     if image.mode in ("I", "F"):
@@ -204,7 +204,7 @@ def _converter(image: Image.Image, white: int) -> Callable[[Image.Image], Pixels
 
 
 def _range(image: Image.Image) -> tuple[float, float]:
-    """The least and the largest finite value, (0, 0) where there is none."""
+    """Return the smallest and the largest finite value, (0, 0) if there are none."""
     low, high = np.inf, -np.inf
     for _, strip in _strips(image):
         values = np.asarray(strip)
@@ -230,9 +230,9 @@ def _on_white(strip: Image.Image) -> Pixels:
 def _unidentified(data: bytes, formats: tuple[str, ...]) -> ImageError:
     name = next((name for name, at, magic in _SIGNATURES if data.startswith(magic, at)), None)
     if name is None:
-        return ImageError("not_an_image", f"no image format begins with {data[:8]!r}")
+        return ImageError("not_an_image", f"no image format starts with {data[:8]!r}")
     if name in formats:
-        return ImageError("corrupt", f"it begins as {name}, but its header cannot be read")
+        return ImageError("corrupt", f"it starts like {name}, but its header cannot be read")
     wanted = " or ".join(formats[:2])
     return ImageError("unsupported", f"{name} is not read; convert it to {wanted}")
 

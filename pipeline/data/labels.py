@@ -1,7 +1,7 @@
-"""Which classes there are: names, colours, and the value that means "no label here".
+"""Class tables: names, colors, and the value of unlabeled pixels.
 
-A `Classes` travels as plain JSON values (checkpoint metadata, Parquet footer keys); a user's own
-classes enter as JSON text. A class id is a position in `names`, and `ignore_index` is never one.
+`Classes` are stored as JSON values in checkpoint metadata and Parquet footers; custom classes are
+given as JSON text. A class id is an index into `names`; `ignore_index` is never a class id.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Color = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Classes:
-    """The classes of a data set: id i is called `names[i]` and drawn in `palette[i]` (R, G, B).
+    """The classes of a data set: id i has the name `names[i]` and color `palette[i]` (R, G, B).
 
-    `ignore_index` is the value of label pixels that count neither in the loss nor in a score.
-    Raises ValueError where these disagree (TypeError where a value is of another type).
+    Label pixels of value `ignore_index` count neither in the loss nor in any score.
+    Raises ValueError if the fields are inconsistent, TypeError if a value has another type.
     """
 
     names: tuple[str, ...]
@@ -38,7 +38,7 @@ class Classes:
         return len(self.names)
 
     def to_dict(self) -> dict[str, object]:
-        """The same as JSON values: `{"names": [...], "palette": [[r, g, b], ...], ...}`."""
+        """Return JSON values: `{"names": [...], "palette": [[r, g, b], ...], ...}`."""
         return {
             "names": list(self.names),
             "palette": [list(color) for color in self.palette],
@@ -47,14 +47,16 @@ class Classes:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Classes:
-        """The classes of `{"names", "palette", "ignore_index"}`; only names are required.
+        """Return the classes of `{"names", "palette", "ignore_index"}`; only names are required.
 
-        A missing palette is VOC's colour map, a missing ignore_index is 255. Raises ValueError
-        on an unknown key, TypeError on a value of another type.
+        The palette defaults to VOC's color map, ignore_index to 255. Raises ValueError on an
+        unknown key, TypeError on a value of another type.
         """
         unknown = sorted(set(values) - {"names", "palette", "ignore_index"})
         if unknown:
-            raise ValueError(f"classes have no {unknown[0]!r}; use names, palette, ignore_index")
+            raise ValueError(
+                f"classes have an unknown key {unknown[0]!r}; use names, palette, ignore_index"
+            )
         if "names" not in values:
             raise ValueError('classes have no names; give {"names": ["background", ...]}')
         names = tuple(_sequence(values["names"], "names"))
@@ -65,7 +67,7 @@ class Classes:
                 tuple(_sequence(color, f"palette[{i}]"))
                 for i, color in enumerate(_sequence(palette, "palette"))
             )
-        # the checks of __post_init__ are at run time, so what JSON gave may go in unproven
+        # types are not known statically; __post_init__ checks them at run time
         return cls(
             names=names,  # type: ignore[arg-type]
             palette=colors,  # type: ignore[arg-type]
@@ -74,7 +76,7 @@ class Classes:
 
 
 def voc_colormap(n: int) -> tuple[Color, ...]:
-    """VOC's first `n` colours: the bits of an id, dealt in turn to red, green and blue, high first.
+    """Return VOC's first `n` colors: the bits of an id, dealt in turn to red, green and blue.
 
     Source: VOCdevkit, VOClabelcolormap.m.
     """
@@ -82,12 +84,12 @@ def voc_colormap(n: int) -> tuple[Color, ...]:
 
 
 def _spread(bits: int) -> int:
-    """Every third bit of `bits`, mirrored into a byte: bit 0 becomes 128, bit 3 becomes 64."""
+    """Return every third bit of `bits`, reversed into a byte: bit 0 -> 128, bit 3 -> 64."""
     return sum(((bits >> (3 * j)) & 1) << (7 - j) for j in range(8))
 
 
 def from_json(text: str) -> Classes:
-    """The classes in a user's JSON text. Raises ValueError or TypeError and says what to change."""
+    """Return the classes in a JSON text. Raises ValueError or TypeError naming what to change."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -98,9 +100,9 @@ def from_json(text: str) -> Classes:
 
 
 def get_classes(name: str) -> Classes:
-    """The classes called `name` (voc, cityscapes, camvid, in any case), or a JSON text's own.
+    """Return the classes called `name` (voc, cityscapes, camvid; any case) or given as JSON text.
 
-    Raises ValueError where the name is unknown.
+    Raises ValueError if the name is unknown.
     """
     if name.lstrip().startswith("{"):
         return from_json(name)
@@ -109,7 +111,7 @@ def get_classes(name: str) -> Classes:
     except KeyError:
         known = ", ".join(KNOWN_CLASSES)
         raise ValueError(
-            f'no classes are called {name!r}; use {known}, or JSON text {{"names": [...]}}'
+            f'classes {name!r}: must be {known}, or JSON text {{"names": [...]}}'
         ) from None
 
 
@@ -125,16 +127,18 @@ def _is_int(value: object) -> bool:
 
 def _check_names(names: Sequence[str]) -> None:
     if not 1 <= len(names) <= 255:
-        raise ValueError(f"there are {len(names)} class names; a mask of bytes holds 1 to 255")
+        raise ValueError(f"there are {len(names)} class names; an 8-bit mask holds 1 to 255")
     first: dict[str, int] = {}
     for i, name in enumerate(names):
         if not isinstance(name, str):
             raise TypeError(f"names[{i}] is {name!r:.80}; it must be a string")
         if not name.strip():
             raise ValueError(f"names[{i}] is {name!r}; every class needs a name")
-        # it is printed as it is; joiners are letters to some languages and to emoji
+        # names are printed to terminals; joiners are part of words in some languages and of emoji
         if not re.sub("[\u200c\u200d]", "", name).isprintable():
-            raise ValueError(f"names[{i}] is {name!r:.80}; a name holds no control characters")
+            raise ValueError(
+                f"names[{i}] is {name!r:.80}; a name must not contain control characters"
+            )
         if name in first:
             raise ValueError(f"classes {first[name]} and {i} are both called {name!r}")
         first[name] = i
@@ -143,18 +147,18 @@ def _check_names(names: Sequence[str]) -> None:
 def _check_palette(palette: Sequence[Color], num_classes: int) -> None:
     if len(palette) != num_classes:
         raise ValueError(
-            f"the palette has {len(palette)} colours, but there are {num_classes} names"
+            f"the palette has {len(palette)} colors, but there are {num_classes} names"
         )
     for i, color in enumerate(palette):
         if not (len(color) == 3 and all(_is_int(c) and 0 <= c <= 255 for c in color)):
-            raise ValueError(f"palette[{i}] is {color!r:.80}; give red, green, blue in 0 to 255")
+            raise ValueError(f"palette[{i}] is {color!r:.80}; give red, green, blue from 0 to 255")
 
 
 def _check_ignore_index(ignore_index: int, num_classes: int) -> None:
     if not _is_int(ignore_index):
         raise TypeError(f"ignore_index is {ignore_index!r:.80}; it must be an integer")
     if not 0 <= ignore_index <= 255:
-        raise ValueError(f"ignore_index is {ignore_index}; a label of bytes holds 0 to 255")
+        raise ValueError(f"ignore_index is {ignore_index}; an 8-bit label holds 0 to 255")
     if ignore_index < num_classes:
         raise ValueError(
             f"ignore_index {ignore_index} is a class; use {num_classes} to 255 "
@@ -189,8 +193,7 @@ VOC = Classes(
     palette=voc_colormap(21),
 )
 
-# labelId, trainId's name, colour, in the order of the train ids. Source: cityscapesScripts,
-# table of labels.
+# label id, name, color; in order of train ids. Source: cityscapesScripts, labels.py.
 _CITYSCAPES: tuple[tuple[int, str, Color], ...] = (
     (7, "road", (128, 64, 128)),
     (8, "sidewalk", (244, 35, 232)),
@@ -227,11 +230,11 @@ def _cityscapes_train_ids() -> np.ndarray:
     return table
 
 
-# (256,) uint8, `CITYSCAPES_TRAIN_IDS[label]` turns labelIds into train ids; every other value
-# (licence plate is -1, a byte of 255) becomes 255, ignored
+# (256,) uint8: `CITYSCAPES_TRAIN_IDS[label]` maps label ids to train ids; all other values (such
+# as the license plate's -1, stored as 255) become 255, ignored
 CITYSCAPES_TRAIN_IDS = _cityscapes_train_ids()
 
-# name, colour. Source: SegNet's eleven of CamVid's 32 classes, in CamVid's colours.
+# name, color. Source: SegNet's eleven of CamVid's 32 classes, in CamVid's colors.
 _CAMVID: tuple[tuple[str, Color], ...] = (
     ("Sky", (128, 128, 128)),
     ("Building", (128, 0, 0)),
@@ -249,7 +252,7 @@ _CAMVID: tuple[tuple[str, Color], ...] = (
 CAMVID = Classes(
     names=tuple(name for name, _ in _CAMVID),
     palette=tuple(color for _, color in _CAMVID),
-    ignore_index=11,  # its label files hold 11, not 255, where there is no label
+    ignore_index=11,  # its label files use 11, not 255, for unlabeled pixels
 )
 
 KNOWN_CLASSES = {"voc": VOC, "cityscapes": CITYSCAPES, "camvid": CAMVID}

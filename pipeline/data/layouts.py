@@ -1,8 +1,7 @@
-"""Where a data set keeps its photos and labels: one function for each layout that is known.
+"""Layouts of data sets: one function per layout finds the pairs of images and labels of splits.
 
-Enters: a root URI and the names of splits. Leaves: for each name its pairs, in an order that is
-the same on every storage, and the objects as a listing showed them. Folders are listed once, no
-file is asked for alone; what is missing or left over is a ValueError here, not in mid-training.
+The order is the same on every storage. Each folder is listed once and no file is requested by
+itself. Missing or superfluous files raise ValueError here instead of in the middle of training.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tif
 LABEL_ENDINGS = (".png", ".bmp", ".gif", ".tif", ".tiff")
 
 _CITYSCAPES_IMAGE = "_leftImg8bit.png"
-# preferred first: train ids are read as they are, label ids through a table
+# in order of preference: train ids are class ids already, label ids need a lookup table
 _CITYSCAPES_LABELS = ("_gtFine_labelTrainIds.png", "_gtFine_labelIds.png")
 
 
 @dataclass(kw_only=True)
 class DatasetFiles:
-    """What a layout holds: the pairs of each split by name, and their objects by URI.
+    """Files of a data set: pairs by split name, and listing entries by URI.
 
-    `lookup` (256,) uint8 maps a label's values to class ids; None where they are class ids.
+    `lookup` (256,) uint8 maps the values in label files to class ids; None if they are ids.
     """
 
     pairs: dict[str, list[Pair]] = field(default_factory=dict)
@@ -39,10 +38,10 @@ class DatasetFiles:
 
 
 def voc(root: str, splits: list[str]) -> DatasetFiles:
-    """ImageSets/Segmentation/SPLIT.txt names files of JPEGImages and SegmentationClass.
+    """Return the pairs of JPEGImages and SegmentationClass that SPLIT.txt lists, in its order.
 
-    A label that SegmentationClass lacks is taken from SegmentationClassAug, so the official
-    outlines, with their border, go before the augmented ones. The order is the list's.
+    A label missing from SegmentationClass is taken from SegmentationClassAug, so the official
+    labels, which have a border, take precedence over the augmented ones.
     """
     found = DatasetFiles()
     names = {split: _voc_names(root, split) for split in splits}
@@ -53,15 +52,15 @@ def voc(root: str, splits: list[str]) -> DatasetFiles:
         labels = _by_stem(found, join(root, "SegmentationClassAug"), LABEL_ENDINGS) | labels
     for split, listed in names.items():
         for what, folder, files in (
-            ("photos", "JPEGImages", images),
+            ("images", "JPEGImages", images),
             ("labels", "SegmentationClass or SegmentationClassAug", labels),
         ):
             missing = [name for name in listed if name not in files]
             if missing:
                 raise ValueError(
-                    f"{len(missing)} of {len(listed)} {what} that {split}.txt names are not in "
-                    f"{folder} of {root}, the first is {missing[0]}; add the files, or take the "
-                    f"names out of {split}.txt"
+                    f"{len(missing)} of {len(listed)} {what} listed in {split}.txt are not in "
+                    f"{folder} of {root}, the first is {missing[0]}; add the files, or remove the "
+                    f"names from {split}.txt"
                 )
         found.pairs[split] = [Pair(images[name], labels[name]) for name in listed]
     return found
@@ -83,7 +82,7 @@ def _voc_names(root: str, split: str) -> list[str]:
 
 
 def folders(root: str, splits: list[str], *, layout: Layout = "folders") -> DatasetFiles:
-    """SPLIT/images and SPLIT/labels below root, matched by relative path without extension."""
+    """Return the pairs of SPLIT/images and SPLIT/labels, matched by path without extension."""
     found = DatasetFiles()
     for split in splits:
         image_root, label_root = (join(root, f"{split}/{kind}") for kind in ("images", "labels"))
@@ -96,9 +95,9 @@ def folders(root: str, splits: list[str], *, layout: Layout = "folders") -> Data
 
 
 def cityscapes(root: str, splits: list[str]) -> DatasetFiles:
-    """leftImg8bit/SPLIT/CITY/*_leftImg8bit.png, gtFine/SPLIT/CITY/*_gtFine_labelTrainIds.png.
+    """Return the pairs of leftImg8bit and gtFine, from *_gtFine_labelTrainIds.png if complete.
 
-    Where a split lacks those, all are read from *_gtFine_labelIds.png through the train ids.
+    If any is missing, all labels are *_gtFine_labelIds.png with a lookup table to train ids.
     """
     found = DatasetFiles()
     images: dict[str, dict[str, str]] = {}
@@ -111,7 +110,7 @@ def cityscapes(root: str, splits: list[str]) -> DatasetFiles:
         listed = _listed(join(root, f"gtFine/{split}"), (".png",))
         found.objects |= {item.uri: item for item in listed.values()}
         for ending in _CITYSCAPES_LABELS:
-            labels[ending][split] = _without(ending, listed)
+            labels[ending][split] = _without_ending(ending, listed)
     train_ids, label_ids = _CITYSCAPES_LABELS
     complete = all(images[split].keys() <= labels[train_ids][split].keys() for split in splits)
     ending = train_ids if complete else label_ids
@@ -125,7 +124,7 @@ def cityscapes(root: str, splits: list[str]) -> DatasetFiles:
 
 
 def _listed(folder: str, endings: tuple[str, ...]) -> dict[str, Object]:
-    """The objects below `folder` with one of the endings, by relative key, in the keys' order."""
+    """Return the objects under `folder` with one of the endings, by relative key, sorted."""
     found = {
         storage.relative(folder, item.uri): item
         for item in storage.list_objects(folder)
@@ -135,7 +134,7 @@ def _listed(folder: str, endings: tuple[str, ...]) -> dict[str, Object]:
 
 
 def _by_stem(found: DatasetFiles, folder: str, endings: tuple[str, ...]) -> dict[str, str]:
-    """stem -> URI of the objects below `folder`, which `found` remembers."""
+    """Return {stem: URI} of the objects under `folder`, and add them to `found`."""
     listed = _listed(folder, endings)
     found.objects |= {item.uri: item for item in listed.values()}
     return index_by_stem((key, item.uri) for key, item in listed.items())
@@ -144,11 +143,11 @@ def _by_stem(found: DatasetFiles, folder: str, endings: tuple[str, ...]) -> dict
 def _by_name(found: DatasetFiles, folder: str, ending: str) -> dict[str, str]:
     listed = _listed(folder, (ending.lower(),))
     found.objects |= {item.uri: item for item in listed.values()}
-    return _without(ending, listed)
+    return _without_ending(ending, listed)
 
 
-def _without(ending: str, listed: dict[str, Object]) -> dict[str, str]:
-    """key without `ending` -> URI, of the keys that have it."""
+def _without_ending(ending: str, listed: dict[str, Object]) -> dict[str, str]:
+    """Return {key without `ending`: URI} of the keys that have it."""
     return {
         key.removesuffix(ending): item.uri for key, item in listed.items() if key.endswith(ending)
     }
@@ -157,15 +156,14 @@ def _without(ending: str, listed: dict[str, Object]) -> dict[str, str]:
 def _matched(
     images: dict[str, str], labels: dict[str, str], image_root: str, label_root: str
 ) -> list[Pair]:
-    """Each image with its label. Raises ValueError where one of either has no partner."""
-    for whose, others, mine, place in (
-        ("photos", "label", images.keys() - labels.keys(), label_root),
-        ("labels", "photo", labels.keys() - images.keys(), image_root),
+    """Pair each image with its label. Raises ValueError if an image or a label is left over."""
+    for whose, files, partner, others, place in (
+        ("images", images, "label", labels, label_root),
+        ("labels", labels, "image", images, image_root),
     ):
-        if mine:
-            every = images if whose == "photos" else labels
+        if alone := files.keys() - others.keys():
             raise ValueError(
-                f"{len(mine)} of {len(every)} {whose} have no {others} in {place}, the first is "
-                f"{every[min(mine)]}; add the {others}s, or move these {whose} out"
+                f"{len(alone)} of {len(files)} {whose} have no {partner} in {place}, the first is "
+                f"{files[min(alone)]}; add the {partner}s, or remove these {whose}"
             )
     return [Pair(uri, labels[name]) for name, uri in images.items()]

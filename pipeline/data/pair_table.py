@@ -1,7 +1,7 @@
-"""A table of pairs: a Parquet or CSV file with the columns image, label and, if it likes, split.
+"""Layout `table`: a Parquet or CSV file with columns image, label and optionally split.
 
-Paths in it are URIs, or relative to the table's folder. Whether the files exist is asked of the
-listings of their folders, each made once.
+Paths are URIs, or relative to the table's folder. To check that the files exist, each folder is
+listed once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeline.data.storage import Object, StorageError
 from pipeline.text import first_line
 
 ONLY_SPLIT = "all"
-"""What the one split of a table without a column split is called."""
+"""Name of the split of a table without a column `split`."""
 
 _LISTERS = 16
 
@@ -30,9 +30,9 @@ Row = tuple[str | None, str | None, str | None]
 
 
 def open_table(uri: str, splits: list[str]) -> tuple[dict[str, list[Pair]], dict[str, Object]]:
-    """The pairs of each split in the order of the rows, and their objects by URI.
+    """Return the pairs of each split in row order, and their listing entries by URI.
 
-    Raises ValueError where a column, a value or a file is missing, or an image is there twice.
+    Raises ValueError if a column, a value or a file is missing, or an image is listed twice.
     """
     if not uri.lower().endswith(TABLE_ENDINGS):
         raise wrong_layout_error(uri, "table")
@@ -48,14 +48,14 @@ def open_table(uri: str, splits: list[str]) -> tuple[dict[str, list[Pair]], dict
     missing = sorted(wanted - objects.keys())
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(wanted)} files that {uri} names do not exist, the first is "
-            f"{missing[0]}; add them, or take their rows out"
+            f"{len(missing)} of {len(wanted)} files listed in {uri} do not exist, the first is "
+            f"{missing[0]}; add them, or remove their rows"
         )
     return pairs, objects
 
 
 def _rows(uri: str) -> list[Row]:
-    """(image, label, split) of each row, as they stand there."""
+    """Return (image, label, split) of each row, unchanged."""
     try:
         data = storage.read(uri)
     except StorageError as error:
@@ -72,11 +72,11 @@ def _rows(uri: str) -> list[Row]:
     for column in ("image", "label"):
         if names.count(column) != 1:
             raise ValueError(
-                f"{uri} has {names.count(column)} columns {column!r}, but {names}; it must have "
-                "image and label, and may have split"
+                f"{uri} must have one column {column!r}, but has {names}; give image, label "
+                "and, if you like, split"
             )
     if not table.num_rows:
-        raise ValueError(f"{uri} has no rows; give a row for each photo and its label")
+        raise ValueError(f"{uri} has no rows; add a row for each image and its label")
     splits = _strings(table, "split") if "split" in names else [ONLY_SPLIT] * table.num_rows
     return list(zip(_strings(table, "image"), _strings(table, "label"), splits, strict=True))
 
@@ -86,7 +86,7 @@ def _parquet(data: bytes) -> pa.Table:
 
 
 def _csv(data: bytes) -> pa.Table:
-    # all as text: a column of names like 0001 is not one of numbers
+    # read as text: names like 0001 must not become numbers
     kinds = dict.fromkeys(("image", "label", "split"), pa.string())
     convert = pyarrow.csv.ConvertOptions(column_types=kinds)
     return pyarrow.csv.read_csv(io.BytesIO(data), convert_options=convert)
@@ -106,12 +106,12 @@ def _pairs(uri: str, rows: list[Row], split: str) -> list[Pair]:
             continue
         if not image or not label:
             what = "label" if image else "image"
-            raise ValueError(f"row {number} of {uri} has no {what}; fill it in, or take it out")
+            raise ValueError(f"row {number} of {uri} has no {what}; fill it in, or remove the row")
         pair = Pair(_absolute(folder, image), _absolute(folder, label))
         if pair.image in seen:
             raise ValueError(
-                f"rows {seen[pair.image]} and {number} of {uri} are both {pair.image}; keep one "
-                "(repeat_classes repeats photos)"
+                f"rows {seen[pair.image]} and {number} of {uri} both list {pair.image}; keep one "
+                "(--repeat-classes repeats images)"
             )
         seen[pair.image] = number
         found.append(pair)
@@ -119,17 +119,17 @@ def _pairs(uri: str, rows: list[Row], split: str) -> list[Pair]:
 
 
 def _absolute(folder: str, path: str) -> str:
-    """The URI of what a table in `folder` calls `path`."""
+    """Return the URI of `path` in a table that is in `folder`."""
     if "://" in path or path.startswith("/"):
         return storage.normalize(path)
     scheme, _, place = storage.join(folder, path).rpartition("://")
-    # an object store knows no ".."
+    # object stores do not resolve ".."
     place = posixpath.normpath(place)
     return f"{scheme}://{place}" if scheme else place
 
 
 def _objects(uris: Iterable[str]) -> dict[str, Object]:
-    """The objects of `uris` that exist, by URI; none of their folders is listed twice."""
+    """Return the objects of `uris` that exist, by URI; no folder is listed twice."""
     wanted = set(uris)
     tops: list[str] = []
     for folder in sorted({posixpath.dirname(uri) + "/" for uri in wanted}):

@@ -1,7 +1,7 @@
-"""A pair of files becomes a photo and its label, or one error that names the file.
+"""Loads an image and its label from a pair of files.
 
-Whatever goes wrong on the way (storage, bytes, values) is a `SampleError`, which survives the way
-back from a worker process. One thread of a process decodes at a time.
+Every failure (storage, bytes, values) is a `SampleError` that names the file and can be pickled,
+so it travels back from a worker process. Only one thread of a process may decode at a time.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from pipeline.data.storage import StorageError
 from pipeline.text import one_line
 
 Read = Callable[[str], bytes]
-"""URI -> the object's bytes: `storage.read`, or a `NodeCache`."""
+"""Returns the bytes of a URI: `storage.read` or a `NodeCache`."""
 
-_REPLACE = "replace the file, or take it out of the split"
+_REPLACE = "replace the file, or remove it from the split"
 
 
 class SampleError(ValueError):
-    """A photo or label that cannot be trained on; `uri` is the file. The message is one line."""
+    """An image or label that cannot be used; `uri` is the file. The message is one line."""
 
     def __init__(self, uri: str, message: str) -> None:
-        super().__init__(uri, message)  # both, so that the error survives pickling
+        super().__init__(uri, message)  # both, so that the error can be pickled
         self.uri = uri
 
     def __str__(self) -> str:
@@ -34,14 +34,14 @@ class SampleError(ValueError):
 
 
 class BrokenFileError(SampleError):
-    """A file that was read and cannot be trained on: only another one can."""
+    """A file that was read but is unusable: retrying does not help, only another file does."""
 
 
 def load(pair: Pair, split: Split, read: Read) -> tuple[Pixels, Pixels]:
-    """The photo (h, w, 3) uint8 RGB and its label (h, w) uint8, ids and ignore_index.
+    """Return the image (h, w, 3) uint8 RGB and its label (h, w) uint8: class ids, ignore_index.
 
-    Raises SampleError where one cannot be read or decoded, the label holds another value, or
-    their sizes differ; MemoryError where memory is short.
+    Raises SampleError if a file cannot be read or decoded, the label holds any other value, or
+    the sizes differ; MemoryError if memory is short.
     """
     image = decode_image(pair.image, fetch(pair.image, read))
     height, width, _ = image.shape
@@ -49,21 +49,21 @@ def load(pair: Pair, split: Split, read: Read) -> tuple[Pixels, Pixels]:
 
 
 def fetch(uri: str, read: Read) -> bytes:
-    """The bytes at `uri`. Raises SampleError where storage does not give them."""
+    """Return the bytes at `uri`. Raises SampleError if storage fails."""
     try:
         return read(uri)
     except StorageError as error:
-        ways_out = {
-            "vanished": "it was there when the split was opened; put it back, or start again",
-            "changed": "it was replaced after the split was opened; start again",
+        hints = {
+            "vanished": "it existed when the split was opened; restore it, or start over",
+            "changed": "restore it, or start over",
         }
-        way_out = ways_out.get(error.kind, "check that it can be reached from this node")
+        hint = hints.get(error.kind, "check that this node can reach it")
         reason = one_line(str(error).removeprefix(f"{uri}: ").removeprefix(f"{uri} "))
-        raise SampleError(uri, f"{reason}; {way_out}") from error
+        raise SampleError(uri, f"{reason}; {hint}") from error
 
 
 def decode_image(uri: str, data: bytes) -> Pixels:
-    """The photo in `data`. Raises SampleError, naming `uri`, where it is none."""
+    """Return the image in `data`. Raises SampleError naming `uri` if it cannot be decoded."""
     try:
         return images.decode(data)
     except ImageError as error:
@@ -71,12 +71,12 @@ def decode_image(uri: str, data: bytes) -> Pixels:
 
 
 def broken_image_error(uri: str, error: ImageError) -> BrokenFileError:
-    """The error for a photo whose bytes cannot be decoded."""
+    """Return the error for an image whose bytes cannot be decoded."""
     return BrokenFileError(uri, f"image cannot be read ({error.kind}): {error}; {_REPLACE}")
 
 
 def decode_label(uri: str, data: bytes, split: Split, size: tuple[int, int]) -> Pixels:
-    """The label in `data` for a photo of `size` (h, w). Raises SampleError, naming `uri`."""
+    """Return the label in `data` for an image of `size` (h, w). Raises SampleError naming `uri`."""
     try:
         return masks.decode_label(data, split.classes, size=size, lookup=split.lookup)
     except LabelError as error:

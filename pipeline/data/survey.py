@@ -1,8 +1,7 @@
-"""One look at every label of a split: are they right, and how often is each class there.
+"""Statistics of a split's labels, from reading and checking every file once.
 
-Enters: an opened split. Leaves: a `Survey`: counts, from which class weights and repeats are
-derived, and digests of what was read. It can be kept as JSON, so that a run that goes on need not
-look again.
+Class weights and repeats are derived from them. A survey is stored as JSON, so that a resumed run
+does not read the split again.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from pipeline.checks import check_at_least
 from pipeline.data import images
 from pipeline.data.datasets import Split
 from pipeline.data.images import ImageError
@@ -25,22 +25,22 @@ from pipeline.data.prefetch import prefetch
 from pipeline.data.samples import Read, broken_image_error, decode_label, fetch
 
 _FETCHERS = 8
-_AHEAD = 64  # photos whose bytes may wait
+_AHEAD = 64  # images fetched in advance
 _MAX_PIXELS = 100_000_000  # as for `images.decode`
 
-# in a PNG that has none of these no orientation can be; else its pixels would have to be read
+# a PNG without any of these has no orientation tag; otherwise Pillow must read the pixels first
 _PNG_METADATA = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What a split's labels hold. n photos, in the split's order; k classes.
+    """Label statistics of a split with n images, in the split's order, and k classes.
 
-    `pixels` (k,) int64: pixels of each class. `image_pixels` (k,) int64: labelled pixels of the
-    photos that hold it. `ignored`: pixels without a label. `holds` (n, k) bool: which classes a
-    photo has. `fingerprint` is the split's.
-    `images_sha256` and `labels_sha256` are of all files' bytes, in order, wherever they lie: a copy
-    of the split has the same. An older survey has none.
+    `pixels` (k,) int64: pixels per class. `image_pixels` (k,) int64: labeled pixels in all images
+    that contain the class. `ignored`: unlabeled pixels. `holds` (n, k) bool: whether the image
+    contains the class. `fingerprint` is the split's.
+    `images_sha256` and `labels_sha256` cover all files' bytes in order, independent of their URIs,
+    so a copy of the split has the same digests. They are "" in surveys of older versions.
     """
 
     fingerprint: str
@@ -52,8 +52,8 @@ class Survey:
     labels_sha256: str = ""
 
     def to_json(self) -> str:
-        """This survey as one line of JSON: for VOC's 10,582 photos about 90 KB."""
-        values = {
+        """Return this survey as one line of JSON, about 90 KB for VOC's 10,582 images."""
+        values = {  # stored keys: they stay when a field is renamed
             "fingerprint": self.fingerprint,
             "pixels": self.pixels.tolist(),
             "photo_pixels": self.image_pixels.tolist(),
@@ -66,7 +66,7 @@ class Survey:
 
     @classmethod
     def from_json(cls, text: str) -> Survey:
-        """The survey that `to_json` wrote; whether it is of the same split, `fingerprint` tells."""
+        """Return the survey that `to_json` wrote; compare `fingerprint` to know if it applies."""
         values = json.loads(text)
         holds = np.zeros((len(values["holds"]), len(values["pixels"])), dtype=np.bool_)
         for row, ids in zip(holds, values["holds"], strict=True):
@@ -85,10 +85,10 @@ class Survey:
 def survey_split(
     split: Split, read: Read, *, progress: Callable[[int], None] | None = None
 ) -> Survey:
-    """The counts of all labels of `split`, each checked, and its size against its photo's header.
+    """Return the label statistics of `split`, checking each label and its size against its image.
 
-    `progress` is called with the number of photos done. Photos' pixels are not decoded, where
-    JPEG or PNG. Raises SampleError at the first file that is not as it must be.
+    Pixels of JPEG and PNG images are not decoded, only their headers. `progress` is called with
+    the number of images finished so far. Raises SampleError at the first bad file.
     """
     num_classes, ignore_index = split.classes.num_classes, split.classes.ignore_index
     holds = np.zeros((len(split), num_classes), dtype=np.bool_)
@@ -104,9 +104,9 @@ def survey_split(
         pair = split.pairs[number]
         images_read.update(hashlib.sha256(image).digest())
         labels_read.update(hashlib.sha256(label).digest())
-        size = _shown_size(pair.image, image)
+        size = _upright_size(pair.image, image)
         ids = decode_label(pair.label, label, split, size)
-        counts = np.array(Image.fromarray(ids).histogram())  # a fifth of the time of bincount
+        counts = np.array(Image.fromarray(ids).histogram())  # five times faster than bincount
         of_classes = counts[:num_classes]
         holds[number] = of_classes > 0
         pixels += of_classes
@@ -126,10 +126,10 @@ def survey_split(
 
 
 def median_frequency_weights(survey: Survey) -> npt.NDArray[np.float64]:
-    """(k,) the weight of each class: the median frequency over its own; rare classes weigh more.
+    """Return class weights (k,): median frequency / class frequency, so rare classes weigh more.
 
-    A class's frequency is its pixels over the labelled pixels of the photos that hold it. An absent
-    class weighs 1: it has no pixel whose loss could be weighed, and the median is of the others.
+    A class's frequency is its pixels over the labeled pixels of the images that contain it. Absent
+    classes are left out of the median and get weight 1, which no pixel uses.
     Source: arXiv 1511.00561 (SegNet), Sec. 4; arXiv 1411.4734, Sec. 6.3.1.
     """
     present = survey.pixels > 0
@@ -143,13 +143,13 @@ def median_frequency_weights(survey: Survey) -> npt.NDArray[np.float64]:
 def repeat_positions(
     survey: Survey, classes: Classes, repeat_classes: Sequence[str], repeats: int
 ) -> list[int]:
-    """Positions in the split: each once, then those that hold a class to be repeated, again.
+    """Return the positions in the split: all once, then again those with a repeated class.
 
-    Those are in the list `repeats` times in all. Raises ValueError where a class is unknown or
-    `repeats` is under 1. Source: arXiv 1706.05587, Sec. 4.1.1 (bootstrapping on hard images).
+    An image with any of `repeat_classes` appears `repeats` times in total. Raises ValueError if a
+    class is unknown or `repeats` is less than 1.
+    Source: arXiv 1706.05587, Sec. 4.1.1 (bootstrapping on hard images).
     """
-    if repeats < 1:
-        raise ValueError(f"repeats is {repeats}; it must be at least 1: 1 repeats nothing")
+    check_at_least("--repeats", repeats, 1, "1 repeats nothing")
     check_repeat_classes(classes, repeat_classes)
     ids = [classes.names.index(name) for name in repeat_classes]
     hard = np.flatnonzero(survey.holds[:, ids].any(axis=1)).tolist()
@@ -157,25 +157,25 @@ def repeat_positions(
 
 
 def check_repeat_classes(classes: Classes, repeat_classes: Sequence[str]) -> None:
-    """Raises ValueError where one of the classes to be repeated is unknown."""
+    """Check that all classes to be repeated exist. Raises ValueError naming an unknown one."""
     for name in repeat_classes:
         if name not in classes.names:
             raise ValueError(
-                f"repeat_classes has {name!r}, which is no class; give some of "
-                f"{', '.join(classes.names)}, or none to repeat nothing"
+                f"--repeat-classes {name!r}: not a class; choose from {', '.join(classes.names)}, "
+                "or leave it empty to repeat nothing"
             )
 
 
-def _shown_size(uri: str, data: bytes) -> tuple[int, int]:
-    """(h, w) of the photo as `images.decode` shows it. Raises SampleError where it is none."""
+def _upright_size(uri: str, data: bytes) -> tuple[int, int]:
+    """Return (h, w) of the image that `images.decode` would return. Raises SampleError."""
     try:
         with images.guard(_MAX_PIXELS):
             image = images.open_image(data)
             if image.format == "JPEG" or (
                 image.format == "PNG" and not any(mark in data for mark in _PNG_METADATA)
             ):
-                turned = image.format == "JPEG" and images.orientation(image) >= 5
-                return (image.width, image.height) if turned else (image.height, image.width)
+                swapped = image.format == "JPEG" and images.orientation(image) >= 5
+                return (image.width, image.height) if swapped else (image.height, image.width)
         height, width, _ = images.decode(data, max_pixels=_MAX_PIXELS).shape
     except ImageError as error:
         raise broken_image_error(uri, error) from error

@@ -12,7 +12,7 @@ import pytest
 from pipeline.data import cache, storage
 from pipeline.data.cache import NodeCache
 from pipeline.data.storage import StorageError
-from tests.data.drawn import put_all
+from tests.data.tiny_datasets import put_all
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from matplotlib.path import Path as Outline
 
 from pipeline.data import coco
 from pipeline.data.coco import AnnotatedImage
-from tests.data.coco_set import instances, rectangle
+from tests.data.tiny_coco import instances, rectangle
 
 PERSON, CAT, TV = 15, 8, 20
 

@@ -1,4 +1,4 @@
-"""Splits: every layout gives its pairs in one order, and what is missing is said at once."""
+"""Every layout gives its pairs in a fixed order, and missing files are reported at once."""
 
 import io
 import pickle
@@ -13,7 +13,15 @@ from pipeline.data import storage
 from pipeline.data.datasets import open_split
 from pipeline.data.labels import CAMVID, CITYSCAPES, CITYSCAPES_TRAIN_IDS, VOC, Classes
 from pipeline.data.pairs import Pair
-from tests.data.drawn import cityscapes_files, encoded, folder_files, ids, photo, put_all, voc_files
+from tests.data.tiny_datasets import (
+    cityscapes_files,
+    encode,
+    folder_files,
+    ids,
+    image_file,
+    put_all,
+    voc_files,
+)
 
 CLASSES = Classes.from_dict({"names": ["ground", "cat", "dog"]})
 
@@ -30,7 +38,7 @@ def label_names(split):
     return [storage.relative(split.root, pair.label) for pair in split.pairs]
 
 
-def test_voc_is_in_the_order_of_its_list_and_a_sum_has_each_photo_once(prefix):
+def test_voc_keeps_the_order_of_its_list_and_a_sum_has_each_image_once(prefix):
     put_all(prefix, voc_files(train=(5, 2), trainaug=(9, 2, 5), val=(1,)))
     assert names(opened(prefix, "trainaug")) == [f"JPEGImages/000{i}.jpg" for i in (9, 2, 5)]
     summed = opened(prefix, "train + trainaug+val")
@@ -39,10 +47,10 @@ def test_voc_is_in_the_order_of_its_list_and_a_sum_has_each_photo_once(prefix):
     assert summed.lookup is None
 
 
-def test_voc_takes_augmented_labels_where_there_are_no_official_ones(prefix):
+def test_voc_uses_augmented_labels_only_for_missing_official_ones(prefix):
     files = voc_files(trainaug=(0, 1))
     del files["SegmentationClass/0001.png"]
-    files |= {f"SegmentationClassAug/000{i}.png": encoded(ids(i)) for i in (0, 1)}
+    files |= {f"SegmentationClassAug/000{i}.png": encode(ids(i)) for i in (0, 1)}
     put_all(prefix, files)
     assert label_names(opened(prefix, "trainaug")) == [
         *("SegmentationClass/0000.png", "SegmentationClassAug/0001.png"),
@@ -50,7 +58,7 @@ def test_voc_takes_augmented_labels_where_there_are_no_official_ones(prefix):
 
 
 @pytest.mark.parametrize("layout", ["camvid", "folders"])
-def test_two_folders_match_by_path_in_the_order_of_the_paths(prefix, layout):
+def test_folders_are_matched_and_ordered_by_path(prefix, layout):
     beside = {"train/images/.DS_Store": "x", "train/labels/notes.txt": "y"}
     put_all(prefix, folder_files(train=(3, 2, 0), val=(1,)) | beside)
     split = opened(prefix, "train", layout)
@@ -59,7 +67,7 @@ def test_two_folders_match_by_path_in_the_order_of_the_paths(prefix, layout):
     assert names(opened(prefix, "train+val", layout))[3:] == ["val/images/1/0001.jpg"]
 
 
-def test_cityscapes_train_ids_are_read_as_they_are(prefix):
+def test_cityscapes_train_ids_are_read_without_a_lookup(prefix):
     put_all(prefix, cityscapes_files("labelIds", "labelTrainIds"))
     split = opened(prefix, "train", "cityscapes", CITYSCAPES)
     assert [name.split("/", 2)[2] for name in names(split)] == [
@@ -71,10 +79,10 @@ def test_cityscapes_train_ids_are_read_as_they_are(prefix):
     assert split.lookup is None
 
 
-def test_cityscapes_label_ids_come_with_the_table_to_train_ids(prefix):
+def test_cityscapes_label_ids_come_with_a_lookup_to_train_ids(prefix):
     both = cityscapes_files("labelIds", "labelTrainIds", split="train")
     put_all(prefix, both | cityscapes_files("labelIds", split="val"))
-    for name in ("val", "train+val"):  # a sum is read in one way
+    for name in ("val", "train+val"):  # all splits of a sum use the same files
         split = opened(prefix, name, "cityscapes", CITYSCAPES)
         assert all(label.endswith("_gtFine_labelIds.png") for label in label_names(split))
         np.testing.assert_array_equal(split.lookup, CITYSCAPES_TRAIN_IDS)
@@ -92,30 +100,30 @@ def as_csv(columns):
 
 
 @pytest.mark.parametrize(("name", "form"), [("t.parquet", as_parquet), ("t.CSV", as_csv)])
-def test_a_table_names_files_relative_to_itself_or_anywhere(prefix, name, form):
-    files = {f"data/photos/{i}": photo(i) for i in range(3)}
-    files |= {f"data/masks/{i}.png": encoded(ids(i)) for i in range(3)}
+def test_a_table_lists_files_relative_to_itself_or_by_uri(prefix, name, form):
+    files = {f"data/pictures/{i}": image_file(i) for i in range(3)}
+    files |= {f"data/masks/{i}.png": encode(ids(i)) for i in range(3)}
     columns = {
         "split": ["train", "val", "train"],
         "label": ["../data/masks/2.png", "../data/masks/1.png", "../data/masks/0.png"],
-        "image": ["../data/photos/2", "../data/photos/1", f"{prefix}/data/photos/0"],
+        "image": ["../data/pictures/2", "../data/pictures/1", f"{prefix}/data/pictures/0"],
     }
     put_all(prefix, {**files, f"tables/{name}": form(columns)})
     split = opened(f"{prefix}/tables/{name}", "train", "table")
     assert split.pairs == tuple(
-        Pair(f"{prefix}/data/photos/{i}", f"{prefix}/data/masks/{i}.png") for i in (2, 0)
+        Pair(f"{prefix}/data/pictures/{i}", f"{prefix}/data/masks/{i}.png") for i in (2, 0)
     )
     assert len(opened(f"{prefix}/tables/{name}", "val+train", "table")) == 3
 
 
-def test_a_csv_of_numbers_is_still_one_of_names(tmp_path):
-    put_all(str(tmp_path), {"0001": photo(1), "0002": encoded(ids(1))})
+def test_numeric_names_in_a_csv_stay_text(tmp_path):
+    put_all(str(tmp_path), {"0001": image_file(1), "0002": encode(ids(1))})
     put_all(str(tmp_path), {"t.csv": "image,label\n0001,0002\n"})
     split = opened(f"{tmp_path}/t.csv", "all", "table")
     assert split.pairs == (Pair(f"{tmp_path}/0001", f"{tmp_path}/0002"),)
 
 
-def test_what_was_listed_is_what_a_conditional_read_gives(prefix):
+def test_listed_etags_and_sizes_match_a_conditional_read(prefix):
     put_all(prefix, voc_files(train=(0, 1)))
     split = opened(prefix, "train")
     assert len(split.objects) == 4
@@ -123,7 +131,7 @@ def test_what_was_listed_is_what_a_conditional_read_gives(prefix):
         assert len(storage.read(uri, item.etag)) == item.size
 
 
-def test_each_folder_is_listed_once_and_no_file_is_asked_for(tmp_path, monkeypatch):
+def test_each_folder_is_listed_once_and_no_file_is_requested(tmp_path, monkeypatch):
     put_all(str(tmp_path), voc_files(train=(0, 1), val=(2,)))
     listed, calls = storage.list_objects, Counter()
     monkeypatch.setattr(
@@ -135,17 +143,17 @@ def test_each_folder_is_listed_once_and_no_file_is_asked_for(tmp_path, monkeypat
     assert calls == {f"{tmp_path}/JPEGImages": 1, f"{tmp_path}/SegmentationClass": 1}
 
 
-def test_a_fingerprint_is_another_one_for_another_file_version_or_class(prefix):
+def test_the_fingerprint_depends_on_files_their_versions_and_classes(prefix):
     put_all(prefix, voc_files(train=(0, 1), val=(1,)))
     first = opened(prefix, "train")
     assert first.fingerprint == opened(prefix, "train").fingerprint
     others = [opened(prefix, "val"), opened(prefix, "train", classes=VOC)]
-    put_all(prefix, {"SegmentationClass/0001.png": encoded(ids(4)[:, ::-1].copy())})
+    put_all(prefix, {"SegmentationClass/0001.png": encode(ids(4)[:, ::-1].copy())})
     others.append(opened(prefix, "train"))
     assert len({split.fingerprint for split in (first, *others)}) == 4
 
 
-def test_a_split_travels_to_another_process(tmp_path):
+def test_a_split_can_be_pickled(tmp_path):
     put_all(str(tmp_path), cityscapes_files("labelIds"))
     split = opened(str(tmp_path), "train", "cityscapes", CITYSCAPES)
     again = pickle.loads(pickle.dumps(split))
@@ -154,16 +162,16 @@ def test_a_split_travels_to_another_process(tmp_path):
 
 
 def table_files(text):
-    return {"a.jpg": photo(0), "b.png": encoded(ids(0)), "t.csv": text}
+    return {"a.jpg": image_file(0), "b.png": encode(ids(0)), "t.csv": text}
 
 
-WITHOUT_PHOTO = {
+WITHOUT_IMAGE = {
     key: data for key, data in voc_files(val=(1, 2)).items() if key != "JPEGImages/0002.jpg"
 }
 WITHOUT_LABEL = {
     key: data for key, data in voc_files(val=(1, 2)).items() if key != "SegmentationClass/0001.png"
 }
-UNLABELLED = {
+UNLABELED = {
     key: data for key, data in folder_files(val=range(4)).items() if "/labels/1/" not in key
 }
 UNUSED = {key: data for key, data in folder_files(val=range(4)).items() if "/images/1" not in key}
@@ -176,18 +184,18 @@ TABLE = {"root": "t.csv", "layout": "table"}
     ("files", "arguments", "message"),
     [
         (voc_files(val=(1,), train=(2,)), {"split": "tra"}, r"'tra' is not in .* train, val"),
-        (voc_files(val=(1,)), {"split": "val+"}, r"'val\+'; give a name, or a sum"),
+        (voc_files(val=(1,)), {"split": "val+"}, r"'val\+': must be a name, or names joined"),
         (voc_files(val=()), {}, r"'val': .*val\.txt: the split names no image"),
-        (WITHOUT_PHOTO, {}, r"1 of 2 photos that val.txt names .* JPEGImages .* first is 0002;"),
-        (WITHOUT_LABEL, {}, r"1 of 2 labels that val.txt names .* first is 0001; add"),
+        (WITHOUT_IMAGE, {}, r"1 of 2 images listed in val.txt .* JPEGImages .* first is 0002;"),
+        (WITHOUT_LABEL, {}, r"1 of 2 labels listed in val.txt .* first is 0001; add"),
         (voc_files(val=(1,)), TWO, r"not of layout folders.* looks like layout voc"),
         (voc_files(val=(1,)), CITY, r"not of layout cityscapes.* looks like layout voc"),
         (voc_files(val=(1,)), {"layout": "table"}, r"layout table.* looks like layout voc"),
-        (voc_files(val=(1,)), {"layout": "coco"}, r"layout is 'coco'; give voc, cityscapes"),
+        (voc_files(val=(1,)), {"layout": "coco"}, r"layout 'coco': must be voc, cityscapes"),
         (
             folder_files(val=(1,)),
             {},
-            r"not of layout voc, no ImageSets.* like layout folders",
+            r"not of layout voc: it has no ImageSets.* like layout folders",
         ),
         (cityscapes_files("labelIds"), {}, r"not of layout voc.* looks like layout cityscapes"),
         (table_files("image,label\n"), {"root": "t.csv"}, r"looks like layout table"),
@@ -195,40 +203,48 @@ TABLE = {"root": "t.csv", "layout": "table"}
         ({"up/val/images/a.jpg": "z"}, TWO, r"not of layout folders.* is up/val/images/a\.jpg"),
         ({}, TWO, r"not of layout folders.*nothing is there: check the path"),
         (folder_files(val=(1,), train=(2,)), TWO | {"split": "v"}, r"'v' is not .* train, val"),
-        ({"val/images/a.pdf": "z"}, TWO, r"'val' of .* is empty: no val/images/\* .* \.jpg,"),
-        (UNLABELLED, TWO, r"2 of 4 photos have no label in .*/val/labels, .*1/0001\.jpg; add"),
-        (UNUSED, TWO, r"2 of 4 labels have no photo in .*/val/images, .*1/0001\.png; add"),
+        (
+            {"val/images/a.pdf": "z"},
+            TWO,
+            r"'val' of .* is empty: it has no val/images/\* .* \.jpg,",
+        ),
+        (UNLABELED, TWO, r"2 of 4 images have no label in .*/val/labels, .*1/0001\.jpg; add"),
+        (UNUSED, TWO, r"2 of 4 labels have no image in .*/val/images, .*1/0001\.png; add"),
         (
             folder_files(val=(1,)) | {"val/labels/1/0001.gif": "z"},
             TWO,
             r"1/0001\.gif' and .*1/0001\.png' have the same path",
         ),
-        (cityscapes_files("labelIds"), CITY, r"'val' is not in .*; give one of train"),
-        (cityscapes_files(split="val"), CITY, r"3 of 3 photos have no label in .*_labelIds\.png"),
+        (cityscapes_files("labelIds"), CITY, r"'val' is not in .*; choose from train"),
+        (cityscapes_files(split="val"), CITY, r"3 of 3 images have no label in .*_labelIds\.png"),
         (
             cityscapes_files("labelIds", split="val"),
             {"layout": "cityscapes", "classes": CAMVID},
-            r"19 classes and ignore_index 255, but classes have 11 and 11; take classes city",
+            r"19 classes and ignore_index 255, but .* have 11 and 11; use classes cityscapes",
         ),
         ({}, TABLE, r"t\.csv does not exist; give"),
-        (table_files("\0\x01"), TABLE, r"t\.csv (cannot be read|has 0 columns)"),
-        (table_files("image,labels\na.jpg,b.png"), TABLE, r"0 columns 'label', but .*'labels'"),
-        (table_files("image,label\n"), TABLE, r"has no rows; give"),
-        (table_files("image,label\na.jpg,b.png"), TABLE, r"'val' is not in .*; give one of all"),
+        (table_files("\0\x01"), TABLE, r"t\.csv (cannot be read|must have one column)"),
+        (
+            table_files("image,labels\na.jpg,b.png"),
+            TABLE,
+            r"must have one column 'label', but has .*'labels'",
+        ),
+        (table_files("image,label\n"), TABLE, r"has no rows; add"),
+        (table_files("image,label\na.jpg,b.png"), TABLE, r"'val' is not in .*; choose from all"),
         (table_files("image,label,split\na.jpg,,val"), TABLE, r"row 1 .* has no label; fill"),
         (
             table_files("image,label,split\na.jpg,b.png,val\nb.png,c.png,val"),
             TABLE,
-            r"1 of 3 files that .*t\.csv names do not exist, the first is .*c\.png; add",
+            r"1 of 3 files listed in .*t\.csv do not exist, the first is .*c\.png; add",
         ),
         (
             table_files("image,label,split\na.jpg,b.png,val\n./a.jpg,b.png,val"),
             TABLE,
-            r"rows 1 and 2 of .* are both .*a\.jpg; keep one",
+            r"rows 1 and 2 of .* both list .*a\.jpg; keep one",
         ),
     ],
 )
-def test_what_is_wrong_is_one_line_with_the_way_out(tmp_path, files, arguments, message):
+def test_errors_are_one_line_with_a_way_out(tmp_path, files, arguments, message):
     put_all(str(tmp_path), files)
     arguments = {"split": "val", "layout": "voc", "classes": CLASSES} | arguments
     root = f"{tmp_path}/{arguments.pop('root', '')}"
@@ -237,9 +253,9 @@ def test_what_is_wrong_is_one_line_with_the_way_out(tmp_path, files, arguments, 
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_split_of_a_bucket_is_told_with_the_known_ones(s3_prefix):
+def test_an_unknown_split_of_a_bucket_names_the_known_ones(s3_prefix):
     put_all(s3_prefix, voc_files(train=(0,)))
-    with pytest.raises(ValueError, match=f"'val' is not in {s3_prefix}; give one of train"):
+    with pytest.raises(ValueError, match=f"'val' is not in {s3_prefix}; choose from train"):
         opened(s3_prefix, "val")
     with pytest.raises(ValueError, match="looks like layout voc"):
         opened(s3_prefix, "train", "camvid")

@@ -1,4 +1,4 @@
-"""Classes: known tables against literals from their sources, a user's own against its mistakes."""
+"""Built-in class tables match their sources, and mistakes in custom classes are named."""
 
 import json
 
@@ -17,7 +17,7 @@ from pipeline.data.labels import (
 )
 
 
-def test_voc_colours_are_those_of_the_development_kit():
+def test_voc_colors_are_those_of_the_development_kit():
     colors = dict(zip(VOC.names, VOC.palette, strict=True))
     assert colors["background"] == (0, 0, 0)
     assert colors["aeroplane"] == (128, 0, 0)
@@ -28,11 +28,11 @@ def test_voc_colours_are_those_of_the_development_kit():
     assert voc_colormap(256)[255] == (224, 224, 192)
 
 
-def test_the_voc_rule_never_gives_a_colour_twice():
+def test_the_voc_color_map_has_no_duplicates():
     assert len(set(voc_colormap(256))) == 256
 
 
-def test_cityscapes_train_ids_keep_nineteen_label_ids_and_ignore_the_rest():
+def test_cityscapes_train_ids_map_nineteen_label_ids_and_ignore_the_rest():
     kept = [7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]
     assert [CITYSCAPES_TRAIN_IDS[i] for i in kept] == list(range(19))
     assert all(CITYSCAPES_TRAIN_IDS[i] == 255 for i in set(range(256)) - set(kept))
@@ -51,16 +51,16 @@ def test_known_classes_survive_json(classes):
     assert len(set(classes.palette)) == classes.num_classes
 
 
-def test_names_are_found_in_any_case_and_json_is_taken_as_it_is():
+def test_classes_are_found_by_name_in_any_case_or_given_as_json():
     assert get_classes("VOC") is VOC
     assert get_classes(' {"names": ["sky"], "ignore_index": 1}') == Classes(
         names=("sky",), palette=((0, 0, 0),), ignore_index=1
     )
-    with pytest.raises(ValueError, match=r"'ade20k'; use voc, cityscapes, camvid, or JSON"):
+    with pytest.raises(ValueError, match=r"'ade20k': must be voc, cityscapes, camvid, or JSON"):
         get_classes("ade20k")
 
 
-def test_a_missing_palette_is_the_voc_colour_map():
+def test_a_missing_palette_is_the_voc_color_map():
     assert from_json('{"names": ["a", "b", "c"]}').palette == VOC.palette[:3]
 
 
@@ -71,13 +71,13 @@ def test_a_missing_palette_is_the_voc_colour_map():
         ("[" * 100_000, "not JSON"),
         ('["a"]', "JSON list"),
         ("{}", "no names"),
-        ('{"name": ["a"]}', "no 'name'"),
+        ('{"name": ["a"]}', "unknown key 'name'"),
         ('{"names": "abc"}', "must be a list"),
         ('{"names": []}', "0 class names"),
         ('{"names": [1]}', r"names\[0\] is 1"),
         ('{"names": ["a", " "]}', r"names\[1\] is ' '"),
         ('{"names": ["a", "b", "a"]}', "classes 0 and 2 are both called 'a'"),
-        ('{"names": ["a"], "palette": []}', "0 colours, but there are 1 names"),
+        ('{"names": ["a"], "palette": []}', "0 colors, but there are 1 names"),
         ('{"names": ["a"], "palette": [[0, 0]]}', r"palette\[0\] is \(0, 0\)"),
         ('{"names": ["a"], "palette": [[0, 0, 256]]}', "0 to 255"),
         ('{"names": ["a"], "palette": [[0, 0, 0.5]]}', "0 to 255"),
@@ -89,12 +89,12 @@ def test_a_missing_palette_is_the_voc_colour_map():
         ('{"names": ["a"], "ignore_index": "255"}', "must be an integer"),
     ],
 )
-def test_a_mistake_in_the_users_json_is_named(text, message):
+def test_a_mistake_in_custom_classes_is_named(text, message):
     with pytest.raises((ValueError, TypeError), match=message):
         from_json(text)
 
 
-def test_255_classes_fit_in_a_byte_and_256_do_not():
+def test_255_classes_fit_in_8_bits_and_256_do_not():
     names = [str(i) for i in range(256)]
     assert from_json(json.dumps({"names": names[:255]})).num_classes == 255
     with pytest.raises(ValueError, match="256 class names"):
@@ -102,8 +102,10 @@ def test_255_classes_fit_in_a_byte_and_256_do_not():
 
 
 @pytest.mark.parametrize("name", ["\x1b[31mred", "a\nb", "\x9b", "\u202egnp", "\0", "\ud800"])
-def test_a_class_name_that_could_steer_a_terminal_is_refused(name):
-    with pytest.raises(ValueError, match=r"names\[1\] is .*no control characters") as error:
+def test_class_names_with_control_characters_are_refused(name):
+    with pytest.raises(
+        ValueError, match=r"names\[1\] is .*must not contain control"
+    ) as error:
         Classes(names=("sky", name), palette=((0, 0, 0), (1, 1, 1)))
     assert str(error.value).isprintable()
 
@@ -111,5 +113,5 @@ def test_a_class_name_that_could_steer_a_terminal_is_refused(name):
 @pytest.mark.parametrize(
     "name", ["[red]sky[/red]", "=1+1", "\u0646\u200c\u0645", "👩\u200d🚀", "été"]
 )
-def test_a_class_name_of_any_language_is_taken_as_it_is(name):
+def test_class_names_of_any_language_are_accepted(name):
     assert Classes(names=("sky", name), palette=((0, 0, 0), (1, 1, 1))).names[1] == name

@@ -1,4 +1,4 @@
-"""Masks and labels: files written by hand, so that no encoder decides what a value means."""
+"""Masks and labels, from files written byte by byte so that no encoder interprets the values."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ from pipeline.data.masks import LabelError, decode_label
 
 
 def png(bits, color_type, rows, width, extra=b""):
-    """A PNG written by hand from packed `rows`; `extra` goes between header and pixels."""
+    """Return a PNG of packed `rows`, with `extra` chunks between header and pixels."""
     header = struct.pack(">IIBBBBB", width, len(rows), bits, color_type, 0, 0, 0)
     start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
     pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
@@ -30,7 +30,7 @@ def chunk(name, body):
 
 
 def unpack_gray(data):
-    """Width, height and pixels of an 8-bit gray PNG, read by the format's text."""
+    """Return the pixels of an 8-bit gray PNG, decoded as its specification says."""
     parts, at = {}, 8
     while at < len(data):
         (size,), name = struct.unpack_from(">I", data, at), data[at + 4 : at + 8]
@@ -62,18 +62,18 @@ any_mask = arrays.arrays(
 
 
 @given(any_mask)
-def test_a_mask_survives_its_png(mask):
+def test_a_mask_survives_encoding(mask):
     found = masks.decode(masks.encode(mask))
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, mask)
 
 
-def test_a_mask_is_a_gray_png_whose_values_are_the_ids():
+def test_a_mask_is_encoded_as_a_gray_png_of_class_ids():
     mask = np.random.default_rng(0).integers(0, 21, (6, 7), dtype=np.uint8)
     assert unpack_gray(masks.encode(mask)) == mask.tolist()
 
 
-def test_a_turned_mask_is_encoded_as_it_is_seen():
+def test_a_transposed_mask_is_encoded_in_its_own_order():
     mask = np.arange(35, dtype=np.uint8).reshape(5, 7).T[::-1]
     np.testing.assert_array_equal(masks.decode(masks.encode(mask)), mask)
 
@@ -81,18 +81,18 @@ def test_a_turned_mask_is_encoded_as_it_is_seen():
 @pytest.mark.parametrize(
     "mask", [np.zeros((2, 2)), np.zeros(4, np.uint8), np.zeros((0, 3), np.uint8)]
 )
-def test_what_is_no_mask_is_not_encoded(mask):
+def test_arrays_that_are_not_masks_are_not_encoded(mask):
     with pytest.raises(ValueError, match=r"it must be uint8 \(h, w\)"):
         masks.encode(mask)
 
 
 @pytest.mark.parametrize("data", [b"", b"x", png(8, 2, [bytes(3)], 1), png(4, 0, [b"\x12"], 2)])
-def test_what_is_no_mask_is_not_decoded(data):
+def test_files_that_are_not_masks_are_not_decoded(data):
     with pytest.raises(images.ImageError):
         masks.decode(data)
 
 
-def test_a_palette_label_gives_its_indexes_and_never_its_colours():
+def test_a_palette_label_gives_its_indexes_not_its_colors():
     colors = chunk(b"PLTE", bytes(range(256)) * 3) + chunk(b"tRNS", bytes([0, 9]))
     data = png(8, 3, [bytes([0, 1, 20]), bytes([255, 7, 7])], 3, colors)
     assert decode_label(data, VOC).tolist() == [[0, 1, 20], [255, 7, 7]]
@@ -101,20 +101,20 @@ def test_a_palette_label_gives_its_indexes_and_never_its_colours():
 @pytest.mark.parametrize(
     ("bits", "row"), [(1, [0b01100000]), (2, [0b00010110]), (4, [0x01, 0x3F]), (8, [0, 3, 2, 15])]
 )
-def test_gray_at_any_depth_gives_the_stored_numbers(bits, row):
+def test_gray_labels_of_any_bit_depth_give_the_stored_values(bits, row):
     digits = "".join(f"{byte:08b}" for byte in row)
     expected = [int(digits[i * bits : (i + 1) * bits], 2) for i in range(4)]
     assert decode_label(png(bits, 0, [bytes(row)], 4), VOC).tolist() == [expected]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_a_packed_palette_gives_the_stored_numbers(bits):
+def test_packed_palette_labels_give_the_stored_indexes(bits):
     colors = chunk(b"PLTE", bytes(3 * 2**bits))
     expected = [0b01101100 >> (8 - bits * (i + 1)) & (2**bits - 1) for i in range(2)]
     assert decode_label(png(bits, 3, [bytes([0b01101100])], 2, colors), VOC).tolist() == [expected]
 
 
-def test_16_bits_of_gray_give_ids_and_no_scaled_values():
+def test_16_bit_gray_labels_are_not_scaled():
     assert decode_label(png(16, 0, [struct.pack(">3H", 0, 20, 255)], 3), VOC).tolist() == [
         [0, 20, 255]
     ]
@@ -122,7 +122,7 @@ def test_16_bits_of_gray_give_ids_and_no_scaled_values():
         decode_label(png(16, 0, [struct.pack(">2H", 0, 20 << 8)], 2), VOC)
 
 
-def test_32_bits_give_ids_or_an_error():
+def test_32_bit_labels_give_ids_or_an_error():
     wide = Image.fromarray(np.array([[0, 20, 255]], dtype=np.int32))
     assert decode_label(saved(wide, "TIFF"), VOC).tolist() == [[0, 20, 255]]
     with pytest.raises(LabelError, match="holds class -1"):
@@ -130,7 +130,7 @@ def test_32_bits_give_ids_or_an_error():
 
 
 @pytest.mark.parametrize("color_type", [2, 6])
-def test_rgb_is_looked_up_in_the_palette_and_the_border_is_ignored(color_type):
+def test_rgb_labels_are_looked_up_in_the_palette_with_the_border_ignored(color_type):
     opaque = b"\xff" if color_type == 6 else b""
     colors = [(192, 128, 128), (0, 0, 0), (224, 224, 192), (0, 64, 128)]
     data = png(8, color_type, [b"".join(bytes(c) + opaque for c in colors)], 4)
@@ -138,12 +138,12 @@ def test_rgb_is_looked_up_in_the_palette_and_the_border_is_ignored(color_type):
 
 
 @given(st.lists(st.sampled_from(range(CITYSCAPES.num_classes)), min_size=1, max_size=9))
-def test_every_palette_colour_finds_its_class(ids):
+def test_every_palette_color_maps_to_its_class(ids):
     row = b"".join(bytes(CITYSCAPES.palette[i]) for i in ids)
     assert decode_label(png(8, 2, [row], len(ids)), CITYSCAPES).tolist() == [ids]
 
 
-def test_a_border_colour_that_is_a_class_is_that_class():
+def test_the_border_color_is_a_class_if_the_palette_has_it():
     own = Classes(names=("a", "b"), palette=((224, 224, 192), (1, 1, 1)))
     assert decode_label(png(8, 2, [bytes([224, 224, 192])], 1), own).tolist() == [[0]]
 
@@ -151,9 +151,9 @@ def test_a_border_colour_that_is_a_class_is_that_class():
 @pytest.mark.parametrize(
     ("data", "classes", "message"),
     [
-        (png(8, 2, [bytes([1, 2, 3])], 1), VOC, r"colour \(1, 2, 3\), which is no class"),
-        (png(16, 2, [bytes(6)], 1), VOC, "16-bit colours"),
-        (png(16, 4, [bytes([0, 5, 255, 255])], 1), VOC, "16-bit colours"),
+        (png(8, 2, [bytes([1, 2, 3])], 1), VOC, r"color \(1, 2, 3\), which is not a class"),
+        (png(16, 2, [bytes(6)], 1), VOC, "16-bit colors"),
+        (png(16, 4, [bytes([0, 5, 255, 255])], 1), VOC, "16-bit colors"),
         (png(8, 6, [bytes([0, 0, 0, 254])], 1), VOC, "transparent pixels"),
         (png(8, 4, [bytes([3, 0])], 1), VOC, "transparent pixels"),
         (png(8, 0, [bytes([37])], 1), VOC, r"class 37, but num_classes is 21; .*\(255\)"),
@@ -167,25 +167,25 @@ def test_a_border_colour_that_is_a_class_is_that_class():
         (
             png(8, 2, [bytes(3)], 1),
             Classes(names=("a", "b"), palette=((0, 0, 0), (0, 0, 0))),
-            "a colour twice",
+            "duplicate colors",
         ),
     ],
 )
-def test_a_label_that_is_not_understood_is_refused_with_a_reason(data, classes, message):
+def test_ambiguous_label_files_are_refused_with_a_reason(data, classes, message):
     with pytest.raises(LabelError, match=message) as caught:
         decode_label(data, classes)
     assert str(caught.value).isprintable()
 
 
-def test_gray_with_an_opaque_alpha_gives_its_ids():
+def test_gray_labels_with_an_opaque_alpha_channel_are_read():
     assert decode_label(png(8, 4, [bytes([3, 255, 20, 255])], 2), VOC).tolist() == [[3, 20]]
 
 
-def test_eleven_is_ignored_in_camvid():
+def test_camvid_ignores_the_value_11():
     assert decode_label(png(8, 0, [bytes([10, 11])], 2), CAMVID).tolist() == [[10, 11]]
 
 
-def test_a_lookup_turns_cityscapes_label_ids_into_train_ids():
+def test_a_lookup_maps_cityscapes_label_ids_to_train_ids():
     data = png(8, 0, [bytes([7, 33, 0, 255, 26])], 5)
     found = decode_label(data, CITYSCAPES, lookup=CITYSCAPES_TRAIN_IDS)
     assert found.tolist() == [[0, 18, 255, 255, 13]]
@@ -193,20 +193,20 @@ def test_a_lookup_turns_cityscapes_label_ids_into_train_ids():
         decode_label(data, CITYSCAPES, lookup=np.zeros(34, dtype=np.int64))
 
 
-def test_a_label_of_another_size_names_both():
+def test_a_label_of_another_size_is_refused_naming_both_sizes():
     data = png(8, 0, [bytes(7)] * 5, 7)
     assert decode_label(data, VOC, size=(5, 7)).shape == (5, 7)
     with pytest.raises(LabelError, match="label is 5 x 7, but its image is 7 x 5"):
         decode_label(data, VOC, size=(7, 5))
 
 
-def test_a_label_over_the_limit_of_pixels_is_refused():
+def test_a_label_over_the_pixel_limit_is_refused():
     with pytest.raises(LabelError, match="over max_pixels, 34"):
         decode_label(png(8, 0, [bytes(7)] * 5, 7), VOC, max_pixels=34)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_photo_and_label_are_turned_alike(orientation):
+def test_exif_orientation_applies_to_image_and_label_alike(orientation):
     label = np.random.default_rng(1).integers(0, 21, (5, 7), dtype=np.uint8)
     photo = np.repeat(label[:, :, None], 3, axis=2)
     exif = Image.Exif()
@@ -217,7 +217,7 @@ def test_photo_and_label_are_turned_alike(orientation):
     np.testing.assert_array_equal(shown[:, :, 0], turned)
 
 
-def test_damaged_labels_give_ids_or_a_label_error():
+def test_corrupt_labels_give_ids_or_a_label_error():
     rng = np.random.default_rng(2)
     whole = png(8, 0, [bytes(range(21))] * 4, 21)
     for _ in range(300):
@@ -228,28 +228,28 @@ def test_damaged_labels_give_ids_or_a_label_error():
             assert set(np.unique(found)) <= {*range(21), 255}
 
 
-def test_an_overlay_mixes_image_and_colour_and_leaves_ignored_pixels():
+def test_an_overlay_blends_colors_and_leaves_ignored_pixels():
     image = np.full((3, 5, 3), 100, dtype=np.uint8)
     mask = np.full((3, 5), 15, dtype=np.uint8)
     mask[:, 3] = 255
     found = masks.overlay(image, mask, VOC, alpha=0.5)
     assert found[1, 1].tolist() == [146, 114, 114]  # person is (192, 128, 128)
     assert found[:, 3].tolist() == [[100, 100, 100]] * 3
-    assert found[0, 4].tolist() == [192, 128, 128]  # a border shows the colour itself
+    assert found[0, 4].tolist() == [192, 128, 128]  # a border shows the pure color
 
 
-def test_an_overlay_of_no_weight_is_the_image_inside_a_class():
+def test_an_overlay_with_alpha_zero_changes_only_borders():
     image = np.random.default_rng(3).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     mask = np.full((4, 6), 2, dtype=np.uint8)
     np.testing.assert_array_equal(masks.overlay(image, mask, VOC, alpha=0), image)
     assert (masks.overlay(image, mask, VOC, alpha=1) == VOC.palette[2]).all()
 
 
-def test_an_overlay_refuses_what_does_not_fit():
+def test_an_overlay_refuses_mismatched_arguments():
     image, mask = np.zeros((4, 6, 3), dtype=np.uint8), np.zeros((4, 6), dtype=np.uint8)
     with pytest.raises(ValueError, match=r"image is \(4, 6, 3\), but the mask is \(6, 4\)"):
         masks.overlay(image, mask.T, VOC)
-    with pytest.raises(ValueError, match="alpha is 2"):
+    with pytest.raises(ValueError, match="alpha 2: must be between"):
         masks.overlay(image, mask, VOC, alpha=2)
     with pytest.raises(ValueError, match="mask holds class 21"):
         masks.overlay(image, mask + 21, VOC)

@@ -1,4 +1,4 @@
-"""The survey agrees with counting pixels one by one, and stops at the first bad label."""
+"""A survey agrees with counting pixels one by one, and stops at the first bad file."""
 
 import json
 from collections import Counter
@@ -12,7 +12,7 @@ from pipeline.data.datasets import open_split
 from pipeline.data.labels import CAMVID, Classes
 from pipeline.data.samples import SampleError, load
 from pipeline.data.survey import Survey, median_frequency_weights, repeat_positions, survey_split
-from tests.data.drawn import SIZES, encoded, ids, photo, put_all, voc_files
+from tests.data.tiny_datasets import SIZES, encode, ids, image_file, put_all, voc_files
 
 CLASSES = Classes.from_dict({"names": ["ground", "cat", "dog", "unicorn"]})
 
@@ -38,8 +38,8 @@ def test_counts_agree_with_counting_pixels_one_by_one(prefix):
     for number in range(6):
         values = Counter(value for row in ids(number).tolist() for value in row)
         pixels += values
-        labelled = sum(count for value, count in values.items() if value != 255)
-        image_pixels += dict.fromkeys(values, labelled)
+        labeled = sum(count for value, count in values.items() if value != 255)
+        image_pixels += dict.fromkeys(values, labeled)
         assert set(np.flatnonzero(found.holds[number])) == set(values) - {255}
     assert found.pixels.tolist() == [pixels[i] for i in range(4)]
     assert found.image_pixels.tolist() == [image_pixels[i] for i in range(4)]
@@ -50,19 +50,19 @@ def test_counts_agree_with_counting_pixels_one_by_one(prefix):
 def test_ignored_pixels_are_counted_by_their_own_value(tmp_path):
     label = np.array([[0, 11, 11], [10, 10, 11]], dtype=np.uint8)
     blank = np.zeros((2, 3, 3), np.uint8)
-    put_all(str(tmp_path), {"val/images/a.png": encoded(blank), "val/labels/a.png": encoded(label)})
+    put_all(str(tmp_path), {"val/images/a.png": encode(blank), "val/labels/a.png": encode(label)})
     split = open_split(str(tmp_path), "val", layout="camvid", classes=CAMVID)
     found = survey_split(split, storage.read)
     assert (found.ignored, found.pixels[0], found.pixels[10]) == (3, 1, 2)
 
 
-def test_progress_is_told_photo_by_photo(tmp_path):
+def test_progress_is_reported_after_every_image(tmp_path):
     told = []
     survey_split(voc(str(tmp_path), 70), storage.read, progress=told.append)
     assert told == list(range(1, 71))
 
 
-def test_a_survey_is_the_same_after_json(tmp_path):
+def test_a_survey_survives_json_also_of_older_versions(tmp_path):
     split = voc(str(tmp_path))
     found = survey_split(split, storage.read)
     again = Survey.from_json(found.to_json())
@@ -75,46 +75,46 @@ def test_a_survey_is_the_same_after_json(tmp_path):
     assert Survey.from_json(json.dumps(older)).labels_sha256 == ""
 
 
-def test_a_copy_of_a_split_has_its_digests_and_other_bytes_of_the_same_size_have_not(tmp_path):
+def test_digests_are_equal_for_a_copy_and_differ_for_other_bytes(tmp_path):
     def digests(name, replaced=None):
         found = survey_split(voc(str(tmp_path / name), replaced=replaced), storage.read)
         return found.images_sha256, found.labels_sha256
 
-    photos, labels = digests("first")
-    assert digests("copy") == (photos, labels)
-    other = photo(3)[:-3] + bytes([photo(3)[-3] ^ 1]) + photo(3)[-2:]
-    found = digests("photo", {"JPEGImages/0003.jpg": other})
-    assert (found[0] != photos, found[1]) == (True, labels)
-    mirrored = digests("label", {"SegmentationClass/0003.png": encoded(ids(3)[:, ::-1].copy())})
-    assert (mirrored[0], mirrored[1] != labels) == (photos, True)
+    first, labels = digests("first")
+    assert digests("copy") == (first, labels)
+    other = image_file(3)[:-3] + bytes([image_file(3)[-3] ^ 1]) + image_file(3)[-2:]
+    found = digests("image", {"JPEGImages/0003.jpg": other})
+    assert (found[0] != first, found[1]) == (True, labels)
+    mirrored = digests("label", {"SegmentationClass/0003.png": encode(ids(3)[:, ::-1].copy())})
+    assert (mirrored[0], mirrored[1] != labels) == (first, True)
 
 
-def test_the_first_bad_file_in_the_splits_order_ends_it(prefix):
+def test_the_first_bad_file_in_split_order_is_raised(prefix):
     bad = np.full(SIZES[0], 37, dtype=np.uint8)
     name = "SegmentationClass/0003.png"
-    split = voc(prefix, replaced={name: encoded(bad), "SegmentationClass/0005.png": b""})
+    split = voc(prefix, replaced={name: encode(bad), "SegmentationClass/0005.png": b""})
     with pytest.raises(SampleError, match=r"0003\.png: label holds class 37, .*num_classes is 4"):
         survey_split(split, storage.read)
 
 
-def turned(form, orientation):
-    """A photo of 9 x 4 in the file that is to be seen turned."""
+def rotated(form, orientation):
+    """Return a 9 x 4 image with an EXIF orientation."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return photo(1, form, exif=exif)
+    return image_file(1, form, exif=exif)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_sizes_are_checked_as_the_photo_is_seen(tmp_path, form, orientation):
-    data = turned(form, orientation)
+def test_sizes_are_checked_after_exif_orientation(tmp_path, form, orientation):
+    data = rotated(form, orientation)
     height, width, _ = images.decode(data).shape
     label = np.zeros((height, width), np.uint8)
     ending = {"JPEG": "jpg", "TIFF": "tif"}.get(form, form.lower())
     for number, shape in enumerate([(height, width), (width, height)]):
         root = str(tmp_path / str(number))
         label = np.zeros(shape, np.uint8)
-        put_all(root, {f"val/images/a.{ending}": data, "val/labels/a.png": encoded(label)})
+        put_all(root, {f"val/images/a.{ending}": data, "val/labels/a.png": encode(label)})
         split = open_split(root, "val", layout="folders", classes=CLASSES)
         if shape == (height, width):
             assert survey_split(split, storage.read).pixels[0] == 36
@@ -125,8 +125,8 @@ def test_sizes_are_checked_as_the_photo_is_seen(tmp_path, form, orientation):
                     check(split, storage.read)
 
 
-def test_photos_pixels_are_not_decoded(tmp_path, monkeypatch):
-    split = voc(str(tmp_path), replaced={"JPEGImages/0001.jpg": photo(1, "PNG")})
+def test_the_pixels_of_jpeg_and_png_images_are_not_decoded(tmp_path, monkeypatch):
+    split = voc(str(tmp_path), replaced={"JPEGImages/0001.jpg": image_file(1, "PNG")})
     monkeypatch.setattr(images, "decode", None)
     survey_split(split, storage.read)
 
@@ -134,41 +134,41 @@ def test_photos_pixels_are_not_decoded(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("data", "message"), [(b"", r"\(empty\)"), (b"hello hello", r"\(not_an_image\)")]
 )
-def test_a_photo_without_a_header_is_named(tmp_path, data, message):
+def test_an_image_without_a_header_is_named_in_the_error(tmp_path, data, message):
     split = voc(str(tmp_path), replaced={"JPEGImages/0002.jpg": data})
     with pytest.raises(SampleError, match=rf"0002\.jpg: image cannot be read {message}.*replace"):
         survey_split(split, storage.read)
 
 
-def test_an_object_that_is_gone_is_named(prefix):
+def test_a_deleted_object_is_named_in_the_error(prefix):
     split = voc(prefix)
     storage.delete([split.pairs[4].label])
-    with pytest.raises(SampleError, match=r"0004\.png: does not exist; it was there"):
+    with pytest.raises(SampleError, match=r"0004\.png: does not exist; it existed"):
         survey_split(split, storage.read)
 
 
-def test_rare_classes_weigh_more_by_the_median_frequency():
-    # frequencies 60/100, 30/60, 5/50 and none: the median of three is a half
+def test_class_weights_are_median_frequency_over_frequency():
+    # frequencies 60/100, 30/60, 5/50 and none: the median of the three is 1/2
     found = made_up([60, 30, 5, 0], [100, 60, 50, 0], np.zeros((1, 4)))
     assert median_frequency_weights(found) == pytest.approx([0.5 / 0.6, 1, 5, 1])
     none = made_up([0, 0], [0, 0], np.zeros((1, 2)))
     assert median_frequency_weights(none).tolist() == [1, 1]
 
 
-def test_photos_that_hold_a_named_class_are_repeated():
+def test_images_with_a_named_class_are_repeated():
     holds = [[1, 0, 0], [1, 1, 0], [0, 0, 1], [0, 1, 1]]
     found = made_up([1] * 3, [1] * 3, holds)
     classes = Classes.from_dict({"names": ["a", "b", "c"]})
     assert repeat_positions(found, classes, (), 2) == [0, 1, 2, 3]
     assert repeat_positions(found, classes, ("b",), 1) == [0, 1, 2, 3]
     assert repeat_positions(found, classes, ("b",), 2) == [0, 1, 2, 3, 1, 3]
-    # a photo with two of them is repeated as often as one with one
+    # an image with both classes is repeated as often as one with a single class
     assert Counter(repeat_positions(found, classes, ("b", "c"), 3)) == {0: 1, 1: 3, 2: 3, 3: 3}
 
 
-def test_a_class_that_cannot_be_repeated_is_told_with_the_known_ones():
+def test_an_unknown_repeat_class_is_refused_with_the_known_ones():
     found = made_up([1] * 4, [1] * 4, np.ones((2, 4)))
-    with pytest.raises(ValueError, match="'cow', which is no class; give some of ground, cat, dog"):
+    with pytest.raises(ValueError, match="'cow': not a class; choose from ground, cat, dog"):
         repeat_positions(found, CLASSES, ("cat", "cow"), 2)
-    with pytest.raises(ValueError, match="repeats is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="repeats 0: must be at least 1"):
         repeat_positions(found, CLASSES, ("cat",), 0)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from pipeline.data import masks
-from tests.results.made_up import write_run
+from tests.results.synthetic_runs import write_run
 
 cv2 = pytest.importorskip("cv2", reason="make interop installs it")
 polars = pytest.importorskip("polars", reason="make interop installs it")

@@ -15,7 +15,7 @@ from jobs.clean import main
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout
 from pipeline.runs import lease
-from tests.results.made_up import write_run
+from tests.results.synthetic_runs import write_run
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,8 +13,8 @@ from pipeline.data import masks, storage
 from pipeline.data.datasets import Split, open_split
 from pipeline.data.labels import get_classes
 from pipeline.train.recipes.registry import by_name as recipe
-from tests.data.coco_set import coco_files, instances, rectangle
-from tests.data.drawn import put_all
+from tests.data.tiny_coco import coco_files, instances, rectangle
+from tests.data.tiny_datasets import put_all
 
 Capture = pytest.CaptureFixture[str]
 

@@ -23,7 +23,7 @@ import pytest
 from jobs import query
 from jobs.query import main
 from pipeline.results.query import connect
-from tests.results.made_up import image_row, write_run
+from tests.results.synthetic_runs import image_row, write_run
 
 ROOT = Path(__file__).parents[2]
 NASTY = [

@@ -8,7 +8,7 @@ import pytest
 
 from jobs.report import main
 from pipeline.data import storage
-from tests.results.made_up import write_run
+from tests.results.synthetic_runs import write_run
 
 Capture = pytest.CaptureFixture[str]
 

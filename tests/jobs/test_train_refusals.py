@@ -69,12 +69,15 @@ BAD_USE = {
     "a recipe without a name": (["--recipe"], "--recipe: expected one argument"),
     "an unknown flag": (["--learning-rate", "1"], "--learning-rate"),
     "a data folder that is not there": (["--data", "{root}/none"], "nothing is there: check"),
-    "an unknown split": (["--train-split", "test"], "split 'test' is not in {root}/set; give one"),
+    "an unknown split": (
+        ["--train-split", "test"],
+        "split 'test' is not in {root}/set; choose",
+    ),
     "another layout": (["--layout", "voc"], "it looks like layout folders"),
     "fewer photos than workers": (["--batch-size", "1", "--workers", "2"], "--batch-size 1"),
     "no workers": (["--workers", "0"], "--workers 0: give a number"),
     "other classes than the network's": (["--num-classes", "3"], "give --num-classes 4"),
-    "a class to repeat that is none": (["--repeat-classes", "gold"], "repeat_classes has 'gold'"),
+    "a class to repeat that is none": (["--repeat-classes", "gold"], "--repeat-classes 'gold'"),
     "a public file that is none": (["--init", "zoo:mobilenet"], "'mobilenet'; known are"),
     "a start from a letter": (["--init", "{root}/letter.pth"], "{root}/letter.pth"),
     "a start from nothing": (["--init", "{root}/none.pth"], "{root}/none.pth does not exist"),
@@ -119,8 +122,8 @@ def test_a_class_to_repeat_is_refused_before_labels_are_looked_at(
     write_dataset(f"{tmp_path}/set", train=2, val=1)
     assert main([*arguments(str(tmp_path)), "--repeat-classes", "gold"]) == 2
     said = capsys.readouterr().out
-    assert "repeat_classes has 'gold'" in said
-    assert "or none to repeat nothing" in said
+    assert "--repeat-classes 'gold'" in said
+    assert "or leave it empty" in said
     assert "looking at the labels" not in said
 
 

@@ -19,7 +19,7 @@ from pipeline.data import masks, storage
 from pipeline.data.labels import VOC
 from pipeline.results import files, page, report
 from pipeline.results.report import BINS, Report
-from tests.results.made_up import Row, image_row, write_run
+from tests.results.synthetic_runs import Row, image_row, write_run
 
 HOSTILE = "<script>alert('x')</script>\"&amp;.png"
 

@@ -16,7 +16,7 @@ from pipeline.data import storage
 from pipeline.results import tables
 from pipeline.results.layout import RunLayout
 from pipeline.results.query import connect
-from tests.results.made_up import class_rows, image_row, rows_of, write_run
+from tests.results.synthetic_runs import class_rows, image_row, rows_of, write_run
 
 VIEWS = ("images", "classes", "runs", "latest", "iou")
 

@@ -20,7 +20,7 @@ from pipeline.results.layout import FOLDERS, RunLayout, only_new_lease
 from pipeline.results.query import connect
 from pipeline.runs import cleanup, lease
 from pipeline.runs.lease import HeldError
-from tests.results.made_up import write_run
+from tests.results.synthetic_runs import write_run
 
 HEARTBEAT_S, STALE_S = 0.2, 1.5
 

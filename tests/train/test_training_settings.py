@@ -107,10 +107,10 @@ def changed(what: Experiment, part: str, **values: Any) -> Experiment:
     ("part", "values", "message"),
     [
         ("data", {"classes": "camvid"}, "are 11, but the network has 4: give --num-classes 11"),
-        ("data", {"classes": "cats"}, "no classes are called 'cats'"),
+        ("data", {"classes": "cats"}, "classes 'cats': must be voc"),
         ("data", {"classes": '{"names": 4}'}, "--classes: names of the classes is 4"),
         ("data", {"train_split": "test"}, "test"),
-        ("data", {"repeat_classes": ("horse",)}, "repeat_classes has 'horse', which is no class"),
+        ("data", {"repeat_classes": ("horse",)}, "--repeat-classes 'horse': not a class"),
         ("data", {"layout": "voc"}, "folders"),
     ],
 )
@@ -131,7 +131,7 @@ def test_labels_that_cannot_be_trained_on_are_named_before_anything_starts(
     size = Image.open(label).size
     for picture, message in (
         (Image.new("L", size, 37), "class 37, but num_classes is 4; is ignore_index"),
-        (Image.new("RGB", size, (1, 2, 3)), "colour"),
+        (Image.new("RGB", size, (1, 2, 3)), "color"),
         (Image.new("L", (5, 7), 1), "its image is"),
     ):
         picture.save(label)

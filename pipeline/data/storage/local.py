@@ -108,7 +108,7 @@ def read(path: str, etag: str | None) -> bytes:
     except OSError as error:
         raise _translate(path, error) from error
     if etag is not None and not before == after == etag:
-        raise StorageError("changed", f"{path} is not the one that was listed")
+        raise StorageError("changed", f"{path} was replaced after it was listed")
     return data
 
 

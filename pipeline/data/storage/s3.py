@@ -277,7 +277,7 @@ def _translate(uri: str, error: Exception) -> StorageError:
     if _status(error) == 404:
         return StorageError("vanished", f"{uri} does not exist")
     if _status(error) == 412:
-        return StorageError("changed", f"{uri} is not the one that was listed")
+        return StorageError("changed", f"{uri} was replaced after it was listed")
     if _status(error) in (401, 403):
         return StorageError("access", f"{uri}: access denied ({code}); check the AWS credentials")
     return StorageError("access", f"{uri}: {_line(error)}")

@@ -100,7 +100,7 @@ def test_a_label_that_is_bad_replaced_or_gone_costs_the_label_alone(prefix: str)
     assert [loaded.error_kind for loaded in found] == [None] * 4
     assert [loaded.label is not None for loaded in found] == [True, False, False, False]
     assert found[0].label_error is None
-    for loaded, part in zip(found[1:], ("is bad", "is not the one", "not exist"), strict=True):
+    for loaded, part in zip(found[1:], ("is bad", "was replaced", "not exist"), strict=True):
         assert part in str(loaded.label_error)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tests.data.drawn import SIZES, photo
+from tests.data.tiny_datasets import SIZES, image_file
 
 CATEGORIES = {
     1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train",
@@ -51,5 +51,5 @@ def coco_files(**splits: Json) -> dict[str, bytes | str]:
     for folder, values in splits.items():
         files[f"annotations/instances_{folder}.json"] = json.dumps(values)
         for image in values["images"]:
-            files[f"{folder}/{image['file_name']}"] = photo(image["id"] - 100)
+            files[f"{folder}/{image['file_name']}"] = image_file(image["id"] - 100)
     return files
