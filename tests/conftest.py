@@ -1,8 +1,9 @@
-"""What tests of several rooms share: an S3 server, and buckets of their own on it."""
+"""Shared by all tests: one S3 server, one Ray, and the rules of the quick tier."""
 
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,14 +12,40 @@ import pytest
 
 from jobs.demo.server import s3_server
 
-# machines that run tests are busy: how long an example takes says nothing of the code
+# how long an example takes says nothing about the code on a busy machine
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
+
+_MARKED_BY = {"ray_session": "ray", "s3_environment": "s3"}
+"""Fixture -> the marker of every test that uses it."""
+
+_HEAVY = {"ray", "s3", "process", "slow", "gpu", "interop", "cluster", "chaos"}
+"""Markers of tests that are not in the quick tier."""
+
+_STARTS = {"subprocess.Popen", "os.fork", "os.posix_spawn"}
+_started: list[str] = []
+sys.addaudithook(lambda event, args: _started.append(str(args[:1])) if event in _STARTS else None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use Ray or the S3 server."""
+    for item in items:
+        for fixture in set(_MARKED_BY) & set(getattr(item, "fixturenames", ())):
+            item.add_marker(_MARKED_BY[fixture])
+
+
+@pytest.fixture(autouse=True)
+def quick_tests_start_no_process(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test of the quick tier that starts a process: it needs a marker."""
+    before = len(_started)
+    yield
+    if not _HEAVY & {marker.name for marker in request.node.iter_markers()}:
+        assert _started[before:] == [], "starts a process: mark it with pytest.mark.process"
 
 
 @pytest.fixture(scope="session")
 def s3_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The variables that lead to a SeaweedFS which lives as long as the test session."""
+    """The environment variables of the session's SeaweedFS server."""
     with (
         s3_server(tmp_path_factory.mktemp("s3"), buckets=("tests",)) as variables,
         pytest.MonkeyPatch.context() as patch,
@@ -31,9 +58,9 @@ def s3_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[st
 
 @pytest.fixture(scope="session")
 def ray_session(s3_environment: dict[str, str]) -> Iterator[None]:
-    """The one Ray of the test session, large enough that actors starve nothing else.
+    """The session's one Ray, with CPUs enough that actors do not starve other stages.
 
-    Its processes inherit the variables that lead to the S3 server.
+    Its processes inherit the environment variables of the S3 server.
     """
     import ray
 
@@ -50,7 +77,7 @@ def s3_prefix(s3_environment: dict[str, str]) -> str:
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
 def prefix(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty place to store, once local and once on S3."""
+    """An empty storage prefix: a local folder, and again on S3."""
     if request.param == "local":
         return str(tmp_path / "store")
     found: str = request.getfixturevalue("s3_prefix")
