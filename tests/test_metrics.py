@@ -1,4 +1,4 @@
-"""Metrics against counting pixels one by one in plain Python."""
+"""Metrics agree with counting pixels one by one in plain Python."""
 
 import numpy as np
 import pytest
@@ -67,7 +67,7 @@ def test_iou_agrees_with_counting_pixels_one_by_one(pair):
 
 
 @given(label_and_mask(), label_and_mask())
-def test_counts_of_two_images_add_to_those_of_both_as_one(one, other):
+def test_counts_of_two_images_sum_to_those_of_their_concatenation(one, other):
     flat = [[pixel for row in one[i] + other[i] for pixel in row] for i in range(2)]
     both = ClassCounts.from_confusion(count(*flat))
     added = ClassCounts.from_confusion(count(*one)) + ClassCounts.from_confusion(count(*other))
@@ -75,7 +75,7 @@ def test_counts_of_two_images_add_to_those_of_both_as_one(one, other):
         np.testing.assert_array_equal(getattr(added, name), getattr(both, name))
 
 
-def test_the_data_sets_iou_is_no_mean_of_image_ious():
+def test_the_iou_of_a_data_set_is_not_the_mean_of_image_ious():
     # class 1: 1 of 2 pixels in one image, 6 of 6 in the other
     one, other = count([[1, 1, 0]], [[1, 0, 0]]), count([[1] * 6], [[1] * 6])
     counts = (
@@ -84,13 +84,13 @@ def test_the_data_sets_iou_is_no_mean_of_image_ious():
     assert counts.iou()[1] == 7 / 8
 
 
-def test_an_absent_class_is_none_and_a_missed_one_is_zero():
+def test_the_iou_of_an_absent_class_is_none_and_of_a_missed_one_zero():
     counts = ClassCounts.from_confusion(count([[0, 0, 1]], [[0, 0, 2]]))
     assert counts.iou() == (1.0, 0.0, 0.0, None)
     assert counts.mean_iou() == pytest.approx(1 / 3)
 
 
-def test_an_image_that_is_all_ignored_has_no_score():
+def test_an_image_without_labeled_pixels_has_no_score():
     found = count([[IGNORE] * 3], [[0, 1, 2]])
     assert found.sum() == 0
     assert pixel_accuracy(found) is None
@@ -105,19 +105,19 @@ def test_counts_are_exact_where_float32_and_float64_are_not():
         assert counts.tp.tolist() == [big + 1, 1]
 
 
-def test_a_large_image_is_counted_whole():
+def test_a_large_image_is_counted_completely():
     rng = np.random.default_rng(0)
     label, mask = rng.integers(0, K, (2, 1031, 1033), dtype=np.uint8)
     expected = [[int(((label == i) & (mask == j)).sum()) for j in range(K)] for i in range(K)]
     assert confusion_matrix(label, mask, num_classes=K).tolist() == expected
 
 
-def test_bytes_do_not_overflow_with_many_classes():
+def test_uint8_ids_do_not_overflow_with_many_classes():
     ids = np.arange(255, dtype=np.uint8)[None]
     np.testing.assert_array_equal(confusion_matrix(ids, ids, num_classes=255), np.eye(255))
 
 
-def test_another_ignore_index_is_left_out_and_255_is_then_an_error():
+def test_a_custom_ignore_index_is_not_counted_and_255_is_then_an_error():
     assert count([[1, 11]], [[1, 0]], ignore_index=11).sum() == 1
     with pytest.raises(ValueError, match=r"class 255, but num_classes is 4; .*\(11\)"):
         count([[1, 255]], [[1, 0]], ignore_index=11)
@@ -134,15 +134,15 @@ def test_another_ignore_index_is_left_out_and_255_is_then_an_error():
         ([[0.0]], [[0]], {}, "label is float64"),
         ([[0]], [[0.5]], {}, "mask is float64"),
         ([[0]], [[0]], {"ignore_index": 3}, "ignore_index 3 is one of the 4 classes"),
-        ([[0]], [[0]], {"num_classes": 0}, "num_classes is 0"),
+        ([[0]], [[0]], {"num_classes": 0}, "num_classes 0: must be at least 1"),
     ],
 )
-def test_what_cannot_be_counted_is_named(label, mask, options, message):
+def test_invalid_arrays_are_refused_with_a_reason(label, mask, options, message):
     with pytest.raises(ValueError, match=message):
         confusion_matrix(np.array(label), np.array(mask), **{"num_classes": 4, **options})
 
 
-def test_counts_refuse_what_does_not_add():
+def test_invalid_counts_are_refused():
     with pytest.raises(ValueError, match="4 and 3 classes"):
         ClassCounts.zeros(4) + ClassCounts.zeros(3)
     with pytest.raises(ValueError, match=r"tp is float64"):

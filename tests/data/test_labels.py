@@ -103,9 +103,7 @@ def test_255_classes_fit_in_8_bits_and_256_do_not():
 
 @pytest.mark.parametrize("name", ["\x1b[31mred", "a\nb", "\x9b", "\u202egnp", "\0", "\ud800"])
 def test_class_names_with_control_characters_are_refused(name):
-    with pytest.raises(
-        ValueError, match=r"names\[1\] is .*must not contain control"
-    ) as error:
+    with pytest.raises(ValueError, match=r"names\[1\] is .*must not contain control") as error:
         Classes(names=("sky", name), palette=((0, 0, 0), (1, 1, 1)))
     assert str(error.value).isprintable()
 

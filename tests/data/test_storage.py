@@ -1,4 +1,4 @@
-"""Storage keeps the same promises on local disk and on a real S3 server."""
+"""Storage behaves the same on local disk and on a real S3 server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.data import storage
 from pipeline.data.storage import local
 
 
-def test_what_is_written_is_listed_with_size_and_read_back_by_its_etag(prefix: str) -> None:
+def test_a_written_object_is_listed_and_read_back_by_its_etag(prefix: str) -> None:
     storage.write(f"{prefix}/a/b.bin", b"12345")
     [listed] = storage.list_objects(prefix)
     assert (listed.uri, listed.size) == (f"{prefix}/a/b.bin", 5)
@@ -22,7 +22,7 @@ def test_what_is_written_is_listed_with_size_and_read_back_by_its_etag(prefix: s
     assert storage.stat_object(listed.uri) == listed
 
 
-def test_a_replaced_object_is_changed_and_a_deleted_one_has_vanished(prefix: str) -> None:
+def test_reading_a_replaced_or_deleted_object_is_an_error_of_its_kind(prefix: str) -> None:
     uri = f"{prefix}/a"
     storage.write(uri, b"old")
     [listed] = storage.list_objects(prefix)
@@ -36,7 +36,7 @@ def test_a_replaced_object_is_changed_and_a_deleted_one_has_vanished(prefix: str
     assert not storage.exists(uri)
 
 
-def test_of_many_creators_at_once_exactly_one_wins(prefix: str) -> None:
+def test_exactly_one_of_several_concurrent_creators_wins(prefix: str) -> None:
     start = threading.Barrier(8)
 
     def create(number: int) -> bool:
@@ -49,7 +49,7 @@ def test_of_many_creators_at_once_exactly_one_wins(prefix: str) -> None:
     assert storage.read(f"{prefix}/one") == b"from %d" % won.index(True)
 
 
-def test_a_listing_comes_in_pages_and_names_each_object_once(prefix: str) -> None:
+def test_a_listing_comes_in_pages_with_each_object_once(prefix: str) -> None:
     names = [f"{i:04d}" for i in range(1100)] + ["a.b", "a/b", "a0", "é", "a b", "%2e", "z/y/x"]
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda name: storage.write(f"{prefix}/{name}", b"."), names))
@@ -59,7 +59,7 @@ def test_a_listing_comes_in_pages_and_names_each_object_once(prefix: str) -> Non
     assert max(map(len, pages)) == storage.PAGE_OBJECTS
 
 
-def test_a_prefix_does_not_list_its_neighbours(prefix: str) -> None:
+def test_a_listing_excludes_prefixes_that_start_alike(prefix: str) -> None:
     storage.write(f"{prefix}/run=1/x", b".")
     storage.write(f"{prefix}/run=10/x", b".")
     assert [item.uri for item in storage.list_objects(f"{prefix}/run=1")] == [f"{prefix}/run=1/x"]
@@ -67,7 +67,7 @@ def test_a_prefix_does_not_list_its_neighbours(prefix: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_listing_between_two_names_is_the_same_as_leaving_out_all_others(
+def test_a_listing_of_a_range_equals_a_filtered_listing(
     prefix: str, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     for backend in ("local", "s3"):
@@ -87,7 +87,7 @@ def test_a_listing_between_two_names_is_the_same_as_leaving_out_all_others(
 
 
 @pytest.mark.s3
-def test_a_listing_between_two_names_asks_s3_for_no_page_beyond_them(
+def test_a_listing_of_a_range_requests_no_pages_outside_it(
     s3_prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipeline.data.storage import s3
@@ -97,7 +97,7 @@ def test_a_listing_between_two_names_asks_s3_for_no_page_beyond_them(
         storage.write(f"{s3_prefix}/{number:02d}", b".")
     between = (f"{s3_prefix}/10", f"{s3_prefix}/14")
     pages = list(storage.list_pages(s3_prefix, between=between))
-    assert len(pages) <= 3  # two hold the five, and one may be needed to see that they end
+    assert len(pages) <= 3  # five objects are on two pages; a third may be needed to see the end
     names = [storage.relative(s3_prefix, item.uri) for page in pages for item in page]
     assert names == ["10", "11", "12", "13", "14"]
 
@@ -109,16 +109,16 @@ def test_a_listing_between_two_names_asks_s3_for_no_page_beyond_them(
         *("Sun, 01 Nov 2026 12:00:00 GMT", "1793534400", 1793534400, 1793534400.5),
     ],
 )
-def test_dates_are_those_that_the_librarys_own_parser_reads(text: object) -> None:
+def test_dates_are_parsed_as_by_botocore(text: object) -> None:
     from botocore.utils import parse_timestamp
 
     from pipeline.data.storage import s3
 
-    assert s3._date(text) == parse_timestamp(text)
+    assert s3._parse_date(text) == parse_timestamp(text)
 
 
 @pytest.mark.s3
-def test_the_dates_of_a_listing_do_not_go_through_the_slow_parser(
+def test_the_dates_of_a_listing_use_the_fast_parser(
     s3_prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipeline.data.storage import s3
@@ -132,16 +132,16 @@ def test_the_dates_of_a_listing_do_not_go_through_the_slow_parser(
     assert len(list(storage.list_objects(s3_prefix))) == 1
 
 
-def test_create_refuses_what_does_not_fit_one_put(
+def test_create_refuses_an_object_too_large_for_one_put(
     prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.data.storage.base.MAX_CREATE_BYTES", 10)
-    with pytest.raises(ValueError, match=r"11 bytes do not fit one put of at most 10"):
+    with pytest.raises(ValueError, match=r"11 bytes are too large for one PUT, at most 10"):
         storage.create(f"{prefix}/big", b"x" * 11)
     assert not storage.exists(f"{prefix}/big")
 
 
-def test_many_threads_read_at_once(prefix: str) -> None:
+def test_many_threads_read_concurrently(prefix: str) -> None:
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda i: storage.write(f"{prefix}/{i}", b"%d" % i * 1000), range(64)))
         read = list(pool.map(lambda i: storage.read(f"{prefix}/{i}"), range(64)))
@@ -149,7 +149,7 @@ def test_many_threads_read_at_once(prefix: str) -> None:
 
 
 @pytest.mark.s3
-def test_s3_says_in_one_line_what_is_wrong(
+def test_s3_errors_are_one_line(
     s3_environment: dict[str, str], s3_prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipeline.data.storage import s3
@@ -168,7 +168,7 @@ def test_s3_says_in_one_line_what_is_wrong(
 
 
 @pytest.mark.s3
-def test_an_own_write_whose_reply_was_lost_counts_as_created(
+def test_a_write_whose_response_was_lost_counts_as_created(
     s3_prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from aiohttp import ClientConnectionError
@@ -189,24 +189,24 @@ def test_an_own_write_whose_reply_was_lost_counts_as_created(
     monkeypatch.setattr(client, "put_object", put_and_lose_the_first_reply)
     assert storage.create(f"{s3_prefix}/a", b"mine")
     assert lost
-    assert not storage.create(f"{s3_prefix}/a", b"mine")  # this time nothing was lost
+    assert not storage.create(f"{s3_prefix}/a", b"mine")  # no response lost this time
 
 
-def test_a_writer_that_was_killed_leaves_nothing_that_a_listing_shows(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_nothing_that_a_listing_shows(tmp_path: Path) -> None:
     left = tmp_path / f".shard.parquet.{'0' * 16}.tmp"
     left.write_bytes(b"half")
     assert list(storage.list_objects(str(tmp_path))) == []
     assert storage.leftovers(str(tmp_path)) == [str(left)]
-    assert not local.is_temporary("photo.tmp")
+    assert not local.is_temporary("image.tmp")
 
 
-def test_a_path_below_a_file_is_one_clear_error(tmp_path: Path) -> None:
+def test_a_path_below_a_file_is_an_error_naming_it(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(storage.StorageError, match="file/x"):
         storage.create(str(tmp_path / "file" / "x" / "y"), b"")
 
 
-def test_names_that_are_not_text_are_left_out_with_a_warning(
+def test_names_that_are_not_utf8_are_skipped_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with open(os.fsencode(tmp_path) + b"/\xff.jpg", "wb"):
@@ -219,16 +219,16 @@ def test_names_that_are_not_text_are_left_out_with_a_warning(
     ("uri", "normal"),
     [("s3://b/a/", "s3://b/a"), ("s3://b", "s3://b"), ("s3://b/a//c", "s3://b/a//c")],
 )
-def test_uris_have_one_spelling(uri: str, normal: str) -> None:
+def test_uris_are_normalized(uri: str, normal: str) -> None:
     assert storage.normalize(uri) == normal
 
 
-def test_a_scheme_that_is_not_known_is_refused() -> None:
+def test_an_unknown_scheme_is_refused() -> None:
     with pytest.raises(ValueError, match="neither s3://"):
         storage.normalize("gs://bucket/x")
 
 
-def test_links_in_a_circle_list_each_file_once(tmp_path: Path) -> None:
+def test_cycles_of_links_list_each_file_once(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.jpg").write_bytes(b"")
     (tmp_path / "a" / "up").symlink_to(tmp_path)
@@ -236,7 +236,7 @@ def test_links_in_a_circle_list_each_file_once(tmp_path: Path) -> None:
     assert [item.uri for item in storage.list_objects(str(tmp_path))] == [f"{tmp_path}/a/x.jpg"]
 
 
-def test_a_write_that_fails_leaves_no_folder_that_it_made(
+def test_a_failed_write_removes_the_folders_it_created(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_: int) -> None:

@@ -1,6 +1,6 @@
-"""What S3 and the way to it do wrong: six times in a row it passes, for ever it is a clear error.
+"""Faults of S3 and the network: six in a row are survived, permanent ones are a clear error.
 
-Each fault strikes an object of its own, all of them at once, so that waiting is done once.
+Each fault hits an object of its own, all concurrently, so that the retries' pauses overlap.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ WRITING: tuple[Fault, ...] = (*ANY, "lost_reply")
 
 @pytest.fixture
 def proxy(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A proxy that this process's client goes through, with less patience than usual."""
+    """A proxy between this process's client, with shorter timeouts, and the server."""
     made = Proxy(s3_environment["AWS_ENDPOINT_URL"])
     made.start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", made.url)
     monkeypatch.setitem(s3._TIMEOUTS_S, "read_timeout", 1)
-    monkeypatch.setattr(s3, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(s3, "INITIAL_BACKOFF_S", 0.01)
     s3.filesystem.cache_clear()
     yield made
     made.stop()
@@ -45,10 +45,10 @@ def _rules(faults: tuple[Fault, ...], methods: str, *, in_a_row: int = IN_A_ROW)
 
 
 def _content(fault: str) -> bytes:
-    return f"what lies at {fault}".encode() * 1000
+    return f"content of {fault}".encode() * 1000
 
 
-def test_each_fault_of_reading_is_survived_six_times_in_a_row(s3_prefix: str, proxy: Proxy) -> None:
+def test_reads_survive_six_faults_in_a_row(s3_prefix: str, proxy: Proxy) -> None:
     for fault in READING:
         storage.write(f"{s3_prefix}/{fault}", _content(fault))
     etags = {item.uri: item.etag for item in storage.list_objects(s3_prefix)}
@@ -57,11 +57,11 @@ def test_each_fault_of_reading_is_survived_six_times_in_a_row(s3_prefix: str, pr
         uris = [f"{s3_prefix}/{fault}" for fault in READING]
         read = list(pool.map(lambda uri: storage.read(uri, etags[uri]), uris))
     assert read == [_content(fault) for fault in READING]
-    # slow bytes are late, not wrong: the first reply is taken
+    # slow bytes are late, not wrong: the first response is used
     assert [rule.struck for rule in rules] == [*[IN_A_ROW] * (len(READING) - 1), 1]
 
 
-def test_each_fault_of_writing_is_survived_six_times_in_a_row(s3_prefix: str, proxy: Proxy) -> None:
+def test_writes_survive_six_faults_in_a_row(s3_prefix: str, proxy: Proxy) -> None:
     names = [f"{put}/{fault}" for put in ("create", "write") for fault in WRITING]
 
     def put(name: str) -> bool | None:
@@ -79,7 +79,7 @@ def test_each_fault_of_writing_is_survived_six_times_in_a_row(s3_prefix: str, pr
         assert storage.read(f"{s3_prefix}/{name}") == _content(name)
 
 
-def test_a_lost_reply_makes_no_winner_of_who_was_second(s3_prefix: str, proxy: Proxy) -> None:
+def test_a_lost_response_does_not_make_the_second_writer_win(s3_prefix: str, proxy: Proxy) -> None:
     storage.write(f"{s3_prefix}/lost_reply", b"of the first")
     with proxy.ruled(*_rules(("lost_reply",), "PUT")):
         assert not storage.create(f"{s3_prefix}/lost_reply", b"of the second")
@@ -95,11 +95,11 @@ def test_a_listing_survives_six_faults_in_a_row(fault: Fault, s3_prefix: str, pr
     assert rule.struck == IN_A_ROW
 
 
-def test_what_never_ends_is_an_error_that_names_the_object_and_the_fault(
+def test_permanent_faults_are_errors_naming_the_object_and_the_fault(
     s3_prefix: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3, "ATTEMPTS", 4)
-    said = {
+    monkeypatch.setattr(s3, "MAX_ATTEMPTS", 4)
+    expected = {
         "slow_down": ("access", "SlowDown"),
         "internal": ("access", "InternalError"),
         "reset": ("access", ""),
@@ -109,7 +109,7 @@ def test_what_never_ends_is_an_error_that_names_the_object_and_the_fault(
         "denied": ("access", r"denied \(AccessDenied\); check the AWS credentials"),
         "expired": ("access", r"denied \(ExpiredToken\); check the AWS credentials"),
     }
-    for fault in said:
+    for fault in expected:
         storage.write(f"{s3_prefix}/{fault}", _content(fault))
 
     def refused(fault: str) -> storage.StorageError:
@@ -117,19 +117,19 @@ def test_what_never_ends_is_an_error_that_names_the_object_and_the_fault(
             storage.read(f"{s3_prefix}/{fault}")
         return error.value
 
-    rules = _rules(tuple(said), "GET", in_a_row=100)  # type: ignore[arg-type]
-    with proxy.ruled(*rules), ThreadPoolExecutor(len(said)) as pool:
-        errors = dict(zip(said, pool.map(refused, said), strict=True))
-    for fault, (kind, words) in said.items():
+    rules = _rules(tuple(expected), "GET", in_a_row=100)  # type: ignore[arg-type]
+    with proxy.ruled(*rules), ThreadPoolExecutor(len(expected)) as pool:
+        errors = dict(zip(expected, pool.map(refused, expected), strict=True))
+    for fault, (kind, words) in expected.items():
         assert errors[fault].kind == kind, errors[fault]
         assert re.search(words, str(errors[fault])), errors[fault]
     struck = {rule.fault: rule.struck for rule in rules}
-    assert struck.pop("reset") >= 4  # the HTTP client tries again by itself once
-    assert struck.pop("denied") == struck.pop("expired") == 1  # no retry will help
+    assert struck.pop("reset") >= 4  # the HTTP client itself retries once
+    assert struck.pop("denied") == struck.pop("expired") == 1  # retrying would not help
     assert set(struck.values()) == {4}
 
 
-def test_a_put_that_arrives_when_nobody_waits_for_it_changes_nothing(
+def test_a_put_that_arrives_after_its_retry_succeeded_changes_nothing(
     s3_prefix: str, proxy: Proxy
 ) -> None:
     uri = f"{s3_prefix}/one"

@@ -1,8 +1,8 @@
-"""List, read and write by URI: `s3://bucket/key` and local paths alike.
+"""List, read and write objects by URI, `s3://bucket/key` or a local path.
 
-This room alone knows what S3 is. Objects are read and written whole; a listing comes page by
-page; every refusal of storage is a `StorageError` with a kind. All functions may be called from
-many threads at once: that is how many small objects are fetched quickly.
+Only this package depends on S3. Objects are read and written whole, listings come in pages, and
+every failure of storage is a `StorageError` with a kind. All functions are thread-safe, so that
+many small objects can be fetched concurrently.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ _s3_import = threading.Lock()
 def _backend(uri: str) -> ModuleType:
     if not uri.startswith("s3://"):
         return local
-    with _s3_import:  # only who uses S3 pays for importing it
+    with _s3_import:  # imported on first use: it is slow
         from pipeline.data.storage import s3
     return s3
 
 
 def normalize(uri: str) -> str:
-    """The one spelling of `uri`: `s3://bucket/key`, or an absolute local path.
+    """Return the canonical form of `uri`: `s3://bucket/key` or an absolute local path.
 
-    Raises ValueError for a scheme that is not known, or an empty string.
+    Raises ValueError on an unknown scheme or an empty string.
     """
     if uri.startswith("s3://"):
         bucket, _, key = uri.removeprefix("s3://").partition("/")
@@ -71,33 +71,33 @@ def normalize(uri: str) -> str:
 
 
 def join(prefix: str, name: str) -> str:
-    """The URI of `name` below `prefix`."""
+    """Return the URI of `name` under `prefix`."""
     return f"{prefix.rstrip('/')}/{name}"
 
 
 def relative(prefix: str, uri: str) -> str:
-    """The part of `uri` below `prefix`, both normalised."""
+    """Return the part of `uri` below `prefix`; both must be normalized."""
     return uri.removeprefix(prefix.rstrip("/") + "/")
 
 
 def list_pages(prefix: str, *, between: tuple[str, str] | None = None) -> Iterator[list[Object]]:
-    """The objects below `prefix`, a page at a time, in an order that differs between servers.
+    """Yield the objects under `prefix`, one page at a time; the order depends on the server.
 
-    With `between`, those whose URIs are from its first to its last in the order of their bytes,
-    which costs S3 no more than these.
+    With `between`, yield only URIs from its first to its last, inclusive, in byte order. On S3
+    only that range is listed.
     """
     pages: Iterator[list[Object]] = _backend(prefix).list_pages(prefix, between)
     return pages
 
 
 def list_objects(prefix: str, *, between: tuple[str, str] | None = None) -> Iterator[Object]:
-    """The objects below `prefix`, one by one; no more than a page is held."""
+    """Yield the objects under `prefix` one by one, holding at most one page in memory."""
     for page in list_pages(prefix, between=between):
         yield from page
 
 
 def stat_object(uri: str) -> Object | None:
-    """The object at `uri` as a listing would show it, None where there is none."""
+    """Return the object at `uri` as a listing would show it, None if it does not exist."""
     found: Object | None = _backend(uri).stat_object(uri)
     return found
 
@@ -108,45 +108,45 @@ def exists(uri: str) -> bool:
 
 
 def read(uri: str, etag: str | None = None) -> bytes:
-    """All bytes of the object. With `etag`, exactly the object that was listed with it.
+    """Return all bytes of the object; with `etag`, only of the version listed with it.
 
-    Raises StorageError: `vanished`, `changed`, `timeout` or `access`.
+    Raises StorageError of kind `vanished`, `changed`, `timeout` or `access`.
     """
     data: bytes = _backend(uri).read(uri, etag)
     return data
 
 
 def create(uri: str, data: bytes) -> bool:
-    """Puts the object unless one exists; whether it was put. Readers never see half of it.
+    """Write the object atomically unless one exists; return whether it was written.
 
-    Raises ValueError above `MAX_CREATE_BYTES`, StorageError where storage refuses.
+    Raises ValueError above `MAX_CREATE_BYTES`, StorageError if storage refuses.
     """
     created: bool = _backend(uri).create(uri, data)
     return created
 
 
 def write(uri: str, data: bytes) -> None:
-    """Puts the object over what was there. Readers see the old one or the new one."""
+    """Write the object atomically, replacing an existing one."""
     _backend(uri).write(uri, data)
 
 
 def delete(uris: list[str], *, within: str | None = None) -> None:
-    """Deletes the objects; those that are gone already are fine.
+    """Delete the objects; missing ones are not an error.
 
-    Local folders that become empty go too, up to and including `within`.
+    Local folders that become empty are removed too, up to and including `within`.
     """
     if uris:
         _backend(uris[0]).delete(uris, within)
 
 
 def leftovers(prefix: str) -> list[str]:
-    """What killed writers left below `prefix`, invisible to listings."""
+    """Return temporary files that crashed writers left under `prefix`; listings omit them."""
     found: list[str] = _backend(prefix).leftovers(prefix)
     return found
 
 
 def filesystem(uri: str) -> Any | None:
-    """The fsspec filesystem behind `uri`, for libraries that take one; None for local paths."""
+    """Return an fsspec filesystem for `uri`, for libraries that take one; None for local paths."""
     if not uri.startswith("s3://"):
         return None
     from pipeline.data.storage import s3

@@ -1,4 +1,4 @@
-"""What both kinds of storage share: an object as listed, and the one error they raise."""
+"""Types and limits shared by all storage backends."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Literal, NamedTuple
 ErrorKind = Literal["access", "changed", "timeout", "vanished"]
 
 MAX_CREATE_BYTES = 100_000_000
-"""One PUT up to here; above it S3 clients go multipart, which is not put-if-absent."""
+"""Largest object that `create` writes: larger ones need multipart uploads, which overwrite."""
 
 PAGE_OBJECTS = 1000
-"""Objects a page of a listing: what S3 gives at most."""
+"""Objects per page of a listing, S3's maximum."""
 
 
 class Object(NamedTuple):
-    """An object as a listing shows it. `etag` is what `read` compares; `size` is in bytes."""
+    """A listing entry. `etag` identifies the version, `size` is in bytes."""
 
     uri: str
     etag: str
@@ -22,10 +22,10 @@ class Object(NamedTuple):
 
 
 class StorageError(OSError):
-    """Storage said no. `kind` tells whether the object is gone, replaced, or out of reach.
+    """A storage request failed. `kind` is one of:
 
-    `vanished`: it was listed and is not there; `changed`: it is not the listed one any more;
-    `timeout`: no answer in time, after retries; `access`: everything else that storage refuses.
+    `vanished`: the object does not exist (any more); `changed`: it was replaced after it was
+    listed; `timeout`: no response in time, after retries; `access`: any other refusal.
     """
 
     def __init__(self, kind: ErrorKind, message: str) -> None:
@@ -34,9 +34,9 @@ class StorageError(OSError):
 
 
 def check_size(uri: str, data: bytes) -> None:
-    """Raises ValueError where `data` does not fit one PUT."""
+    """Check that `data` fits in one PUT. Raises ValueError."""
     if len(data) > MAX_CREATE_BYTES:
         raise ValueError(
-            f"{uri}: {len(data)} bytes do not fit one put of at most {MAX_CREATE_BYTES}; "
-            "smaller shards write smaller files"
+            f"{uri}: {len(data)} bytes are too large for one PUT, at most {MAX_CREATE_BYTES}; "
+            "use smaller shards"
         )

@@ -1,7 +1,7 @@
-"""Local files with the manners of an object store: whole objects, put-if-absent, etags.
+"""Local files with the semantics of an object store: whole objects, put-if-absent, etags.
 
 An etag is `<size>-<mtime in ns>`. A file appears under its name only when all its bytes are on
-disk: they are written to a hidden temporary file beside it first.
+disk: it is first written to a hidden temporary file in the same folder.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from pipeline.data.storage.base import PAGE_OBJECTS, Object, StorageError, check
 
 logger = logging.getLogger(__name__)
 
-_PRUNED_AT_MOST = 10
+_OPEN_ATTEMPTS = 10
 _TEMPORARY = re.compile(r"\.[^/]*\.[0-9a-f]{16}\.tmp\Z")
 
 
 def is_temporary(path: str) -> bool:
-    """Whether the file is one that a killed writer left behind."""
+    """Return whether the file is a temporary one that a crashed writer left behind."""
     return _TEMPORARY.match(os.path.basename(path)) is not None
 
 
 def list_pages(path: str, between: tuple[str, str] | None) -> Iterator[list[Object]]:
-    """The files below the folder `path`, page by page; with `between`, from one path to another.
+    """Yield the files under the folder `path` in pages; `between` limits them to a range of paths.
 
-    A missing folder has no objects. Links to nowhere are passed over; so are names that are not
-    UTF-8, with a warning each.
+    A missing folder has no objects. Dangling links are skipped, as are names that are not UTF-8,
+    each with a warning.
     """
     page: list[Object] = []
     for entry in _walk(path, frozenset()):
@@ -49,7 +49,7 @@ def list_pages(path: str, between: tuple[str, str] | None) -> Iterator[list[Obje
 
 
 def _walk(path: str, above: frozenset[tuple[int, int]]) -> Iterator[os.DirEntry[str]]:
-    """The files below the folder. `above` are the folders around it: links may lead back there."""
+    """Yield the files under the folder. `above` are its parents, to detect cycles of links."""
     try:
         stat = os.stat(path)
         if (here := (stat.st_dev, stat.st_ino)) in above:
@@ -70,7 +70,7 @@ def _walk(path: str, above: frozenset[tuple[int, int]]) -> Iterator[os.DirEntry[
 def _is(kind: Callable[[], bool]) -> bool:
     try:
         return kind()
-    except OSError:  # a link in a circle is neither
+    except OSError:  # a cycle of links is neither file nor folder
         return False
 
 
@@ -78,7 +78,7 @@ def _is_text(entry: os.DirEntry[str]) -> bool:
     try:
         entry.name.encode()
     except UnicodeEncodeError:
-        logger.warning("left out, its name is not UTF-8: %r", os.fsencode(entry.path))
+        logger.warning("skipped a file whose name is not UTF-8: %r", os.fsencode(entry.path))
         return False
     return True
 
@@ -88,7 +88,7 @@ def _etag(stat: os.stat_result) -> str:
 
 
 def stat_object(path: str) -> Object | None:
-    """The object at `path`, None where there is none."""
+    """Return the object at `path`, None if it does not exist."""
     try:
         stat = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -99,7 +99,7 @@ def stat_object(path: str) -> Object | None:
 
 
 def read(path: str, etag: str | None) -> bytes:
-    """All bytes of the file; with `etag`, only if the file is still that one when read whole."""
+    """Return all bytes of the file; with `etag`, only if it is that version before and after."""
     try:
         with open(path, "rb") as file:
             before = _etag(os.fstat(file.fileno()))
@@ -113,7 +113,7 @@ def read(path: str, etag: str | None) -> bytes:
 
 
 def create(path: str, data: bytes) -> bool:
-    """Writes the file unless it exists; whether it was written. The first one wins."""
+    """Write the file unless it exists; return whether it was written. The first writer wins."""
     check_size(path, data)
     with _temporary(path, data) as temporary:
         try:
@@ -125,7 +125,7 @@ def create(path: str, data: bytes) -> bool:
 
 
 def write(path: str, data: bytes) -> None:
-    """Writes the file, in one step as its readers see it, over what was there."""
+    """Write the file atomically, replacing an existing one."""
     with _temporary(path, data) as temporary:
         os.replace(temporary, path)
         _sync_folder(path)
@@ -143,7 +143,7 @@ def _temporary(path: str, data: bytes) -> Iterator[str]:
             os.fsync(file.fileno())
         yield temporary
     except OSError as error:
-        with contextlib.suppress(OSError):  # folders made for nothing go again
+        with contextlib.suppress(OSError):  # remove the folders created for this file
             Path(temporary).unlink(missing_ok=True)
             for each in missing:
                 each.rmdir()
@@ -154,12 +154,12 @@ def _temporary(path: str, data: bytes) -> Iterator[str]:
 
 
 def _open_new(path: str) -> BinaryIO:
-    """A new file in a folder that is made for it, even while another process prunes folders."""
-    for _ in range(_PRUNED_AT_MOST):
+    """Open a new file, creating its folder even while another process removes empty folders."""
+    for _ in range(_OPEN_ATTEMPTS):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             return open(path, "xb")
-    raise FileNotFoundError(2, "its folder vanishes", path)
+    raise FileNotFoundError(2, "its folder keeps being removed", path)
 
 
 def _sync_folder(path: str) -> None:
@@ -171,9 +171,9 @@ def _sync_folder(path: str) -> None:
 
 
 def delete(paths: list[str], within: str | None) -> None:
-    """Deletes the files; those that are gone already are fine.
+    """Delete the files; missing ones are not an error.
 
-    Folders that become empty go too, from the files' own up to `within`.
+    Folders that become empty are removed too, from the files' own up to `within`.
     """
     for path in paths:
         try:
@@ -186,11 +186,11 @@ def delete(paths: list[str], within: str | None) -> None:
             try:
                 folder.rmdir()
             except OSError:
-                break  # it is not empty
+                break  # not empty
 
 
 def leftovers(path: str) -> list[str]:
-    """Temporary files below the folder `path` that killed writers left."""
+    """Return temporary files that crashed writers left under the folder `path`."""
     found = Path(path).rglob(".*.tmp") if os.path.isdir(path) else []
     return sorted(str(file) for file in found if is_temporary(file.name))
 

@@ -1,10 +1,10 @@
-"""S3 through s3fs's asynchronous client: whole objects by one GET, put-if-absent by one PUT.
+"""S3 backend on s3fs's asynchronous client: an object is read by one GET and created by one PUT.
 
-s3fs brings credentials, endpoint and region from the usual AWS environment variables, profiles
-and roles. Its own calls are not used for reading and writing: they send a HEAD first, fetch large
-objects as ranges without If-Match, and go multipart above 100 MB, so old and new bytes could mix.
+s3fs finds credentials, endpoint and region in the usual AWS environment variables, profiles and
+roles. Its own read and write calls are not used: they send a HEAD first, fetch large objects in
+ranges without If-Match, and use multipart uploads above 100 MB, so old and new bytes could mix.
 
-Retries happen here alone, around the request *and* its body; those of the client are off.
+Requests are retried only here, including the transfer of the body; the client's retries are off.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ from pipeline.data.storage.base import (
 )
 from pipeline.text import one_line
 
-ATTEMPTS = 10
-"""Requests sent at most for one call: what fails at once is tried again for some 15 seconds, so
-that six failures in a row are survived, and a server that is started again."""
+MAX_ATTEMPTS = 10
+"""Requests sent per call at most. Immediate failures are retried for about 15 s, enough for six
+failures in a row or a server that restarts."""
 
-FIRST_PAUSE_S = 0.1
-"""Seconds before the second request at most; each further pause is twice as long, up to 5."""
+INITIAL_BACKOFF_S = 0.1
+"""Longest pause before the second request; the pause doubles with each attempt, up to 5 s."""
 
-FIRST_ANSWER_S = 15.0
-"""Seconds within which a server must have answered once, retries included."""
+FIRST_RESPONSE_TIMEOUT_S = 15.0
+"""Time within which the server must have responded once, retries included."""
 
-_answered = threading.Event()
-_TIMEOUTS_S = {"connect_timeout": 10, "read_timeout": 20}  # of silence
+_has_responded = threading.Event()
+_TIMEOUTS_S = {"connect_timeout": 10, "read_timeout": 20}  # without any data
 _RETRIED_CODES = {"SlowDown", "RequestTimeout", "ConditionalRequestConflict", "InternalError"}
 _RETRIED_STATUS = {429, 500, 502, 503, 504}
 
@@ -60,14 +60,14 @@ T = TypeVar("T")
 
 @functools.cache
 def filesystem() -> s3fs.S3FileSystem:
-    """The process's one client: a connection pool shared by all threads. `_retry` tries again."""
+    """Return this process's client, a connection pool for all threads; `_retry` does retries."""
     return _client({"max_attempts": 0})
 
 
 @functools.cache
 def retrying_filesystem() -> s3fs.S3FileSystem:
-    """A client that tries again by itself, for libraries that send their own requests."""
-    return _client({"max_attempts": ATTEMPTS, "mode": "standard"})
+    """Return a client that retries by itself, for libraries that send their own requests."""
+    return _client({"max_attempts": MAX_ATTEMPTS, "mode": "standard"})
 
 
 def _client(retries: dict[str, Any]) -> s3fs.S3FileSystem:
@@ -76,14 +76,16 @@ def _client(retries: dict[str, Any]) -> s3fs.S3FileSystem:
         config_kwargs={**_TIMEOUTS_S, "retries": retries, "max_pool_connections": 64},
     )
     session = AioSession()
-    # three quarters of a listing's CPU time go into dates that nobody asks for
-    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_date)
-    found.session = session  # not an argument: those travel with the client when it is pickled
+    # the default parser of dates, which are not used, takes 75 % of a listing's CPU time
+    session.get_component("response_parser_factory").set_parser_defaults(
+        timestamp_parser=_parse_date
+    )
+    found.session = session  # not passed as an argument, because arguments are pickled
     return found
 
 
-def _date(text: Any) -> datetime:
-    """The time that `text` says, by the fast parser where it is ISO 8601, as in listings."""
+def _parse_date(text: Any) -> datetime:
+    """Return the time in `text`, by a fast parser if it is ISO 8601, as in listings."""
     try:
         return datetime.fromisoformat(text)
     except (TypeError, ValueError):
@@ -92,7 +94,7 @@ def _date(text: Any) -> datetime:
 
 
 def split_uri(uri: str) -> tuple[str, str]:
-    """Bucket and key of `s3://bucket/key`; the key is taken as it stands."""
+    """Return bucket and key of `s3://bucket/key`; the key is not normalized."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not bucket:
         raise ValueError(f"{uri!r} names no bucket; expected s3://bucket/prefix")
@@ -100,9 +102,9 @@ def split_uri(uri: str) -> tuple[str, str]:
 
 
 def list_pages(prefix: str, between: tuple[str, str] | None) -> Iterator[list[Object]]:
-    """The objects whose key starts with the prefix and a slash, page by page.
+    """Yield the objects whose key starts with the prefix and a slash, in pages.
 
-    With `between`, those from its first URI to its last: S3 lists in the order of bytes.
+    With `between`, yield URIs from its first to its last: S3 lists in byte order.
     """
     bucket, key = split_uri(prefix)
     request = {
@@ -112,13 +114,13 @@ def list_pages(prefix: str, between: tuple[str, str] | None) -> Iterator[list[Ob
     }
     first, last = between or ("", "")
     if between:
-        request["StartAfter"] = split_uri(first)[1][:-1]  # shorter by one, so `first` is after it
+        request["StartAfter"] = split_uri(first)[1][:-1]  # one byte shorter: sorts before `first`
     while True:
         answer = _call(prefix, "list_objects_v2", request)
         page = [
             Object(f"s3://{bucket}/{item['Key']}", item["ETag"].strip('"'), item["Size"])
             for item in answer.get("Contents", [])
-            if item["Size"] or not item["Key"].endswith("/")  # the "folders" that some tools make
+            if item["Size"] or not item["Key"].endswith("/")  # "folders" created by some tools
         ]
         yield [item for item in page if between is None or first <= item.uri <= last]
         if not answer.get("IsTruncated") or (between and page and page[-1].uri > last):
@@ -127,7 +129,7 @@ def list_pages(prefix: str, between: tuple[str, str] | None) -> Iterator[list[Ob
 
 
 def stat_object(uri: str) -> Object | None:
-    """The object at `uri`, None where there is none."""
+    """Return the object at `uri`, None if it does not exist."""
     bucket, key = split_uri(uri)
     try:
         answer = _call(uri, "head_object", {"Bucket": bucket, "Key": key})
@@ -139,7 +141,7 @@ def stat_object(uri: str) -> Object | None:
 
 
 def read(uri: str, etag: str | None) -> bytes:
-    """All bytes of the object by one GET; with `etag`, only if it is still that one."""
+    """Return all bytes of the object by one GET; with `etag`, only of that version."""
     bucket, key = split_uri(uri)
     request = {"Bucket": bucket, "Key": key}
     if etag is not None:
@@ -147,18 +149,18 @@ def read(uri: str, etag: str | None) -> bytes:
 
     async def get(client: Any, _: int) -> bytes:
         answer = await client.get_object(**request)
-        _answered.set()  # how long the body takes says nothing of the address
+        _has_responded.set()  # even if the body is slow, the address is right
         async with answer["Body"] as body:
             data: bytes = await body.read()
         if len(data) != answer["ContentLength"]:
-            raise ConnectionError(f"{len(data)} of {answer['ContentLength']} bytes")
+            raise ConnectionError(f"received {len(data)} of {answer['ContentLength']} bytes")
         return data
 
     return _retry(uri, get)
 
 
 def create(uri: str, data: bytes) -> bool:
-    """Puts the object unless it exists; whether it was put. The first one wins."""
+    """Write the object unless it exists; return whether it was written. The first writer wins."""
     check_size(uri, data)
     bucket, key = split_uri(uri)
     refused_on_attempt = -1
@@ -175,25 +177,25 @@ def create(uri: str, data: bytes) -> bool:
         return True
 
     created = _retry(uri, put)
-    # after a lost reply the server refuses our own write: what is there tells
+    # after a lost response the server refuses the retry of our own write: compare the content
     return created or (refused_on_attempt > 0 and read(uri, None) == data)
 
 
 def write(uri: str, data: bytes) -> None:
-    """Puts the object over what was there, in one PUT."""
+    """Write the object by one PUT, replacing an existing one."""
     bucket, key = split_uri(uri)
     _call(uri, "put_object", {"Bucket": bucket, "Key": key, "Body": data})
 
 
 def delete(uris: list[str], within: str | None) -> None:
-    """Deletes the objects; those that are gone already are fine. There are no folders."""
-    for uri in uris:  # one by one: not every server has the bulk call
+    """Delete the objects; missing ones are not an error. `within` has no effect: no folders."""
+    for uri in uris:  # one by one: some servers lack the bulk call
         bucket, key = split_uri(uri)
         _call(uri, "delete_object", {"Bucket": bucket, "Key": key})
 
 
 def leftovers(prefix: str) -> list[str]:
-    """Nothing: a PUT that was cut off leaves no object, and multipart is never used."""
+    """Return nothing: an interrupted PUT leaves no object, and multipart is never used."""
     return []
 
 
@@ -206,7 +208,7 @@ def _call(uri: str, method: str, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _retry(uri: str, attempt: Callable[[Any, int], Awaitable[T]]) -> T:
-    """What `attempt(client, number)` returns, tried again after faults that pass."""
+    """Return the result of `attempt(client, number)`, retried after transient errors."""
 
     async def once(number: int) -> T:
         fs = filesystem()
@@ -215,13 +217,13 @@ def _retry(uri: str, attempt: Callable[[Any, int], Awaitable[T]]) -> T:
         return await attempt(client, number)
 
     async def attempts() -> T:
-        until = time.monotonic() + FIRST_ANSWER_S
-        for number in range(ATTEMPTS):
-            # who never answered yet is asked for less long: its address is probably wrong
-            patience = None if _answered.is_set() else max(0.1, until - time.monotonic())
+        until = time.monotonic() + FIRST_RESPONSE_TIMEOUT_S
+        for number in range(MAX_ATTEMPTS):
+            # until the server has responded once, wait less: the endpoint is probably wrong
+            timeout = None if _has_responded.is_set() else max(0.1, until - time.monotonic())
             try:
-                result = await _answered_within(patience, once(number))
-                _answered.set()
+                result = await _first_response(timeout, once(number))
+                _has_responded.set()
                 return result
             except (
                 BotoCoreError,
@@ -231,28 +233,28 @@ def _retry(uri: str, attempt: Callable[[Any, int], Awaitable[T]]) -> T:
                 TimeoutError,
             ) as error:
                 if isinstance(error, ClientError):
-                    _answered.set()
-                late = not _answered.is_set() and time.monotonic() > until
-                if late or number == ATTEMPTS - 1 or not _passes(error):
+                    _has_responded.set()
+                late = not _has_responded.is_set() and time.monotonic() > until
+                if late or number == MAX_ATTEMPTS - 1 or not _is_transient(error):
                     raise _translate(uri, error) from error
-            await asyncio.sleep(min(5.0, FIRST_PAUSE_S * 2**number) * random.uniform(0.5, 1.0))
+            await asyncio.sleep(min(5.0, INITIAL_BACKOFF_S * 2**number) * random.uniform(0.5, 1.0))
         raise AssertionError("unreachable")
 
     result: T = fsspec.asyn.sync(filesystem().loop, attempts)
     return result
 
 
-async def _answered_within(patience_s: float | None, work: Awaitable[T]) -> T:
-    """What `work` returns. Raises TimeoutError where no server answers before that is over."""
+async def _first_response(timeout_s: float | None, work: Awaitable[T]) -> T:
+    """Return the result of `work`. Raises TimeoutError if the server has not responded in time."""
     task = asyncio.ensure_future(work)
-    done, _ = await asyncio.wait({task}, timeout=patience_s)
-    if not done and not _answered.is_set():
+    done, _ = await asyncio.wait({task}, timeout=timeout_s)
+    if not done and not _has_responded.is_set():
         task.cancel()
         raise TimeoutError
     return await task
 
 
-def _passes(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     if isinstance(error, ClientError):
         code = error.response.get("Error", {}).get("Code", "")
         return code in _RETRIED_CODES or _status(error) in _RETRIED_STATUS
@@ -269,7 +271,7 @@ def _status(error: ClientError) -> int:
 def _translate(uri: str, error: Exception) -> StorageError:
     if not isinstance(error, ClientError):
         kind: ErrorKind = "timeout" if "Timeout" in type(error).__name__ else "access"
-        return StorageError(kind, f"{uri}: {_line(error)}")
+        return StorageError(kind, f"{uri}: {_message(error)}")
     code = error.response.get("Error", {}).get("Code", "")
     bucket, _ = split_uri(uri)
     if code == "NoSuchBucket":
@@ -280,9 +282,9 @@ def _translate(uri: str, error: Exception) -> StorageError:
         return StorageError("changed", f"{uri} was replaced after it was listed")
     if _status(error) in (401, 403):
         return StorageError("access", f"{uri}: access denied ({code}); check the AWS credentials")
-    return StorageError("access", f"{uri}: {_line(error)}")
+    return StorageError("access", f"{uri}: {_message(error)}")
 
 
-def _line(error: Exception) -> str:
-    text = str(error).replace(" (reached max retries: 0)", "")  # of the client, which has none
-    return one_line(text) or f"no answer ({type(error).__name__})"
+def _message(error: Exception) -> str:
+    text = str(error).replace(" (reached max retries: 0)", "")  # the client's own, which are off
+    return one_line(text) or f"no response ({type(error).__name__})"
