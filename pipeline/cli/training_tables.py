@@ -134,7 +134,7 @@ def _evaluation(config: EvaluationConfig) -> str:
 
 def _frequencies(looked: DataReport) -> Iterator[str]:
     """How much of the labelled pixels each class has, and in how many photos to train on it is."""
-    survey, names = looked.survey, looked.train.classes.names
+    survey, names = looked.train_survey, looked.train.classes.names
     total = max(1, int(survey.pixels.sum()))
     width = max(map(len, ("class", *names)))
     yield f"{'class':<{width}}  pixels, %  photos"

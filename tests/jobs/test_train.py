@@ -91,7 +91,7 @@ def test_a_run_says_how_it_goes_and_ends_with_its_score(trained: Trained) -> Non
     lines = trained.out.splitlines()
     assert lines[-1].startswith("train finished steps=6 seconds=")
     assert facts(trained.out)["out"] == f"{trained.prefix}/out"
-    assert "training 6 steps of 4 photos, on 2 workers" in lines
+    assert "training 6 steps of 4 images, on 2 workers" in lines
     assert re.search(r"^never +-$", trained.out, re.MULTILINE)
     assert re.search(r"^mean +\d+\.\d\d$", trained.out, re.MULTILINE)
     progress = (

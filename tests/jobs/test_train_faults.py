@@ -150,7 +150,7 @@ def test_what_was_killed_ends_with_the_weights_of_what_was_not(
     storage.write(torn, storage.read(newest_state(out))[:-1000])  # a server that lost the end
     assert main(given) == 0
     said = capsys.readouterr()
-    assert "going on after step" in said.out
+    assert "resuming after step" in said.out
     assert "Traceback" not in said.err
     assert_the_same(out, f"{undisturbed.root}/out", exact=undisturbed.workers == 1)
     assert "lease.json" not in list_etags(out)

@@ -124,7 +124,7 @@ def test_a_class_to_repeat_is_refused_before_labels_are_looked_at(
     said = capsys.readouterr().out
     assert "--repeat-classes 'gold'" in said
     assert "or leave it empty" in said
-    assert "looking at the labels" not in said
+    assert "checking the labels" not in said
 
 
 def test_what_has_to_be_said_is_asked_for(

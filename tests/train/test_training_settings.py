@@ -106,7 +106,11 @@ def changed(what: Experiment, part: str, **values: Any) -> Experiment:
 @pytest.mark.parametrize(
     ("part", "values", "message"),
     [
-        ("data", {"classes": "camvid"}, "are 11, but the network has 4: give --num-classes 11"),
+        (
+            "data",
+            {"classes": "camvid"},
+            "has 11 classes, but the network has 4; give --num-classes 11",
+        ),
         ("data", {"classes": "cats"}, "classes 'cats': must be voc"),
         ("data", {"classes": '{"names": 4}'}, "--classes: names of the classes is 4"),
         ("data", {"train_split": "test"}, "test"),
@@ -186,7 +190,9 @@ def test_a_start_from_other_classes_makes_the_last_layer_anew_and_says_so(
     what = replace(tiny.experiment(), init=str(start))
     settings, lines = tiny.settings(root, tmp_path / "out", what), []
     prepare(settings, inspect_data(settings, lines.append), lines.append)
-    assert any("has 3 classes, not 4: its last layer starts anew" in line for line in lines)
+    assert any(
+        "has 3 classes instead of 4: its last layer is reinitialized" in line for line in lines
+    )
     found, _ = weights.load(storage.join(settings.out, "initial.safetensors"))
     state, before = found.state_dict(), three.state_dict()
     fresh = [
@@ -313,7 +319,7 @@ def test_a_network_over_the_limit_of_a_create_begins_too(
     looked = inspect_data(settings, print)
     monkeypatch.setattr("pipeline.data.storage.base.MAX_CREATE_BYTES", 100_000)
     begun = prepare(settings, looked, print)
-    assert storage.stat_object(begun.task.initial).size > 100_000  # type: ignore[union-attr]
+    assert storage.stat_object(begun.spec.initial).size > 100_000  # type: ignore[union-attr]
 
 
 def test_an_out_that_cannot_be_written_is_refused_before_any_label_is_looked_at(
@@ -325,7 +331,7 @@ def test_an_out_that_cannot_be_written_is_refused_before_any_label_is_looked_at(
         inspect_data(
             tiny.settings(root, tmp_path / "file" / "out", tiny.experiment()), lines.append
         )
-    assert not any("looking at the labels" in line for line in lines)
+    assert not any("checking the labels" in line for line in lines)
 
 
 def test_what_is_left_counts_late_crops_by_their_size() -> None:
@@ -342,7 +348,7 @@ def test_a_dry_run_for_gpus_where_there_are_none_says_so(root: Path, tmp_path: P
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     settings = tiny.settings(root, tmp_path / "out", tiny.experiment())
-    with pytest.raises(ValueError, match="dry-run it on a machine with one"):
+    with pytest.raises(ValueError, match="run it on a machine with one"):
         estimate(replace(settings, gpus_per_worker=1.0), print)
 
 

@@ -103,7 +103,7 @@ def settings(root: Path, out: Path, what: Experiment, **more: Any) -> TrainingSe
 def worker_spec(root: Path, out: Path, what: Experiment, **more: Any) -> WorkerSpec:
     """A run that has begun below `out`."""
     said = settings(root, out, what, **more)
-    return prepare(said, inspect_data(said, print), print).task
+    return prepare(said, inspect_data(said, print), print).spec
 
 
 @dataclass

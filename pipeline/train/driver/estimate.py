@@ -1,4 +1,4 @@
-"""How long a run will take, from ten steps of it: in this process, without Ray, writing nothing."""
+"""Estimate of the duration of a training run: ten steps in this process, writing nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ WARM_UP = 2
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingEstimate:
-    """What was looked at, the median seconds of a step, and the share that waits for photos."""
+    """The data report, the median seconds of a step, and the estimated seconds of all steps.
+
+    `wait_share` is the fraction of the time that a step waits for images.
+    """
 
     report: DataReport
     step_s: float
@@ -36,41 +39,40 @@ class TrainingEstimate:
     seconds: float
 
 
-def estimate(settings: TrainingSettings, say: Log) -> TrainingEstimate:
-    """Times ten steps of one worker's part of the batch. Raises ValueError as `look` does."""
+def estimate(settings: TrainingSettings, log: Log) -> TrainingEstimate:
+    """Time ten steps on one worker's part of the batch. Raises as `inspect_data` does."""
     if settings.gpus_per_worker and not torch.cuda.is_available():
         raise ValueError(
-            f"--gpus-per-worker {settings.gpus_per_worker:g} --dry-run: steps are timed here, "
-            "where torch finds no GPU; dry-run it on a machine with one"
+            f"--gpus-per-worker {settings.gpus_per_worker:g} --dry-run: steps are timed on this "
+            "machine, where torch finds no GPU; run it on a machine with one"
         )
-    looked = inspect_data(settings, say)
-    task = build_worker_spec(settings, looked, initial="")
-    torch.set_num_threads(task.threads)
-    device = torch.device("cuda" if settings.gpus_per_worker else "cpu")
-    group = ProcessGroup(device=device)
-    first = looked.first or initial_model(settings.experiment, say)
-    state = build_state(task, first, group)
-    stepper = build_trainer(task, state, group)
-    # the first of as many workers as there will be, alone; batch normalisation wants two photos
-    config = task.experiment.optimizer
-    world = min(settings.max_workers, max(1, config.batch_size // 2))
-    source = build_loader_config(task, rank=0, world_size=world)
-    seconds, waited = [], []
+    report = inspect_data(settings, log)
+    spec = build_worker_spec(settings, report, initial="")
+    torch.set_num_threads(spec.threads)
+    group = ProcessGroup(device=torch.device("cuda" if settings.gpus_per_worker else "cpu"))
+    model = report.initial_model or initial_model(settings.experiment, log)
+    state = build_state(spec, model, group)
+    trainer = build_trainer(spec, state, group)
+    # as the first of all workers, but with at least two images, for batch normalization
+    config = spec.experiment.optimizer
+    world_size = min(settings.max_workers, max(1, config.batch_size // 2))
+    loader = build_loader_config(spec, rank=0, world_size=world_size)
     steps = min(STEPS + WARM_UP, config.max_steps)
-    made = batches(source, 0, steps, loaders=task.loaders)
+    seconds, waited = [], []
+    loaded = batches(loader, 0, steps, loaders=spec.loaders)
     started = time.monotonic()
-    for batch in itertools.islice(made, steps):
+    for batch in itertools.islice(loaded, steps):
         if isinstance(batch, SampleError):
             raise batch
-        stepper.step(batch.images, batch.labels)
+        trainer.step(batch.images, batch.labels)
         seconds.append(time.monotonic() - started)
         waited.append(batch.waited_s)
         started = time.monotonic()
     warm = slice(WARM_UP if steps > WARM_UP else 0, None)
     step_s = statistics.median_high(seconds[warm])
     return TrainingEstimate(
-        report=looked,
+        report=report,
         step_s=step_s,
         wait_share=sum(waited[warm]) / sum(seconds[warm]),
-        seconds=step_s * task.experiment.augment.steps_like(0, config.max_steps),
+        seconds=step_s * spec.experiment.augment.steps_like(0, config.max_steps),
     )

@@ -1,16 +1,12 @@
-"""What Ray Train is told: how many workers of which size, where checkpoints go, what each one does.
-
-Enters: a run that was begun, and the board that its workers write on. Leaves: a trainer, to be fit.
-"""
+"""The Ray Train trainer of a run: the workers, where checkpoints go, what each worker runs."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.config import LoggingConfig
 
 from pipeline.runs import ray_connection
 from pipeline.train.driver.preflight import PreparedRun
@@ -19,52 +15,52 @@ from pipeline.train.worker import checkpoints, loop
 from pipeline.train.worker.distributed import RayProcessGroup
 from pipeline.train.worker.task import WorkerSpec
 
-_PATIENCE_S = 24 * 3600
-"""Seconds that a worker waits for another one, which may be slow on val; Ray notices the dead."""
+_COLLECTIVE_TIMEOUT_S = 24 * 3600
+"""A worker may wait this long for one that is slow on val; Ray notices those that crash."""
 
 
-def build_ray_trainer(begun: PreparedRun, board: Any) -> TorchTrainer:
-    """Ray Train's trainer of the run, whose workers tell the actor `board` how they do."""
-    settings, task = begun.settings, begun.task
-    where = checkpoints.ray_storage(task.out)
+def build_ray_trainer(run: PreparedRun, status: Any) -> TorchTrainer:
+    """Return Ray Train's trainer of the run, whose workers report to the actor `status`."""
+    settings, spec = run.settings, run.spec
+    target = checkpoints.ray_storage(spec.out)
     low, high = settings.workers_range
     kind = TorchTrainer if ray_connection.has_cluster() else _LocalRayTrainer
     return kind(
         _worker,
-        train_loop_config={"task": task, "board": board},
+        train_loop_config={"spec": spec, "status": status},
         scaling_config=ScalingConfig(
             num_workers=high if low == high else (low, high),  # type: ignore[arg-type]  # V1's types
             use_gpu=settings.gpus_per_worker > 0,
             resources_per_worker={"CPU": settings.cpus}
             | ({"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {}),
         ),
-        torch_config=TorchConfig(timeout_s=_PATIENCE_S),
+        torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
         run_config=RunConfig(
             name=checkpoints.FOLDER,
-            storage_path=where.path,
-            storage_filesystem=where.filesystem,
+            storage_path=target.path,
+            storage_filesystem=target.filesystem,
             failure_config=FailureConfig(max_failures=settings.max_failures),
-            callbacks=[_Deaths(board)],  # type: ignore[list-item]  # V1's types
+            callbacks=[_CrashCallback(status)],  # type: ignore[list-item]  # V1's types
             logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
         ),
     )
 
 
-class _Deaths(UserCallback):
-    """Tells the board of the death of a worker, after which Ray Train ends the whole group."""
+class _CrashCallback(UserCallback):
+    """Reports the crash of a worker, after which Ray Train stops the whole group."""
 
-    def __init__(self, board: Any) -> None:
-        self._board = board
+    def __init__(self, status: Any) -> None:
+        self._status = status
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        self._board.worker_crashed.remote()
+        self._status.worker_crashed.remote()
 
 
 class _LocalRayTrainer(TorchTrainer):
     """A trainer on a Ray that this process started, and that ends with it.
 
-    Ray Train has an actor that frees the workers' CPUs should their driver die, for those who
-    share a cluster. Without a dashboard, which it asks, that actor takes twelve seconds to end.
+    Ray Train starts an actor that frees the workers' CPUs if their driver crashes, which only a
+    shared cluster needs. Without a dashboard, which it queries, the actor takes 12 s to stop.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -73,11 +69,12 @@ class _LocalRayTrainer(TorchTrainer):
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """What Ray Train calls on every worker."""
-    task: WorkerSpec = config["task"]
-    teller = StatusReporter(config["board"])
-    logging.getLogger("pipeline").addHandler(teller)  # what a worker prints, nobody sees
+    """Run the training loop; Ray Train calls this on every worker."""
+    spec: WorkerSpec = config["spec"]
+    reporter = StatusReporter(config["status"])
+    # the driver does not show what a worker prints
+    logging.getLogger("pipeline").addHandler(reporter)
     try:
-        loop.train(task, RayProcessGroup.join(), teller)
+        loop.train(spec, RayProcessGroup.join(), reporter)
     finally:
-        logging.getLogger("pipeline").removeHandler(teller)
+        logging.getLogger("pipeline").removeHandler(reporter)

@@ -1,4 +1,4 @@
-"""What Ray Train is told."""
+"""The Ray Train trainer: its callbacks, and the status after a crash."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ from tests.train import tiny
 
 
 def callbacks(kind: type[TorchTrainer]) -> list[str]:
-    made = kind(lambda: None, scaling_config=ScalingConfig(num_workers=1))
-    return [type(each).__name__ for each in made._create_default_callbacks()]  # type: ignore[attr-defined]
+    trainer = kind(lambda: None, scaling_config=ScalingConfig(num_workers=1))
+    return [type(each).__name__ for each in trainer._create_default_callbacks()]  # type: ignore[attr-defined]
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-def test_a_ray_that_ends_with_its_driver_has_nobody_who_frees_its_cpus() -> None:
-    everywhere = callbacks(TorchTrainer)
-    here = callbacks(_LocalRayTrainer)
-    assert set(everywhere) - set(here) == {"PlacementGroupCleanerCallback"}
-    assert len(here) == len(everywhere) - 1
+def test_a_local_ray_has_no_actor_that_frees_the_workers_cpus() -> None:
+    on_cluster = callbacks(TorchTrainer)
+    local = callbacks(_LocalRayTrainer)
+    assert set(on_cluster) - set(local) == {"PlacementGroupCleanerCallback"}
+    assert len(local) == len(on_cluster) - 1
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_a_worker_that_dies_leaves_a_board_on_which_none_trains(
+def test_after_a_worker_crashed_the_status_shows_no_worker_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def dies(config: dict[str, Any]) -> None:
-        ray.get(config["board"].started.remote(2, None))
+    def crash(config: dict[str, Any]) -> None:
+        ray.get(config["status"].started.remote(2, None))
         os._exit(1)
 
-    monkeypatch.setattr(ray_trainer, "_worker", dies)
+    monkeypatch.setattr(ray_trainer, "_worker", crash)
     tiny.write_dataset(tmp_path / "set", train=2, val=1)
     settings = tiny.settings(
         tmp_path / "set", tmp_path / "out", tiny.experiment(batch_size=2), max_failures=0
     )
-    board: Any = ray.remote(StatusActor).options(num_cpus=0).remote()  # type: ignore[attr-defined]
-    begun = prepare(settings, inspect_data(settings, print), print)
+    status: Any = ray.remote(StatusActor).options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    run = prepare(settings, inspect_data(settings, print), print)
     with pytest.raises(TrainingFailedError):
-        ray_trainer.build_ray_trainer(begun, board).fit()
-    assert ray.get(board.status.remote()).heartbeats == 1
-    assert ray.get(board.status.remote()).workers == 0
+        ray_trainer.build_ray_trainer(run, status).fit()
+    assert ray.get(status.status.remote()).heartbeats == 1
+    assert ray.get(status.status.remote()).workers == 0

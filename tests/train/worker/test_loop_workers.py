@@ -123,7 +123,7 @@ def test_a_val_split_without_labels_is_refused_before_training(tmp_path: Path) -
     tiny.write_dataset(tmp_path / "set")
     for path in (tmp_path / "set" / "val" / "labels").iterdir():
         Image.fromarray(np.full_like(np.array(Image.open(path)), 255)).save(path)
-    with pytest.raises(ValueError, match="no pixel of the 5 photos of val is labelled"):
+    with pytest.raises(ValueError, match="no pixel of the 5 images of val is labeled"):
         tiny.worker_spec(tmp_path / "set", tmp_path / "out", tiny.experiment())
 
 
