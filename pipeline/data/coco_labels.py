@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +19,7 @@ from pipeline.data import coco, masks, storage
 from pipeline.data.coco import AnnotatedImage
 from pipeline.data.labels import VOC
 from pipeline.data.pairs import stem
+from pipeline.data.prefetch import prefetch
 from pipeline.data.storage import StorageError
 
 FOLDERS = {"train": "train2017", "val": "val2017"}
@@ -28,7 +28,6 @@ FOLDERS = {"train": "train2017", "val": "val2017"}
 TABLE = "pairs.parquet"
 
 _WRITERS = 16
-_BATCH = 256  # images between two progress reports
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,11 +124,9 @@ def _write_labels(
         _write_if_different(storage.join(out, key), masks.encode(ids))
         return key
 
-    with ThreadPoolExecutor(_WRITERS) as pool:
-        for start in range(0, len(images), _BATCH):
-            batch = images[start : start + _BATCH]
-            yield from pool.map(write, batch)
-            progress(len(batch))
+    for key in prefetch(images, write, threads=_WRITERS, ahead=2 * _WRITERS):
+        yield key
+        progress(1)
 
 
 def _write_if_different(uri: str, data: bytes) -> None:
