@@ -1,7 +1,7 @@
-"""Photos of a run that are worth a look, each beside its mask and, where there is one, its label.
+"""Image galleries of a report: selected images, each with its label (if any) and its mask.
 
-Enters: DuckDB's views over one run. Leaves: small JPEGs with their captions. A photo is read as it
-was when it was segmented (by its etag), so what is drawn over it was made of it.
+Images are read with the etag they had when they were segmented, so masks and labels are drawn over
+the version they belong to.
 """
 
 from __future__ import annotations
@@ -26,85 +26,86 @@ from pipeline.data.storage import StorageError
 from pipeline.results.layout import RunLayout
 
 SIDE = 360
-"""The longer side of a picture in the report, in px."""
+"""Longer side of a picture in the report, in px."""
 
 _ALPHA = 0.6
-_NAMED = 5  # classes of a photo in its caption
-_WITHIN = 100_000_000  # px that may be decoded, unless the photo is known to have more
+_CAPTION_CLASSES = 5
+_MAX_PIXELS = 100_000_000  # decoded at most, unless the image is known to have more
 
-_RIGHT = """list_sum(list_transform(classes, lambda c: c.tp))
+_PIXEL_ACCURACY = """list_sum(list_transform(classes, lambda c: c.tp))
     / nullif(list_sum(list_transform(classes, lambda c: c.tp + c.fn)), 0)"""
 
-# title, of which photos, in which order; the first is for runs that can be shown whole
-_ALL = ("All photos, the least sure first", "true", "confidence, uri")
+# title, WHERE, ORDER BY; the first is for runs small enough to show all images
+_ALL = ("All images, lowest confidence first", "true", "confidence, uri")
 _GROUPS = (
-    ("Picked at random", "true", "md5(uri)"),
-    ("Least sure", "true", "confidence, uri"),
-    ("Furthest from their labels", "share_right IS NOT NULL", "share_right, uri"),
+    ("Random sample", "true", "md5(uri)"),
+    ("Lowest confidence", "true", "confidence, uri"),
+    ("Lowest pixel accuracy", "pixel_accuracy IS NOT NULL", "pixel_accuracy, uri"),
 )
 
-Chosen = tuple[str, int, float | None]
+_Selected = tuple[str, int, float | None]  # URI, shard, pixel accuracy
 
 
 @dataclass(frozen=True, kw_only=True)
 class GalleryImage:
-    """A photo of the run: JPEGs by what they show, what is in it, how much of its label is right.
+    """One image of the run: JPEGs by name ("image", "label", "mask"), classes and scores.
 
-    `classes` has (name, colour, share of the pixels), the largest first; `right` is the share of
-    labelled pixels, None without a label; `note` says why a picture is missing, "" if none is.
+    `classes` has (name, color, fraction of the pixels), largest first. `pixel_accuracy` is None
+    without a label. `note` says why a picture is missing, or is "".
     """
 
     uri: str
     pictures: dict[str, bytes]
     classes: tuple[tuple[str, Color, float], ...]
     confidence: float
-    right: float | None
+    pixel_accuracy: float | None
     note: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class GalleryGroup:
-    """Photos of one kind."""
+    """Images under one heading."""
 
     title: str
-    photos: tuple[GalleryImage, ...]
+    images: tuple[GalleryImage, ...]
 
 
 def select_groups(
     con: duckdb.DuckDBPyConnection, run: RunLayout, classes: Classes, count: int
 ) -> tuple[GalleryGroup, ...]:
-    """The groups that have photos, each with at most `count`; one of all where that are few.
+    """Return the non-empty groups with at most `count` images each; one group for a small run.
 
-    Raises StorageError where the results cannot be read; a photo that cannot is shown as such.
-    One shard and one photo are held at a time: Pillow's limits are a process's, so no threads.
+    An image that can no longer be read is shown without its pixels. One shard and one image are
+    held at a time: Pillow's limits are per process, so there are no threads. Raises StorageError
+    if the results cannot be read.
     """
-    all_of_them = _choose(con, *_ALL[1:], count + 1)
-    kinds = (_ALL,) if len(all_of_them) <= count else _GROUPS
-    chosen = {title: _choose(con, where, order, count) for title, where, order in kinds}
-    wanted: dict[int, dict[str, float | None]] = {}
-    for uri, shard, right in (each for some in chosen.values() for each in some):
-        wanted.setdefault(shard, {})[uri] = right
+    whole_run = _select(con, *_ALL[1:], count + 1)
+    groups = (_ALL,) if len(whole_run) <= count else _GROUPS
+    selected = {title: _select(con, where, order, count) for title, where, order in groups}
+    by_shard: dict[int, dict[str, float | None]] = {}
+    for uri, shard, accuracy in (each for group in selected.values() for each in group):
+        by_shard.setdefault(shard, {})[uri] = accuracy
     found: dict[str, GalleryImage] = {}
-    for shard, rights in sorted(wanted.items()):
-        for row in _rows(run.shard(shard), list(rights)):
-            found[row["uri"]] = _photo(row, classes, rights[row["uri"]])
+    for shard, accuracies in sorted(by_shard.items()):
+        for row in _read_rows(run.shard(shard), list(accuracies)):
+            found[row["uri"]] = _gallery_image(row, classes, accuracies[row["uri"]])
     return tuple(
-        GalleryGroup(title=title, photos=tuple(found[uri] for uri, _, _ in some))
-        for title, some in chosen.items()
-        if some
+        GalleryGroup(title=title, images=tuple(found[uri] for uri, _, _ in group))
+        for title, group in selected.items()
+        if group
     )
 
 
-def _choose(con: duckdb.DuckDBPyConnection, where: str, order: str, count: int) -> list[Chosen]:
-    """(URI, shard, share of its label that is right) of the first photos in an order."""
-    photos = f"SELECT *, {_RIGHT} AS share_right FROM images WHERE status = 'ok'"
-    sql = f"SELECT uri, shard, share_right FROM ({photos}) WHERE {where} ORDER BY {order} LIMIT ?"
-    found: list[Chosen] = con.execute(sql, [count]).fetchall()
+def _select(con: duckdb.DuckDBPyConnection, where: str, order: str, count: int) -> list[_Selected]:
+    """Return the first `count` images in an order."""
+    ok = f"SELECT *, {_PIXEL_ACCURACY} AS pixel_accuracy FROM images WHERE status = 'ok'"
+    sql = f"SELECT uri, shard, pixel_accuracy FROM ({ok}) WHERE {where} ORDER BY {order} LIMIT ?"
+    found: list[_Selected] = con.execute(sql, [count]).fetchall()
     return found
 
 
-def _rows(shard: str, uris: list[str]) -> list[dict[str, Any]]:
-    """The rows of these photos in a shard's file."""
+def _read_rows(shard: str, uris: list[str]) -> list[dict[str, Any]]:
+    """Return the rows of these images in a shard's file."""
     table = pq.read_table(io.BytesIO(storage.read(shard)))
     rows: list[dict[str, Any]] = table.filter(
         pc.is_in(table.column("uri"), pa.array(uris))
@@ -112,92 +113,96 @@ def _rows(shard: str, uris: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _photo(row: dict[str, Any], classes: Classes, right: float | None) -> GalleryImage:
-    """A photo as the report shows it; over white where it cannot be read any more."""
+def _gallery_image(
+    row: dict[str, Any], classes: Classes, pixel_accuracy: float | None
+) -> GalleryImage:
+    """Return an image with its pictures, drawn over white if its pixels cannot be read."""
     notes: list[str] = []
-    shown = {"photo": _unless(notes, "photo", _small, row)}
-    under = _white(row) if shown["photo"] is None else shown["photo"]
-    for what, read in (("label", _label), ("mask", _mask)):
-        shown[what] = _unless(notes, what, _drawn, row, read, under, classes)
+    shown = {"image": _try(notes, "image", _thumbnail, row)}
+    background = _white(row) if shown["image"] is None else shown["image"]
+    for what, read in (("label", _read_label), ("mask", _read_mask)):
+        shown[what] = _try(notes, what, _overlay, row, read, background, classes)
     return GalleryImage(
         uri=row["uri"],
-        pictures={what: _jpeg(picture) for what, picture in shown.items() if picture is not None},
-        classes=_largest(row["classes"], classes),
+        pictures={what: _jpeg(pixels) for what, pixels in shown.items() if pixels is not None},
+        classes=_largest_classes(row["classes"], classes),
         confidence=row["confidence"],
-        right=right,
+        pixel_accuracy=pixel_accuracy,
         note="; ".join(notes),
     )
 
 
-def _unless(
+def _try(
     notes: list[str], what: str, read: Callable[..., Pixels | None], *given: Any
 ) -> Pixels | None:
-    """What `read` gives, or None and a note why it cannot be read any more."""
+    """Return `read(*given)`, or None after adding a note if the file cannot be read."""
     try:
-        # these bytes, by their etag, were decoded before, in a process made for that
+        # safe in this process: these very bytes, by etag, were decoded in a child process before
         return read(*given)
     except (StorageError, ImageError, LabelError) as error:
         notes.append(f"the {what} cannot be read: {error}")
         return None
 
 
-def _within(row: dict[str, Any]) -> int:
-    """How many pixels may be decoded."""
+def _max_pixels(row: dict[str, Any]) -> int:
     pixels: int = row["height"] * row["width"]
-    return max(_WITHIN, pixels)
+    return max(_MAX_PIXELS, pixels)
 
 
-def _small(row: dict[str, Any]) -> Pixels:
+def _thumbnail(row: dict[str, Any]) -> Pixels:
     data = storage.read(row["uri"], row["etag"])
-    return _resized(images.decode(data, max_pixels=_within(row)))
+    return _shrink(images.decode(data, max_pixels=_max_pixels(row)))
 
 
 def _white(row: dict[str, Any]) -> Pixels:
-    return _resized(np.full((row["height"], row["width"], 3), 255, dtype=np.uint8))
+    return _shrink(np.full((row["height"], row["width"], 3), 255, dtype=np.uint8))
 
 
-def _label(row: dict[str, Any], classes: Classes) -> Pixels | None:
+def _read_label(row: dict[str, Any], classes: Classes) -> Pixels | None:
     if row["label_uri"] is None or row["label_error"] is not None:
         return None
     data = storage.read(row["label_uri"], row["label_etag"])
     size = row["height"], row["width"]
-    return masks.decode_label(data, classes, size=size, max_pixels=_within(row))
+    return masks.decode_label(data, classes, size=size, max_pixels=_max_pixels(row))
 
 
-def _mask(row: dict[str, Any], _: Classes) -> Pixels:
-    return masks.decode(row["mask"], max_pixels=_within(row))
+def _read_mask(row: dict[str, Any], _: Classes) -> Pixels:
+    return masks.decode(row["mask"], max_pixels=_max_pixels(row))
 
 
-def _drawn(
+def _overlay(
     row: dict[str, Any],
     read: Callable[[dict[str, Any], Classes], Pixels | None],
-    under: Pixels,
+    background: Pixels,
     classes: Classes,
 ) -> Pixels | None:
+    """Return the label or mask drawn over the thumbnail, None if there is no label."""
     ids = read(row, classes)
-    return None if ids is None else _over(under, ids, classes)
+    if ids is None:
+        return None
+    size = background.shape[1], background.shape[0]
+    fitted = np.asarray(Image.fromarray(ids).resize(size, Image.Resampling.NEAREST))
+    return masks.overlay(background, fitted, classes, alpha=_ALPHA)
 
 
-def _resized(photo: Pixels) -> Pixels:
-    height, width = photo.shape[:2]
+def _shrink(pixels: Pixels) -> Pixels:
+    height, width = pixels.shape[:2]
     scale = min(1.0, SIDE / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    return np.asarray(Image.fromarray(photo).resize(size, Image.Resampling.LANCZOS))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
 
 
-def _over(small: Pixels, ids: Pixels, classes: Classes) -> Pixels:
-    """`ids` drawn over the smaller photo."""
-    size = small.shape[1], small.shape[0]
-    fitted = np.asarray(Image.fromarray(ids).resize(size, Image.Resampling.NEAREST))
-    return masks.overlay(small, fitted, classes, alpha=_ALPHA)
-
-
-def _jpeg(picture: Pixels) -> bytes:
+def _jpeg(pixels: Pixels) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=85)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
 
 
-def _largest(found: list[dict[str, Any]], classes: Classes) -> tuple[tuple[str, Color, float], ...]:
-    seen = sorted((c for c in found if c["pixels"]), key=lambda c: -c["fraction"])[:_NAMED]
-    return tuple((c["class_name"], classes.palette[c["class_id"]], c["fraction"]) for c in seen)
+def _largest_classes(
+    found: list[dict[str, Any]], classes: Classes
+) -> tuple[tuple[str, Color, float], ...]:
+    present = sorted((c for c in found if c["pixels"]), key=lambda c: -c["fraction"])
+    return tuple(
+        (c["class_name"], classes.palette[c["class_id"]], c["fraction"])
+        for c in present[:_CAPTION_CLASSES]
+    )

@@ -1,7 +1,7 @@
-"""What a run came to, for people: numbers by class, errors by kind, and photos to look at.
+"""Collects the contents of a run's report: statistics per class, errors by kind, and images.
 
-Enters: a results URI and a run, finished or not. Leaves: a `Report`, plain values that `page`
-draws. Memory is that of DuckDB's limit, beyond which its queries spill, and of a shard and a photo.
+The run may be unfinished. `page` renders the `Report`. DuckDB spills to disk beyond its memory
+limit; besides that, one shard and one image are in memory at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.results.gallery import GalleryGroup, select_groups
 from pipeline.results.layout import RunLayout, shard_number
 
 BINS = 20
-"""Of the histogram of confidence, from 0 to 1."""
+"""Number of bins of the confidence histogram, from 0 to 1."""
 
 _MEMORY = "2GB"
 _EXAMPLES = 5
@@ -27,9 +27,11 @@ _EXAMPLES = 5
 
 @dataclass(frozen=True, kw_only=True)
 class ClassRow:
-    """A class over all photos of the run. `share` is of all pixels, `iou` over those with a label.
+    """Statistics of a class over all images of the run.
 
-    `confidence` is the mean winning probability over its pixels; None where it has none.
+    `images` is the number of images whose mask contains it, `share` its fraction of all pixels,
+    `confidence` the mean winning probability over its pixels (None without any), and `iou` over
+    the labeled images.
     """
 
     name: str
@@ -42,7 +44,7 @@ class ClassRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ErrorSummary:
-    """A kind of error: of how many photos, and the URI and reason of a few."""
+    """A kind of error: the number of images, and (URI, message) of a few examples."""
 
     kind: str
     images: int
@@ -51,41 +53,41 @@ class ErrorSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A run as people look at it. `record` is its row of `runs`, None while it is unfinished."""
+    """Contents of the report page. `record` is the run's row of `runs`, None if unfinished."""
 
     results: str
     run_id: str
     record: Mapping[str, Any] | None
     ok: int
     errors: int
-    labelled: int
+    labeled: int
     classes: tuple[ClassRow, ...]
     mean_iou: float | None
-    confidence: tuple[int, ...]  # photos in each of BINS
-    problems: tuple[ErrorSummary, ...]
+    confidence: tuple[int, ...]  # images in each of BINS
+    error_kinds: tuple[ErrorSummary, ...]
     groups: tuple[GalleryGroup, ...]
 
 
 @files.interruptible()
 def build_report(results: str, run_id: str, *, images: int) -> Report:
-    """The report of a run, with up to `photos` photos of each group.
+    """Return the report of a run, with up to `images` images per gallery group.
 
-    Raises LookupError where the run has no photos, ValueError where `results` or `run_id` is
-    none, StorageError where storage refuses; a photo that cannot be read any more is shown as such.
+    Raises LookupError if the run has no images, ValueError if `results` or `run_id` is malformed,
+    StorageError if storage refuses. An image that can no longer be read is shown with a note.
     """
     results = storage.normalize(results)
     run = RunLayout(results=results, run_id=run_id)
     con = query.connect(results, run_id=run_id, memory_limit=_MEMORY)
     try:
         record = _record(con)
-        classes = _described(con, run, record)
-        ok, errors, labelled = _one(
+        classes = _run_classes(con, run, record)
+        ok, errors, labeled = _one_row(
             con,
             """SELECT count(*) FILTER (status = 'ok'), count(*) FILTER (status != 'ok'),
                       count(*) FILTER (label_uri IS NOT NULL AND label_error IS NULL
                                        AND status = 'ok') FROM images""",
         )
-        rows = _classes(con, classes.palette)
+        rows = _class_rows(con, classes.palette)
         known = [row.iou for row in rows if row.iou is not None]
         return Report(
             results=results,
@@ -93,11 +95,11 @@ def build_report(results: str, run_id: str, *, images: int) -> Report:
             record=record,
             ok=ok,
             errors=errors,
-            labelled=labelled,
+            labeled=labeled,
             classes=rows,
             mean_iou=sum(known) / len(known) if known else None,
             confidence=_histogram(con),
-            problems=_problems(con),
+            error_kinds=_error_kinds(con),
             groups=select_groups(con, run, classes, images),
         )
     finally:
@@ -105,9 +107,10 @@ def build_report(results: str, run_id: str, *, images: int) -> Report:
 
 
 def newest_run(results: str) -> str:
-    """The id of the finished run with photos that started last; no images are listed for that.
+    """Return the id of the finished run with images that started last.
 
-    Raises LookupError where there is none, StorageError where storage refuses.
+    Only records are listed, no images. Raises LookupError if there is no such run, StorageError if
+    storage refuses.
     """
     results = storage.normalize(results)
     finished = query.run_records(results)
@@ -120,26 +123,28 @@ def newest_run(results: str) -> str:
     finally:
         con.close()
     if found is None:
-        raise LookupError(f"no run with photos has finished at {results}; --run-id shows any other")
+        raise LookupError(
+            f"no finished run with images at {results}; give --run-id to report an unfinished one"
+        )
     run_id: str = found[0]
     return run_id
 
 
-def _described(
+def _run_classes(
     con: duckdb.DuckDBPyConnection, run: RunLayout, record: Mapping[str, Any] | None
 ) -> Classes:
-    """The classes that the run's files name. Raises LookupError where it has no photos."""
+    """Return the classes in the footers of the run's files. Raises LookupError without images."""
     listed = (item.uri for item in storage.list_objects(run.images))
     uri = next((uri for uri in listed if shard_number(uri) is not None), None)
     if uri is None:
-        why = "it found nothing new" if record else "nothing is done, or there is no such run"
-        raise LookupError(f"run {run.run_id} has no photos at {run.results}: {why}")
+        why = "it found nothing new" if record else "it has not started, or does not exist"
+        raise LookupError(f"run {run.run_id} has no images at {run.results}: {why}")
     found = con.execute("SELECT key, value FROM parquet_kv_metadata(?)", [files.escape_glob(uri)])
     return tables.classes_from_footer(dict(found.fetchall()))
 
 
-def _one(con: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:
-    """The only row of an answer."""
+def _one_row(con: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:
+    """Return the only row of a result."""
     found: tuple[Any, ...] | None = con.execute(sql).fetchone()
     assert found is not None
     return found
@@ -151,9 +156,9 @@ def _record(con: duckdb.DuckDBPyConnection) -> dict[str, Any] | None:
     return dict(zip(names, found, strict=True)) if found else None
 
 
-def _classes(con: duckdb.DuckDBPyConnection, palette: tuple[Color, ...]) -> tuple[ClassRow, ...]:
-    """The classes that masks or labels hold, in the order of their ids."""
-    (total,) = _one(con, "SELECT sum(height::BIGINT * width) FROM images WHERE status = 'ok'")
+def _class_rows(con: duckdb.DuckDBPyConnection, palette: tuple[Color, ...]) -> tuple[ClassRow, ...]:
+    """Return the classes in any mask or label, in order of their ids."""
+    (total,) = _one_row(con, "SELECT sum(height::BIGINT * width) FROM images WHERE status = 'ok'")
     found = con.execute(
         """SELECT class_id, class_name, count(*) FILTER (pixels > 0), sum(pixels),
                   sum(confidence * pixels) / nullif(sum(pixels), 0), any_value(iou.iou)
@@ -174,7 +179,7 @@ def _classes(con: duckdb.DuckDBPyConnection, palette: tuple[Color, ...]) -> tupl
 
 
 def _histogram(con: duckdb.DuckDBPyConnection) -> tuple[int, ...]:
-    """The photos in each of BINS equal parts of confidence from 0 to 1."""
+    """Return the number of images in each of BINS equal bins of confidence from 0 to 1."""
     found = dict(
         con.execute(
             "SELECT least(floor(confidence * $1), $1 - 1)::INT AS bin, count(*) FROM images "
@@ -185,8 +190,8 @@ def _histogram(con: duckdb.DuckDBPyConnection) -> tuple[int, ...]:
     return tuple(found.get(number, 0) for number in range(BINS))
 
 
-def _problems(con: duckdb.DuckDBPyConnection) -> tuple[ErrorSummary, ...]:
-    """The kinds of error, the most frequent first; labels that could not be used are one."""
+def _error_kinds(con: duckdb.DuckDBPyConnection) -> tuple[ErrorSummary, ...]:
+    """Return the kinds of error, most frequent first; unusable labels are the kind `label`."""
     found = con.execute(
         f"""WITH errors AS (
                 SELECT error_kind AS kind, uri, error FROM images WHERE status != 'ok'

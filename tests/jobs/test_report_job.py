@@ -27,10 +27,10 @@ def test_a_report_is_one_file_where_it_was_asked_for(prefix: str, capsys: Captur
 def test_what_cannot_be_shown_is_one_line(prefix: str, tmp_path: Path, capsys: Capture) -> None:
     for _ in range(2):
         assert main([prefix]) == 1
-        assert capsys.readouterr().err.startswith(f"no run with photos has finished at {prefix};")
+        assert capsys.readouterr().err.startswith(f"no finished run with images at {prefix};")
         write_run(prefix, "a", finished=False)
     assert main([prefix, "--run-id", "b"]) == 1
-    assert capsys.readouterr().err.startswith(f"run b has no photos at {prefix}: ")
+    assert capsys.readouterr().err.startswith(f"run b has no images at {prefix}: ")
     wrong_ones = ["--photos", "-1"], ["--photos", "501"], ["--run-id", "../b"], ["--size", "3"]
     for wrong in (*wrong_ones, ["--out", "gs://b/x"], ["--out", str(tmp_path)]):
         assert main([prefix, *wrong]) == 2
