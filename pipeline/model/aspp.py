@@ -1,8 +1,7 @@
 """Atrous spatial pyramid pooling with image-level features.
 
-Enters: a backbone's feature map (n, c, h, w). Leaves: 256 features (n, 256, h, w) of that size.
-Names are torchvision's: `convs.0` is the 1x1 branch, then the 3x3 branches, pooling last.
-Source: arXiv 1706.05587, Sec. 3.3.
+Source: arXiv 1706.05587, Sec. 3.3. Names are torchvision's: `convs.0` is the 1x1 branch, followed
+by the 3x3 branches and, last, image pooling.
 """
 
 from collections.abc import Sequence
@@ -16,10 +15,10 @@ ASPP_CHANNELS = 256
 
 
 class ImagePooling(nn.Sequential):
-    """The mean over the map, 1x1 convolved: (n, c, h, w) -> (n, 256, h, w), constant over h, w."""
+    """The map's mean, 1x1 convolved: (n, c, h, w) -> (n, 256, h, w), constant over h and w."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        # Bilinear upsampling of one value is that value everywhere.
+        # Bilinear upsampling of a single value gives that value everywhere.
         pooled = input
         for layer in self:
             pooled = layer(pooled)
@@ -27,15 +26,15 @@ class ImagePooling(nn.Sequential):
 
 
 class ASPP(nn.Module):
-    """The branches side by side, concatenated and projected to 256 channels.
+    """Parallel branches, concatenated and projected: (n, c, h, w) -> (n, 256, h, w).
 
-    `branches` is how many 3x3 branches there are beside the 1x1 branch. `pooling_first` puts
+    `branches` is the number of 3x3 branches besides the 1x1 branch. `pooling_first` puts
     image-level features first in the concatenation (TensorFlow).
     """
 
     def __init__(
         self,
-        inputs: int,
+        in_channels: int,
         *,
         branches: int,
         image_pooling: bool,
@@ -47,11 +46,13 @@ class ASPP(nn.Module):
         self.branches = branches
         self.pooling_first = pooling_first and image_pooling
         convs: list[nn.Module] = [
-            nn.Sequential(*build_conv_bn(inputs, ASPP_CHANNELS, kernel, folded=folded), nn.ReLU())
-            for kernel in (1, *[3] * branches)
+            nn.Sequential(
+                *build_conv_bn(in_channels, ASPP_CHANNELS, kernel_size, folded=folded), nn.ReLU()
+            )
+            for kernel_size in (1, *[3] * branches)
         ]
         if image_pooling:
-            pooled = build_conv_bn(inputs, ASPP_CHANNELS, folded=folded)
+            pooled = build_conv_bn(in_channels, ASPP_CHANNELS, folded=folded)
             convs.append(ImagePooling(nn.AdaptiveAvgPool2d(1), *pooled, nn.ReLU()))
         self.convs = nn.ModuleList(convs)
         self.project = nn.Sequential(
@@ -61,15 +62,15 @@ class ASPP(nn.Module):
         )
 
     def set_rates(self, rates: Sequence[int]) -> None:
-        """Sets the rates of the 3x3 branches; no weight changes."""
+        """Set the rates of the 3x3 branches; no weight changes."""
         for branch, rate in zip(self.convs[1 : 1 + self.branches], rates, strict=True):
             assert isinstance(branch, nn.Sequential)
             assert isinstance(branch[0], Convolution)
             branch[0].set_stride_and_rate(stride=1, rate=rate)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parts = [branch(x) for branch in self.convs]
+        outputs = [branch(x) for branch in self.convs]
         if self.pooling_first:
-            parts = [parts[-1], *parts[:-1]]
-        projected: torch.Tensor = self.project(torch.cat(parts, dim=1))
+            outputs = [outputs[-1], *outputs[:-1]]
+        projected: torch.Tensor = self.project(torch.cat(outputs, dim=1))
         return projected

@@ -1,8 +1,8 @@
-"""Layouts of other people's weight files: names and shapes -> our config and state_dict.
+"""Published checkpoint formats: detects them by names and shapes of the weights.
 
-torchvision's names are ours, and so are those of VainF's DeepLabv3+; VainF's DeepLabv3 has its
-head one level deeper. No file says its output stride, its rates or its dropout: each layout has
-a default, what its authors publish the file with.
+Our names are torchvision's and those of VainF's DeepLabv3+; VainF's DeepLabv3 has its head one
+level deeper. No file states its output stride, rates or dropout: each format has its authors'
+values as defaults.
 """
 
 import re
@@ -18,23 +18,23 @@ from pipeline.text import first_names
 State = dict[str, torch.Tensor]
 
 TRAINING_KEY = "deeplab-training"
-"""In the metadata of what a training run goes on from, which holds more than a network."""
+"""Metadata key of a training checkpoint, which holds more than a network."""
 
 RATES = (6, 12, 18)
-"""At output stride 16, so 12, 24, 36 at 8: what all of them train with."""
+"""At output stride 16, so 12, 24, 36 at 8: all of them were trained with these."""
 
-# Units of layer3, and whether they are bottlenecks.
 RESNETS: dict[tuple[int, bool], Backbone] = {
     (2, False): "resnet18",
     (6, False): "resnet34",
     (6, True): "resnet50",
     (23, True): "resnet101",
 }
+"""By the number of units in layer3, and whether they are bottlenecks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFormat:
-    """Where a family of files keeps ASPP and logits, and what it never says.
+    """The names of ASPP and logits in a family of files, and values that the files do not state.
 
     All of them have torchvision's backbone, and one 3x3 convolution before the logits.
     """
@@ -45,7 +45,7 @@ class CheckpointFormat:
     output_stride: int
     dropout: float
     renamed: tuple[str, str] = ("", "")
-    """How their names begin, and ours in its place."""
+    """Prefix of their names, and ours in its place."""
 
 
 CHECKPOINT_FORMATS = (
@@ -73,25 +73,26 @@ CHECKPOINT_FORMATS = (
 def detect_format(
     file: TensorFile, *, name: str, atrous_rates: tuple[int, ...] | None = None
 ) -> tuple[ModelConfig, State]:
-    """The config and state_dict of a file of torchvision's, VainF's or the zoo's layout.
+    """Return config and state_dict of a file in torchvision's, VainF's or the zoo's format.
 
-    `atrous_rates` (at output stride 16) replace the layout's own. Raises CheckpointError.
+    `atrous_rates` (at output stride 16) replace the format's default. Raises CheckpointError if
+    the format is unknown or not supported.
     """
     if TRAINING_KEY in file.metadata:
         raise CheckpointError(
-            f"{name} is what a training run goes on from, not a network: give the run's "
-            "model.safetensors, or best.safetensors, which lie beside its checkpoints folder"
+            f"{name} is a training checkpoint, not a network: give the run's model.safetensors or "
+            "best.safetensors, next to its checkpoints folder"
         )
     if file.npz:
         if atrous_rates:
             raise CheckpointError(
-                f"{name} has no atrous branches, but rates {atrous_rates}; leave atrous_rates out"
+                f"{name} has no atrous branches: leave out atrous_rates {atrous_rates}"
             )
         config = frozen_graph.read_config(file.tensors, name)
         return config, frozen_graph.read_state(file.tensors, name)
-    layout = _layout(file.tensors, name)
-    config = _config(layout, file.tensors, name, atrous_rates)
-    theirs, ours = layout.renamed
+    spec = _match_format(file.tensors, name)
+    config = _build_config(spec, file.tensors, name, atrous_rates)
+    theirs, ours = spec.renamed
     state = {
         ours + key.removeprefix(theirs) if theirs and key.startswith(theirs) else key: tensor
         for key, tensor in file.tensors.items()
@@ -99,47 +100,47 @@ def detect_format(
     return config, state
 
 
-def _layout(tensors: State, name: str) -> CheckpointFormat:
+def _match_format(tensors: State, name: str) -> CheckpointFormat:
     if any(key.startswith("backbone.low_level_features.") for key in tensors):
         raise CheckpointError(
             f"{name} is VainF's MobileNetV2, which is not supported: it pads before the 1x1 "
-            "expansion, so that its borders carry the normalisation's bias; its ResNets load"
+            "expansion, so that its borders carry the normalization's bias; its ResNets load"
         )
-    for layout in CHECKPOINT_FORMATS:
-        logits = tensors.get(f"{layout.logits}.weight")
-        found = f"{layout.aspp}.convs.0.0.weight" in tensors
+    for spec in CHECKPOINT_FORMATS:
+        logits = tensors.get(f"{spec.logits}.weight")
+        found = f"{spec.aspp}.convs.0.0.weight" in tensors
         if found and logits is not None and logits.ndim == 4:
-            return layout
+            return spec
     raise CheckpointError(
-        f"{name} is of no known layout (its first names: {first_names(sorted(tensors))}); a "
-        "backbone alone, from ImageNet, is what load_backbone is for"
+        f"{name} has no known checkpoint format (first names: {first_names(sorted(tensors))}); "
+        "if it is an ImageNet backbone, use load_backbone"
     )
 
 
-def _config(
-    layout: CheckpointFormat, tensors: State, name: str, atrous_rates: tuple[int, ...] | None
+def _build_config(
+    spec: CheckpointFormat, tensors: State, name: str, atrous_rates: tuple[int, ...] | None
 ) -> ModelConfig:
-    """The config of a file: what names and shapes tell, and the layout's defaults."""
-    branches = _branches(tensors, layout.aspp)
+    """Return the config from names and shapes, and the format's defaults."""
+    branches = _branches(tensors, spec.aspp)
     rates = RATES if atrous_rates is None else atrous_rates
     if len(rates) != branches:
         raise CheckpointError(
-            f"{name} has {branches} atrous branches, but rates {rates}; give atrous_rates"
+            f"{name} has {branches} atrous branches: atrous_rates must have as many, got {rates}"
         )
     backbone = _backbone(tensors, name)
     try:
         return ModelConfig(
             backbone=backbone,
-            num_classes=tensors[f"{layout.logits}.weight"].shape[0],
-            output_stride=layout.output_stride,
+            num_classes=tensors[f"{spec.logits}.weight"].shape[0],
+            output_stride=spec.output_stride,
             multi_grid=(1, 1, 1),
             atrous_rates=rates,
-            image_pooling=f"{layout.aspp}.convs.{branches + 1}.1.weight" in tensors,
-            decoder=layout.decoder,
+            image_pooling=f"{spec.aspp}.convs.{branches + 1}.1.weight" in tensors,
+            decoder=spec.decoder,
             num_convs=1,
             style="torchvision",
             auxiliary="aux_classifier.0.weight" in tensors,
-            dropout=layout.dropout,
+            dropout=spec.dropout,
         )
     except ValueError as error:
         raise CheckpointError(f"{name}: {error}") from None
@@ -162,6 +163,6 @@ def _backbone(tensors: State, name: str) -> Backbone:
         return RESNETS[len(units), bottleneck]
     except KeyError:
         raise CheckpointError(
-            f"{name} has a backbone of no known depth ({len(units)} units in layer3); known are "
-            f"mobilenet_v2 and {', '.join(RESNETS.values())}"
+            f"{name} has a backbone of unknown depth ({len(units)} units in layer3); known "
+            f"backbones are mobilenet_v2, {', '.join(RESNETS.values())}"
         ) from None

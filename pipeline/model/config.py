@@ -1,7 +1,6 @@
-"""What a network is: the one value that builds it and that its checkpoint carries.
+"""Configuration of a network: it builds the network and is stored in its checkpoint.
 
-Enters: names and numbers from a recipe or from a checkpoint's JSON. Leaves: a frozen, checked
-`ModelConfig`. Invariant: a config that exists can be built.
+Every `ModelConfig` is validated when it is created, so any instance can be built.
 """
 
 import dataclasses
@@ -28,61 +27,63 @@ RATES_STRIDE = 16
 """The output stride at which `atrous_rates` are given (arXiv 1706.05587, Sec. 3.3)."""
 
 MAX_CLASSES = 255
-"""A mask is 8 bits, and 255 is kept for pixels to ignore."""
+"""A mask has 8 bits, and 255 is reserved for ignored pixels."""
 
 MAX_SCALE = 8.0
-"""The largest scale of an image in training and evaluation (ours): memory grows with its square."""
+"""Our limit for image scales in training and evaluation: memory grows with the square."""
 
 MAX_CONVS = 8
-"""Ours: more than anybody uses, and a checkpoint's JSON cannot ask for a million layers."""
+"""Our limit, so that a checkpoint's JSON cannot ask for a million layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A DeepLabv3. The defaults are the paper's final model, trained at output stride 16.
 
-    `style` decides what published files disagree on:
+    `style` selects the variant where published implementations differ:
     - 'paper': stride in a block's last unit, rate x unit rate in every unit.
     - 'torchvision': stride in the first unit, which keeps the previous block's rate; the style
-      of every ImageNet file. `num_convs=0` puts the paper's head on it.
-    - 'tensorflow': SAME padding, images padded to 16k+1 a side, align_corners, pooling first in
-      the concatenation, batch normalisation folded into biases. MobileNetV2 only.
+      of all ImageNet files. `num_convs=0` combines it with the paper's head.
+    - 'tensorflow': SAME padding, images padded to sides of 16k + 1, align_corners, pooling first
+      in the concatenation, batch normalization folded into biases. MobileNetV2 only.
+
+    Raises ValueError if fields are invalid or do not fit together.
     """
 
     backbone: Backbone = "resnet101"
-    """The network that makes the features."""
+    """The network that computes the features."""
     num_classes: int = 21
-    """Channels of the logits."""
+    """Number of classes: channels of the logits."""
     output_stride: int = 16
-    """Photo pixels a side of a feature: a power of two from 4 to 32, with 5, 6 or 7 blocks to 64,
-    128 or 256."""
+    """Image pixels per feature along a side: a power of two from 4 to 32, or up to 64, 128 or 256
+    with 5, 6 or 7 blocks."""
     multi_grid: tuple[int, ...] = (1, 2, 4)
-    """The unit rates of the fourth block and of those after it (Sec. 3.2.1)."""
+    """Unit rates of the fourth and later blocks (Sec. 3.2.1)."""
     head: HeadKind = "aspp"
-    """'aspp' is atrous spatial pyramid pooling (Sec. 3.3); 'cascade' a 1x1 convolution behind
-    blocks in a row (Sec. 3.2), which takes `atrous_rates=(), image_pooling=False`."""
+    """'aspp' is atrous spatial pyramid pooling (Sec. 3.3); 'cascade' is a 1x1 convolution after
+    cascaded blocks (Sec. 3.2) and needs `atrous_rates=(), image_pooling=False`."""
     blocks: int = 4
-    """Of a ResNet in cascade, 4 to 7: each after the fourth is a copy of it."""
+    """Blocks of a cascaded ResNet, 4 to 7; those after the fourth are copies of it."""
     atrous_rates: tuple[int, ...] = (6, 12, 18)
-    """Rates of the head's 3x3 branches, as many as there are, given at output stride 16 and scaled
-    by 16 / `output_stride`; () leaves them out."""
+    """Rates of the head's 3x3 branches, one per branch, at output stride 16; they are scaled by
+    16 / `output_stride`. () has no such branches."""
     image_pooling: bool = True
-    """Whether the head sees the mean of the whole photo."""
+    """Whether the head also uses the mean of the whole image's features."""
     decoder: bool = False
     """Refine with features of stride 4 (DeepLabv3+, arXiv 1802.02611); logits are at stride 4."""
     num_convs: int | None = None
-    """3x3 convolutions before the logits. None is what the head's source has: two in the decoder,
-    one in torchvision's ASPP head, else none."""
+    """3x3 convolutions before the logits. The default follows the head's source: two in the
+    decoder, one in torchvision's ASPP head, otherwise none."""
     style: Style = "paper"
-    """Whose network it is, in what published files disagree on."""
+    """The variant, where published implementations differ."""
     auxiliary: bool = False
-    """torchvision's second head, on the third block, which helps training."""
+    """Train with torchvision's auxiliary head on the third block."""
     dropout: float = 0.1
-    """Before the logits. The paper states none; the authors' code keeps 0.9."""
+    """Dropout before the logits: the authors' code; the paper does not state it."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Of red, green and blue, on pixels scaled to 0..1."""
+    """Mean of red, green and blue pixels, scaled to 0..1."""
     std: tuple[float, float, float] = IMAGENET_STD
-    """Of red, green and blue, on pixels scaled to 0..1."""
+    """Standard deviation of red, green and blue pixels, scaled to 0..1."""
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -94,19 +95,19 @@ class ModelConfig:
 
     @property
     def rates(self) -> tuple[int, ...]:
-        """The rates of the 3x3 ASPP branches at this `output_stride`."""
+        """Rates of the 3x3 ASPP branches at this `output_stride`."""
         scaled = [rate * RATES_STRIDE for rate in self.atrous_rates]
         if any(rate % self.output_stride for rate in scaled):
             raise ValueError(
-                f"atrous_rates {self.atrous_rates} (at output stride {RATES_STRIDE}) are no "
-                f"integers at output_stride {self.output_stride}: give even rates, or an "
+                f"atrous_rates {self.atrous_rates} (at output stride {RATES_STRIDE}): must be "
+                f"integers at output_stride {self.output_stride} too; give even rates, or an "
                 f"output_stride of at most {RATES_STRIDE}"
             )
         return tuple(rate // self.output_stride for rate in scaled)
 
     @property
     def convs(self) -> int:
-        """How many 3x3 convolutions are before the logits: `num_convs`, or its default."""
+        """Number of 3x3 convolutions before the logits: `num_convs` or its default."""
         if self.num_convs is not None:
             return self.num_convs
         if self.decoder:
@@ -114,27 +115,27 @@ class ModelConfig:
         return 1 if self.head == "aspp" and self.style == "torchvision" else 0
 
     def to_json(self) -> str:
-        """This config as one line of JSON; `from_json` gives it back."""
+        """Return the config as one line of JSON, for `from_json`."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "ModelConfig":
-        """The config that `to_json` wrote, or an older version of it, which lacks fields.
+        """Return the config that `to_json` wrote; an older version's JSON may lack fields.
 
-        Raises ValueError where it is not one.
+        Raises ValueError if `text` is not a config.
         """
         try:
             fields: Any = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"model config is no JSON: {error}") from error
+            raise ValueError(f"model config is not JSON: {error}") from error
         if not isinstance(fields, dict):
             raise ValueError(f"model config must be a JSON object, got {type(fields).__name__}")
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(fields) - set(known))
         if unknown:
             raise ValueError(
-                f"model config has unknown fields {unknown}, known are {known}; was it written "
-                "by a newer version?"
+                f"model config has unknown fields {unknown}; known fields are {known}; was it "
+                "written by a newer version?"
             )
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
@@ -149,11 +150,17 @@ class ModelConfig:
         for name in ("image_pooling", "decoder", "auxiliary"):
             check_choice(name, getattr(self, name), (True, False))
         check_integer(
-            "num_classes", self.num_classes, 2, MAX_CLASSES, "a mask is 8 bits, 255 means ignore"
+            "num_classes",
+            self.num_classes,
+            2,
+            MAX_CLASSES,
+            "a mask has 8 bits, and 255 means ignore",
         )
-        check_integer("blocks", self.blocks, 4, 7, "the paper's cascade ends with block7")
+        check_integer("blocks", self.blocks, 4, 7, "the paper's cascade ends at block7")
         if self.num_convs is not None:
-            check_integer("num_convs", self.num_convs, 0, MAX_CONVS, "None: as the head's source")
+            check_integer(
+                "num_convs", self.num_convs, 0, MAX_CONVS, "None uses the default of the head"
+            )
         check_fraction("dropout", self.dropout, "0 turns it off")
         check_pixel_statistics(self.mean, self.std)
         check_positive_integers("multi_grid", self.multi_grid)
@@ -163,7 +170,7 @@ class ModelConfig:
         if self.head == "aspp":
             if self.blocks != 4:
                 raise ValueError(
-                    f"blocks={self.blocks} needs head 'cascade'; ASPP stands on block4: blocks=4"
+                    f"blocks={self.blocks} needs head 'cascade'; ASPP follows block4: give blocks=4"
                 )
             return
         if self.backbone == "mobilenet_v2":
@@ -187,13 +194,13 @@ class ModelConfig:
             )
         if self.style == "tensorflow" and (self.decoder or self.convs):
             raise ValueError(
-                "style 'tensorflow' has its logits right after the ASPP: give decoder=False, "
+                "style 'tensorflow' computes logits right after the ASPP: give decoder=False, "
                 "num_convs=None, or use 'paper' or 'torchvision'"
             )
         if self.auxiliary and (self.style != "torchvision" or not resnet):
             raise ValueError(
-                f"auxiliary=True needs style 'torchvision' and a ResNet, got {self.style!r} and "
-                f"{self.backbone}; set auxiliary=False"
+                f"auxiliary=True needs style 'torchvision' and a ResNet, got style {self.style!r} "
+                f"and {self.backbone}; give auxiliary=False"
             )
 
     def _check_strides(self) -> None:
@@ -215,6 +222,6 @@ class ModelConfig:
         units = 2 if self.backbone == "resnet18" else 3
         if len(self.multi_grid) != units:
             raise ValueError(
-                f"multi_grid must hold {units} unit rates, one a unit of {self.backbone}'s "
-                f"block4, got {self.multi_grid}; (1, 1, 1) turns it off"
+                f"multi_grid {self.multi_grid}: must be {units} unit rates, one per unit of "
+                f"{self.backbone}'s block4; (1, 1, 1) turns it off"
             )

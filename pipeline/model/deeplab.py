@@ -1,8 +1,8 @@
-"""DeepLabv3, with ASPP, cascade or decoder: a normalised image (n, 3, h, w) -> logits (n, k, h, w).
+"""DeepLabv3 with ASPP, cascade or decoder: normalized images (n, 3, h, w) -> logits (n, k, h, w).
 
-`logits` gives them at feature resolution and `upsample` resizes them once, so that inference at
-several scales resizes straight to the original size. Output stride and rates are no weights:
-`set_output_stride` changes them at any time.
+`logits` computes logits at feature resolution, and `upsample` resizes them once, so that
+multi-scale inference resizes straight to the original size. Output stride and rates are not
+weights: `set_output_stride` changes them at any time.
 """
 
 import dataclasses
@@ -21,21 +21,21 @@ from pipeline.model.resize import Size, resize, resize_aligned, resize_rows
 from pipeline.model.resnet import ResNet
 
 TENSORFLOW_GRID = 16
-"""TensorFlow's DeepLab wants sides of 16k + 1, so that strides by 2 keep corners aligned."""
+"""TensorFlow's DeepLab pads sides to 16k + 1, so that strides of 2 keep corners aligned."""
 
 
 class TrainingLogits(NamedTuple):
-    """What a network with an auxiliary head returns in training: both (n, k, h, w)."""
+    """The output in training of a network with an auxiliary head: both (n, k, h, w)."""
 
     logits: torch.Tensor
     auxiliary: torch.Tensor
 
 
 class DeepLabV3(nn.Module):
-    """The network of `config`, with fresh weights.
+    """The network of a `ModelConfig`, with fresh weights.
 
-    In training, where the config has an auxiliary head, it returns `TrainingLogits`; otherwise
-    and in eval mode always one tensor of logits at the input's size.
+    Returns logits (n, k, h, w) of the input's size; in training, a network with an auxiliary
+    head returns `TrainingLogits`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -45,8 +45,9 @@ class DeepLabV3(nn.Module):
         if config.backbone == "mobilenet_v2":
             self.backbone = MobileNetV2(folded=config.style == "tensorflow")
         else:
-            last = config.style == "paper"
-            self.backbone = ResNet(config.backbone, stride_last=last, blocks=config.blocks)
+            self.backbone = ResNet(
+                config.backbone, stride_last=config.style == "paper", blocks=config.blocks
+            )
         self.classifier = build_head(self.backbone.channels, self.backbone.low_channels, config)
         self.aux_classifier: nn.Sequential | None = None
         if config.auxiliary:
@@ -60,14 +61,14 @@ class DeepLabV3(nn.Module):
 
     @property
     def align_corners(self) -> bool:
-        """Whether images and logits are resized with the corners' centres aligned."""
+        """Whether images and logits are resized with the centers of the corner pixels aligned."""
         return self.config.style == "tensorflow"
 
     def set_output_stride(self, output_stride: int) -> None:
-        """Changes strides and rates in place; `config` says so afterwards.
+        """Change strides and rates in place, and `config` with them.
 
-        Raises ValueError where the network has no such stride or a rate would be no integer, and
-        changes nothing then.
+        Raises ValueError, and changes nothing, if the network has no such output stride or a rate
+        would not be an integer.
         """
         config = dataclasses.replace(self.config, output_stride=output_stride)
         if isinstance(self.backbone, ResNet):
@@ -88,9 +89,10 @@ class DeepLabV3(nn.Module):
         return TrainingLogits(logits, self.upsample(auxiliary, image_size=size, size=size))
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (n, k, fh, fw) of images (n, 3, h, w) at feature resolution: 4 with a decoder.
+        """Return logits (n, k, fh, fw) of images (n, 3, h, w) at feature resolution.
 
-        In TensorFlow's style they are those of the padded images; `upsample` leaves that out.
+        That is the output stride, or 4 with a decoder. In TensorFlow's style the logits include
+        the padding of the images, which `upsample` removes.
         """
         logits: torch.Tensor = self.classifier(self._features(x))
         return logits
@@ -98,9 +100,9 @@ class DeepLabV3(nn.Module):
     def upsample(
         self, logits: torch.Tensor, *, image_size: Size, size: Size, rows: slice | None = None
     ) -> torch.Tensor:
-        """The logits of images of `image_size` (h, w), resized bilinearly, once, to `size`.
+        """Return the logits of images of `image_size` (h, w), resized once, bilinearly, to `size`.
 
-        Where `rows` (from, to) are given, those rows of them alone.
+        With `rows` (start, stop), return only those rows of the result.
         """
         if self.align_corners:
             stride = (self.config.output_stride, self.config.output_stride)
@@ -115,14 +117,14 @@ class DeepLabV3(nn.Module):
     def _features(self, x: torch.Tensor) -> Features:
         if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
             raise ValueError(
-                f"images must be (n, 3, h, w), none of them 0, got {tuple(x.shape)}; add a batch "
+                f"images must be (n, 3, h, w), each at least 1, got {tuple(x.shape)}; add a batch "
                 "axis, or permute from (n, h, w, 3)?"
             )
         features: Features = self.backbone(self._pad(x))
         return features
 
     def _pad(self, x: torch.Tensor) -> torch.Tensor:
-        # Zero is the mean colour after normalisation: what the zoo's files were trained with.
+        # Zero is the mean color after normalization, which the zoo's networks were trained with.
         if self.config.style != "tensorflow":
             return x
         grid = max(TENSORFLOW_GRID, self.config.output_stride)

@@ -1,7 +1,7 @@
-"""The TensorFlow DeepLab zoo's MobileNetV2: an npz of its frozen graph -> our config and state.
+"""Reads the TensorFlow DeepLab zoo's MobileNetV2 from an npz of its frozen graph.
 
-Convolutions are HWIO with batch normalisation folded in; they are renamed and transposed. The
-graph says neither its output stride nor that pixels are scaled to -1..1.
+Its convolutions are HWIO with batch normalization folded in; they are renamed and transposed. The
+graph states neither its output stride nor that pixels are scaled to -1..1.
 """
 
 import torch
@@ -17,15 +17,18 @@ OUTPUT_STRIDE = 8
 PIXELS = (0.5, 0.5, 0.5)
 """Mean and std: the zoo scales pixels to -1..1."""
 SCOPES = ("MobilenetV2.", "aspp", "image_pooling.", "concat_projection.", "decoder.", "logits.")
-"""What names weights; beside them a frozen graph holds constants of its own."""
+"""Prefixes of weights; a frozen graph holds other constants too."""
 
 
 def read_config(tensors: State, name: str) -> ModelConfig:
-    """The config of the zoo's MobileNetV2: image pooling, one 1x1 branch, no 3x3."""
+    """Return the config of the zoo's MobileNetV2: image pooling, one 1x1 branch, no 3x3.
+
+    Raises CheckpointError if the tensors are not of the zoo.
+    """
     weights = tensors.get("logits.semantic.weights")
     if weights is None or weights.ndim != 4:
         raise CheckpointError(
-            f"{name} is an npz, but not of the TensorFlow DeepLab zoo: it has no "
+            f"{name} is an npz file, but not of the TensorFlow DeepLab zoo: it has no "
             "logits.semantic.weights (1, 1, 256, classes)"
         )
     try:
@@ -44,27 +47,27 @@ def read_config(tensors: State, name: str) -> ModelConfig:
 
 
 def read_state(tensors: State, name: str) -> State:
-    """Our state_dict from the zoo's folded weights: HWIO to OIHW, depthwise scales multiplied in.
+    """Return our state_dict of the zoo's weights: HWIO to OIHW, depthwise scales multiplied in.
 
-    Raises CheckpointError where a name is missing, or a weight of another network is there.
+    Raises CheckpointError if a weight is missing or unexpected.
     """
     state: State = {}
     used: set[str] = set()
-    lacking: list[str] = []
+    missing: list[str] = []
     for ours, (weight, scale, bias) in _names().items():
         wanted = [key for key in (weight, scale, bias) if key]
         absent = [key for key in wanted if key not in tensors]
-        lacking += absent
+        missing += absent
         used.update(wanted)
         if not absent:
             state[f"{ours}.weight"] = _to_torch(tensors[weight], tensors.get(scale))
             state[f"{ours}.bias"] = tensors[bias]
     weights = [key for key, tensor in tensors.items() if tensor.is_floating_point()]
     extra = [key for key in weights if key.startswith(SCOPES) and key not in used]
-    if lacking or extra:
+    if missing or extra:
         raise CheckpointError(
-            f"{name} is not the zoo's MobileNetV2 without atrous branches: missing "
-            f"{first_names(lacking) or 'nothing'}; unexpected {first_names(extra) or 'nothing'}"
+            f"{name} is not the zoo's MobileNetV2 without atrous branches: missing: "
+            f"{first_names(missing) or 'nothing'}; unexpected: {first_names(extra) or 'nothing'}"
         )
     return state
 
@@ -74,19 +77,19 @@ def _to_torch(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         return weight
     if scale is None:
         return weight.permute(3, 2, 0, 1)
-    # Depthwise weights are (h, w, channels, 1); their normalisation's scale is kept apart.
+    # Depthwise weights are (h, w, channels, 1), and the scale of their normalization is separate.
     if scale.shape != weight.shape[2:3]:
         return weight
     return weight.permute(2, 3, 0, 1) * scale[:, None, None, None]
 
 
 def _names() -> dict[str, tuple[str, str, str]]:
-    """Our layer -> the zoo's weight, scale ('' where it is folded in) and bias."""
+    """Return our layers -> the zoo's weight, scale ('' if it is folded in) and bias."""
     names = {"backbone.features.0.0": _folded("MobilenetV2.Conv")}
     for index in range(sum(units for _, _, units, _ in STAGES)):
         theirs = "MobilenetV2.expanded_conv" + (f"_{index}" if index else "")
         ours = f"backbone.features.{index + 1}.conv"
-        # The first unit does not expand.
+        # The first unit has no expansion.
         first = 1 if index else 0
         if index:
             names[f"{ours}.0.0"] = _folded(f"{theirs}.expand")

@@ -1,7 +1,7 @@
-"""Heads: a backbone's features -> logits (n, k, h, w), at the output stride or, decoded, at 4.
+"""Heads: a backbone's features -> logits (n, k, h, w) at the output stride, or 4 with a decoder.
 
-Names are those of published files: torchvision's for the ASPP head and the auxiliary one,
-`project`, `aspp` and `classifier` for the decoder. The last layer of each head makes the logits.
+Names are those of published files: torchvision's for the ASPP and auxiliary heads; `project`,
+`aspp` and `classifier` for the decoder. The last layer of each head computes the logits.
 """
 
 from collections.abc import Sequence
@@ -19,24 +19,24 @@ LOW_LEVEL_CHANNELS = 48
 """Few, so that they do not outweigh the encoder's 256 (arXiv 1802.02611, Table 1)."""
 
 LOGITS_STD = 0.01
-"""Of a fresh last layer's weights; the paper states none, the authors' code has this."""
+"""Of the initial weights of the last layer: the authors' code; the paper does not state it."""
 
 AUXILIARY_DROPOUT = 0.1
-"""torchvision's; it belongs to a head that is left out after training."""
+"""torchvision's value; the auxiliary head is dropped after training."""
 
 
 class AsppHead(nn.Sequential):
-    """ASPP, the config's 3x3 convolutions, then 1x1 to logits."""
+    """ASPP, the config's 3x3 convolutions, and a 1x1 convolution to logits."""
 
-    def __init__(self, inputs: int, config: ModelConfig) -> None:
+    def __init__(self, in_channels: int, config: ModelConfig) -> None:
         super().__init__(
-            _aspp(inputs, config),
-            *_refine(ASPP_CHANNELS, config.convs),
-            _logits(ASPP_CHANNELS, config),
+            _build_aspp(in_channels, config),
+            *_build_3x3_convs(ASPP_CHANNELS, config.convs),
+            _build_logits(ASPP_CHANNELS, config),
         )
 
     def set_rates(self, rates: Sequence[int]) -> None:
-        """Sets the rates of the 3x3 branches; no weight changes."""
+        """Set the rates of the 3x3 branches; no weight changes."""
         aspp = self[0]
         assert isinstance(aspp, ASPP)
         aspp.set_rates(rates)
@@ -49,13 +49,13 @@ class AsppHead(nn.Sequential):
 
 
 class CascadeHead(nn.Sequential):
-    """1x1 to logits; dropout before it, as in the ASPP head. Source: arXiv 1706.05587, Sec. 3.2."""
+    """Dropout and a 1x1 convolution to logits. Source: arXiv 1706.05587, Sec. 3.2."""
 
-    def __init__(self, inputs: int, config: ModelConfig) -> None:
-        super().__init__(nn.Dropout(config.dropout), _logits(inputs, config))
+    def __init__(self, in_channels: int, config: ModelConfig) -> None:
+        super().__init__(nn.Dropout(config.dropout), _build_logits(in_channels, config))
 
     def set_rates(self, rates: Sequence[int]) -> None:
-        """Does nothing: the rates of a cascade are its backbone's."""
+        """Do nothing: the rates of a cascade are set in its backbone."""
         assert not rates
 
     def forward(self, input: Features) -> torch.Tensor:
@@ -66,23 +66,24 @@ class CascadeHead(nn.Sequential):
 
 
 class DecoderHead(nn.Module):
-    """ASPP, upsampled to stride 4, refined together with low-level features there, to logits.
+    """DeepLabv3+: ASPP, upsampled to stride 4 and refined with low-level features, to logits.
 
-    The low-level features are reduced to 48 channels before the concatenation, and come first
-    in it. Source: arXiv 1802.02611, Sec. 3.1 and 4.1.
+    The low-level features are reduced to 48 channels and come first in the concatenation.
+    Source: arXiv 1802.02611, Sec. 3.1 and 4.1.
     """
 
-    def __init__(self, inputs: int, low: int, config: ModelConfig) -> None:
+    def __init__(self, in_channels: int, low_channels: int, config: ModelConfig) -> None:
         super().__init__()
-        self.project = nn.Sequential(*build_conv_bn(low, LOW_LEVEL_CHANNELS), nn.ReLU())
-        self.aspp = _aspp(inputs, config)
+        self.project = nn.Sequential(*build_conv_bn(low_channels, LOW_LEVEL_CHANNELS), nn.ReLU())
+        self.aspp = _build_aspp(in_channels, config)
         width = LOW_LEVEL_CHANNELS + ASPP_CHANNELS
         self.classifier = nn.Sequential(
-            *_refine(width, config.convs), _logits(ASPP_CHANNELS if config.convs else width, config)
+            *_build_3x3_convs(width, config.convs),
+            _build_logits(ASPP_CHANNELS if config.convs else width, config),
         )
 
     def set_rates(self, rates: Sequence[int]) -> None:
-        """Sets the rates of the 3x3 branches; no weight changes."""
+        """Set the rates of the 3x3 branches; no weight changes."""
         self.aspp.set_rates(rates)
 
     def forward(self, features: Features) -> torch.Tensor:
@@ -97,9 +98,10 @@ Head = AsppHead | CascadeHead | DecoderHead
 
 
 def initialize_logits(head: nn.Module) -> None:
-    """Gives the head's last layer small fresh weights, so that every class begins as likely.
+    """Give the head's last layer small weights, so that all classes start equally likely.
 
-    He's would make the first losses several times that, and their gradients undo the backbone.
+    He's initialization would make the first losses several times larger, and their gradients
+    would undo the backbone's training.
     """
     *_, last = head.modules()
     assert isinstance(last, Convolution)
@@ -109,7 +111,7 @@ def initialize_logits(head: nn.Module) -> None:
 
 
 def build_head(channels: int, low_channels: int, config: ModelConfig) -> Head:
-    """The head of `config` on a backbone's `channels`, and `low_channels` at stride 4."""
+    """Return the head of `config` for a backbone of `channels`, with `low_channels` at stride 4."""
     if config.head == "cascade":
         return CascadeHead(channels, config)
     if config.decoder:
@@ -117,21 +119,21 @@ def build_head(channels: int, low_channels: int, config: ModelConfig) -> Head:
     return AsppHead(channels, config)
 
 
-def build_auxiliary_head(inputs: int, num_classes: int) -> nn.Sequential:
-    """torchvision's auxiliary FCN head: 3x3 to a quarter of the channels, then 1x1 to logits."""
-    width = inputs // 4
+def build_auxiliary_head(in_channels: int, num_classes: int) -> nn.Sequential:
+    """Return torchvision's auxiliary FCN head: 3x3 to a quarter of the channels, 1x1 to logits."""
+    width = in_channels // 4
     return nn.Sequential(
-        *build_conv_bn(inputs, width, 3),
+        *build_conv_bn(in_channels, width, 3),
         nn.ReLU(),
         nn.Dropout(AUXILIARY_DROPOUT),
         Convolution(width, num_classes, bias=True),
     )
 
 
-def _aspp(inputs: int, config: ModelConfig) -> ASPP:
+def _build_aspp(in_channels: int, config: ModelConfig) -> ASPP:
     tensorflow = config.style == "tensorflow"
     return ASPP(
-        inputs,
+        in_channels,
         branches=len(config.atrous_rates),
         image_pooling=config.image_pooling,
         dropout=config.dropout,
@@ -140,12 +142,13 @@ def _aspp(inputs: int, config: ModelConfig) -> ASPP:
     )
 
 
-def _refine(inputs: int, convs: int) -> list[nn.Module]:
+def _build_3x3_convs(in_channels: int, convs: int) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for index in range(convs):
-        layers += [*build_conv_bn(ASPP_CHANNELS if index else inputs, ASPP_CHANNELS, 3), nn.ReLU()]
+        channels = ASPP_CHANNELS if index else in_channels
+        layers += [*build_conv_bn(channels, ASPP_CHANNELS, 3), nn.ReLU()]
     return layers
 
 
-def _logits(inputs: int, config: ModelConfig) -> Convolution:
-    return Convolution(inputs, config.num_classes, bias=True)
+def _build_logits(in_channels: int, config: ModelConfig) -> Convolution:
+    return Convolution(in_channels, config.num_classes, bias=True)

@@ -1,10 +1,10 @@
 """Atrous MobileNetV2 at output stride 4, 8, 16 or 32, without its last 1x1 convolution.
 
-state_dict names are those of torchvision's ImageNet file (`features.0` to `features.17`), whose
-1280 features before the classifier DeepLab does not use. Units stride first whatever the style:
-both published families of weights do. Where `folded` (TensorFlow's style), padding is SAME and
-each convolution has a bias in place of batch normalisation.
-Source: arXiv 1801.04381, Table 2; Sec. 6.2 for DeepLabv3 on it.
+state_dict names are those of torchvision's ImageNet file (`features.0` to `features.17`); DeepLab
+does not use the 1280 features before the classifier. Strides are in a stage's first unit in every
+style, as in both published families of weights. With `folded` (TensorFlow's style), padding is
+SAME and each convolution has a bias instead of batch normalization.
+Source: arXiv 1801.04381, Table 2; Sec. 6.2 on DeepLabv3.
 """
 
 import torch
@@ -28,25 +28,28 @@ STAGES = (
     (6, 320, 1, 1),
 )
 LOW_UNIT, LOW_CHANNELS = 3, 24
-"""The last unit at stride 4: its features are `Features.low`."""
+"""The last unit at stride 4, which gives `Features.low`."""
 MIDDLE_UNIT = 13
-"""The last unit before the last natural stride: its features are `Features.middle`."""
+"""The last unit before the last natural stride, which gives `Features.middle`."""
 
 
 class InvertedResidual(nn.Module):
-    """1x1 to more channels (unless `expansion` is 1), 3x3 depthwise, linear 1x1 to `outputs`."""
+    """1x1 expansion (unless `expansion` is 1), 3x3 depthwise and linear 1x1 convolutions."""
 
-    def __init__(self, inputs: int, outputs: int, *, expansion: int, folded: bool) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, *, expansion: int, folded: bool
+    ) -> None:
         super().__init__()
-        width = inputs * expansion
-        self.residual = inputs == outputs
+        width = in_channels * expansion
+        self.residual = in_channels == out_channels
         layers: list[nn.Module] = []
         if expansion > 1:
-            layers.append(nn.Sequential(*build_conv_bn(inputs, width, folded=folded), nn.ReLU6()))
+            expand = build_conv_bn(in_channels, width, folded=folded)
+            layers.append(nn.Sequential(*expand, nn.ReLU6()))
         self.depthwise_index = len(layers)
         depthwise = build_conv_bn(width, width, 3, groups=width, folded=folded)
         layers.append(nn.Sequential(*depthwise, nn.ReLU6()))
-        layers += build_conv_bn(width, outputs, folded=folded)
+        layers += build_conv_bn(width, out_channels, folded=folded)
         self.conv = nn.Sequential(*layers)
 
     def set_strides(self, unit: UnitStrides) -> None:
@@ -55,9 +58,9 @@ class InvertedResidual(nn.Module):
         depthwise.set_stride_and_rate(stride=unit.stride, rate=unit.entry_rate)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        outputs: torch.Tensor = self.conv(x)
+        y: torch.Tensor = self.conv(x)
         # Every unit with a natural stride changes the number of channels.
-        return x + outputs if self.residual else outputs
+        return x + y if self.residual else y
 
 
 class MobileNetV2(nn.Module):
@@ -67,20 +70,20 @@ class MobileNetV2(nn.Module):
         super().__init__()
         stem = build_conv_bn(3, STEM_CHANNELS, 3, stride=2, folded=folded)
         units: list[nn.Module] = [nn.Sequential(*stem, nn.ReLU6())]
-        inputs = STEM_CHANNELS
-        for expansion, outputs, repeats, _ in STAGES:
+        channels = STEM_CHANNELS
+        for expansion, width, repeats, _ in STAGES:
             for _ in range(repeats):
-                units.append(InvertedResidual(inputs, outputs, expansion=expansion, folded=folded))
-                inputs = outputs
+                units.append(InvertedResidual(channels, width, expansion=expansion, folded=folded))
+                channels = width
         self.features = nn.Sequential(*units)
-        self.low_channels, self.channels = LOW_CHANNELS, inputs
+        self.low_channels, self.channels = LOW_CHANNELS, channels
 
     def set_strides(self, *, output_stride: int) -> None:
-        """Sets every unit's stride and rate; no weight changes."""
+        """Set every unit's stride and rate; no weight changes."""
         stages = [StageSpec(units=units, stride=stride) for _, _, units, stride in STAGES]
         plan = plan_stride_first(stages, stem=STEM_STRIDE, output_stride=output_stride)
-        placed = [unit for stage in plan for unit in stage]
-        for block, unit in zip(list(self.features)[1:], placed, strict=True):
+        planned = [unit for stage in plan for unit in stage]
+        for block, unit in zip(list(self.features)[1:], planned, strict=True):
             assert isinstance(block, InvertedResidual)
             block.set_strides(unit)
 

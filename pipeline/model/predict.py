@@ -1,9 +1,8 @@
 """Inference: class probabilities over scales and flips, and masks of images of any size.
 
-Enters: images and a network in eval mode. Leaves: probabilities, or masks with confidence.
-Invariant: one scale goes through the network at a time, and of class x pixel volumes there is
-none in `segment` and one in `predict`: logits wait at feature resolution, and become masks in
-strips of rows. A large image is looked at through a sliding window.
+Memory stays bounded: one scale goes through the network at a time, and logits are kept at feature
+resolution. `segment` turns them into masks in strips of rows and never holds a whole class x
+pixel volume; `predict` holds one, its result. Large images are processed in a sliding window.
 """
 
 import itertools
@@ -21,13 +20,13 @@ from pipeline.model.resize import Size, resize
 
 @dataclass(frozen=True, kw_only=True)
 class SlidingWindow:
-    """How an image of more than `threshold_pixels` (height x width) is segmented: tile by tile.
+    """Sliding-window settings, for images of more than `threshold_pixels` (height x width).
 
-    Tiles are `size` a side (less where the image is smaller) and share `overlap` with each
-    neighbour, of which each keeps its half: a kept pixel has at least overlap / 2 of context,
-    except at the image's border. The defaults are ours: 1025 is 16k + 1, and steps of 768 keep
-    all tiles but the last on the grid of every output stride; an overlap of 257 costs 1.8 times
-    the computation.
+    Tiles have sides of `size` pixels (fewer if the image is smaller). Neighbors share `overlap`
+    pixels, of which each keeps its half, so that a kept pixel has at least overlap / 2 pixels of
+    context, except at the image's border. The defaults are ours: 1025 is 16k + 1, and steps of
+    768 keep all tiles but the last on the grid of every output stride; an overlap of 257 costs
+    1.8 times the computation.
     """
 
     size: int = 1025
@@ -36,21 +35,22 @@ class SlidingWindow:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ValueError(f"window size must be at least 1 pixel, got {self.size}")
+            raise ValueError(f"window size {self.size}: must be at least 1 pixel")
         if not 0 <= self.overlap < self.size:
             raise ValueError(
-                f"window overlap must be from 0 to below its size {self.size}, got {self.overlap}"
+                f"window overlap {self.overlap}: must be at least 0 and less than the size "
+                f"{self.size}"
             )
         if self.threshold_pixels < 1:
             raise ValueError(
-                f"window threshold_pixels must be at least 1, got {self.threshold_pixels}; 1 "
-                "slides over every image"
+                f"window threshold_pixels {self.threshold_pixels}: must be at least 1, which uses "
+                "the window for every image"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TileSpan:
-    """A tile along one axis: it covers start to end, and keep_start to keep_end of it is kept."""
+    """A tile along one axis, from `start` to `end`; `keep_start` to `keep_end` of it is kept."""
 
     start: int
     end: int
@@ -63,12 +63,12 @@ DEFAULT_WINDOW = SlidingWindow()
 
 STRIP_VALUES = {"cpu": 2**18}
 """Classes x pixels of a strip: 1 MiB, which stays in a CPU's cache."""
-MANY_STRIP_VALUES = 2**26
-"""The same for other devices, which want much to do at once: 256 MiB."""
+STRIP_VALUES_ELSEWHERE = 2**26
+"""The same on other devices, which need large batches of work: 256 MiB."""
 
 
 class ScaleLogits(NamedTuple):
-    """What the network says of images of `image_size`, which may be mirrored: (n, k, fh, fw)."""
+    """Logits (n, k, fh, fw) of images resized to `image_size`, and mirrored if `mirrored`."""
 
     logits: torch.Tensor
     image_size: Size
@@ -82,22 +82,23 @@ def predict(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
 ) -> torch.Tensor:
-    """Class probabilities (n, k, h, w) fp32, averaged over scales and mirrored copies.
+    """Return class probabilities (n, k, h, w) fp32, averaged over scales and mirrored copies.
 
-    `images` are (n, 3, h, w) float, normalised with the checkpoint's mean and std; the result is
-    on the model's device. The mean is of probabilities.
-    Raises ValueError where `scales` is empty or holds a scale <= 0, or the model is in training.
+    `images` are (n, 3, h, w) float, normalized with the checkpoint's mean and std. The result is
+    on the model's device. Probabilities are averaged, not logits.
+
+    Raises ValueError if `scales` is empty or holds a scale <= 0, or the model is in training mode.
     Source: arXiv 1706.05587, Sec. 4.1, inference strategy.
     """
     _check_scales(scales)
     _check_eval(model)
     size = _size(images)
     with torch.inference_mode():
-        looks = _looks(model, images, scales=scales, flip=flip)
-        first = looks[0].logits
+        all_logits = compute_logits(model, images, scales=scales, flip=flip)
+        first = all_logits[0].logits
         total = torch.empty((*first.shape[:2], *size), device=first.device)
-        for rows in _strips(looks, size, slice(0, size[0])):
-            total[:, :, rows] = _probabilities(model, looks, size, rows)
+        for rows in row_strips(all_logits, size, slice(0, size[0])):
+            total[:, :, rows] = mean_probabilities(model, all_logits, size, rows)
         return total
 
 
@@ -109,11 +110,12 @@ def segment(
     flip: bool = False,
     window: SlidingWindow = DEFAULT_WINDOW,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks (n, h, w) uint8 of class ids and confidence (n, h, w) float32, both on the CPU.
+    """Return masks (n, h, w) uint8 of class ids and confidence (n, h, w) float32, on the CPU.
 
-    `images` are (n, h, w, 3) uint8, red first. Confidence is the winning class's probability.
-    An image of more than `window.threshold_pixels` is predicted tile by tile, at all scales
-    alike. Raises ValueError as `predict` does, or where `images` are of another type or shape.
+    `images` are (n, h, w, 3) uint8 RGB. Confidence is the winning class's probability. Images of
+    more than `window.threshold_pixels` are predicted tile by tile, at every scale.
+
+    Raises ValueError as `predict` does, or if `images` have another type or shape.
     """
     _check_scales(scales)
     _check_eval(model)
@@ -125,9 +127,9 @@ def segment(
         tile = images[:, down.start : down.end, across.start : across.end]
         size = (down.end - down.start, across.end - across.start)
         with torch.inference_mode():
-            looks = _looks(model, _normalised(model, tile), scales=scales, flip=flip)
-            for rows in _strips(looks, size, _kept(down)):
-                strip = _probabilities(model, looks, size, rows)[..., _kept(across)]
+            all_logits = compute_logits(model, normalize(model, tile), scales=scales, flip=flip)
+            for rows in row_strips(all_logits, size, _kept(down)):
+                strip = mean_probabilities(model, all_logits, size, rows)[..., _kept(across)]
                 best, ids = strip.max(dim=1)
                 at = slice(down.start + rows.start, down.start + rows.stop)
                 mask[:, at, across.keep_start : across.keep_end] = ids
@@ -135,68 +137,68 @@ def segment(
     return mask.cpu(), confidence.cpu()
 
 
-def _looks(
+def compute_logits(
     model: DeepLabV3, images: torch.Tensor, *, scales: Sequence[float], flip: bool
 ) -> list[ScaleLogits]:
-    """The logits at each scale of images (n, 3, h, w), and where `flip` of their mirror images."""
+    """Return the logits of normalized images (n, 3, h, w) at each scale, and mirrored if `flip`."""
     parameter = next(model.parameters())
     images = images.to(parameter.device)
-    looks = []
+    found = []
     for scale in scales:
         size = scaled_size(model, _size(images), scale)
         scaled = resize(images, size, align_corners=model.align_corners).to(parameter.dtype)
-        # Measured on a CPU: two images together took 0.97 to 1.09 times as long as one by one.
+        # On a CPU both together take as long as one after the other.
         if flip and parameter.device.type != "cpu":
             logits, mirrored = model.logits(torch.cat([scaled, scaled.flip(3)])).float().chunk(2)
-            looks += [ScaleLogits(logits, size, False), ScaleLogits(mirrored, size, True)]
+            found += [ScaleLogits(logits, size, False), ScaleLogits(mirrored, size, True)]
             continue
-        looks.append(ScaleLogits(model.logits(scaled).float(), size, False))
+        found.append(ScaleLogits(model.logits(scaled).float(), size, False))
         if flip:
-            looks.append(ScaleLogits(model.logits(scaled.flip(3)).float(), size, True))
-    return looks
+            found.append(ScaleLogits(model.logits(scaled.flip(3)).float(), size, True))
+    return found
 
 
-def _strips(looks: list[ScaleLogits], size: Size, rows: slice) -> Iterator[slice]:
-    """`rows` (from, to) of images of `size`, cut so that a strip's probabilities stay small."""
-    first = looks[0].logits
-    values = STRIP_VALUES.get(first.device.type, MANY_STRIP_VALUES)
-    most = max(1, values // (first.shape[0] * first.shape[1] * size[1]))
-    for start in range(rows.start, rows.stop, most):
-        yield slice(start, min(start + most, rows.stop))
+def row_strips(all_logits: list[ScaleLogits], size: Size, rows: slice) -> Iterator[slice]:
+    """Yield `rows` (start, stop) of images of `size` in strips whose probabilities are small."""
+    first = all_logits[0].logits
+    values = STRIP_VALUES.get(first.device.type, STRIP_VALUES_ELSEWHERE)
+    height = max(1, values // (first.shape[0] * first.shape[1] * size[1]))
+    for start in range(rows.start, rows.stop, height):
+        yield slice(start, min(start + height, rows.stop))
 
 
-def _probabilities(
-    model: DeepLabV3, looks: list[ScaleLogits], size: Size, rows: slice
+def mean_probabilities(
+    model: DeepLabV3, all_logits: list[ScaleLogits], size: Size, rows: slice
 ) -> torch.Tensor:
-    """The mean probabilities (n, k, rows, w) of all looks, the mirrored ones mirrored back."""
+    """Return the mean of the probabilities (n, k, rows, w), with mirrored ones mirrored back."""
     total: torch.Tensor | None = None
-    for logits, image_size, mirrored in looks:
+    for logits, image_size, mirrored in all_logits:
         strip = model.upsample(logits, image_size=image_size, size=size, rows=rows)
         strip = torch.softmax(strip, dim=1)
         strip = strip.flip(3) if mirrored else strip
         total = strip if total is None else total.add_(strip)
     assert total is not None
-    return total.div_(len(looks))
+    return total.div_(len(all_logits))
 
 
 def scaled_size(model: DeepLabV3, size: Size, scale: float) -> Size:
-    """`size` at `scale`, at least one pixel. TensorFlow's style keeps the corners' distance."""
+    """Return `size` x `scale`, at least one pixel; TensorFlow's style scales size - 1."""
     if model.align_corners:
         return int((size[0] - 1) * scale) + 1, int((size[1] - 1) * scale) + 1
     height, width = (max(1, math.floor(side * scale + 0.5)) for side in size)
     return height, width
 
 
-def _normalised(model: DeepLabV3, images: torch.Tensor | np.ndarray) -> torch.Tensor:
-    """Images (n, h, w, 3) uint8 as the model wants them: (n, 3, h, w) float32 on its device."""
+def normalize(model: DeepLabV3, images: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """Return images (n, h, w, 3) uint8 as (n, 3, h, w) float32 normalized for the model."""
     if isinstance(images, np.ndarray):
-        # A copy: Pillow's arrays are read-only, which PyTorch warns of.
+        # A copy: Pillow's arrays are read-only, which PyTorch warns about.
         images = torch.from_numpy(np.array(images))
     device = next(model.parameters()).device
-    # On the grid of 0..255, so that mean and std need no division of each pixel.
+    # Scaled to 0..255, so that pixels need not be divided by 255.
     mean = torch.tensor(model.config.mean, device=device).mul(255)[:, None, None]
     std = torch.tensor(model.config.std, device=device).mul(255)[:, None, None]
-    # In memory still (n, h, w, 3), channels last: convolutions are faster so.
+    # In memory still (n, h, w, 3), channels last, which makes convolutions faster.
     pixels = images.to(device).permute(0, 3, 1, 2).float()
     return pixels.sub_(mean).div_(std)
 
@@ -216,15 +218,15 @@ def _whole(length: int) -> TileSpan:
 
 
 def tile_spans(length: int, window: SlidingWindow) -> list[TileSpan]:
-    """The tiles along an axis of `length`: what is kept of them covers it, nothing twice.
+    """Return the tiles along an axis of `length`; their kept parts cover it exactly once.
 
-    All tiles have the window's size; the last is moved back to end with the image.
+    All tiles have the window's size; the last one is moved back to end with the image.
     """
     if length <= window.size:
         return [_whole(length)]
     last = length - window.size
     starts = [*range(0, last, window.size - window.overlap), last]
-    # Between two tiles the cut is in the middle of what they share.
+    # Between two tiles the cut is in the middle of their overlap.
     cuts = [(b + a + window.size) // 2 for a, b in itertools.pairwise(starts)]
     edges = [0, *cuts, length]
     return [
@@ -248,10 +250,10 @@ def _size(images: torch.Tensor) -> Size:
 
 def _check_scales(scales: Sequence[float]) -> None:
     if not scales:
-        raise ValueError("scales is empty; (1.0,) looks at each image once, at its own size")
+        raise ValueError("scales must not be empty; (1.0,) uses each image's own size")
     wrong = [scale for scale in scales if not (scale > 0 and math.isfinite(scale))]
     if wrong:
-        raise ValueError(f"scales must be over 0 and finite, got {wrong[0]} in {tuple(scales)}")
+        raise ValueError(f"scales must be finite and over 0, got {wrong[0]} in {tuple(scales)}")
 
 
 def _check_eval(model: DeepLabV3) -> None:
@@ -264,5 +266,5 @@ def _check_images(images: torch.Tensor | np.ndarray) -> None:
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != wanted or 0 in images.shape:
         raise ValueError(
             f"images must be (n, h, w, 3) uint8, got {tuple(images.shape)} {images.dtype}; "
-            "predict takes normalised (n, 3, h, w) floats"
+            "predict takes normalized (n, 3, h, w) floats"
         )

@@ -1,4 +1,4 @@
-"""Bilinear resizing, by either convention of where a pixel is.
+"""Bilinear resizing in the two conventions for where a pixel is.
 
 Half-pixel (PyTorch's `align_corners=False`): pixel i covers i to i + 1. Aligned corners
 (TensorFlow's DeepLab): pixel i is the point i, and the first and last points of two grids meet.
@@ -8,23 +8,24 @@ import torch
 from torch.nn import functional
 
 Size = tuple[int, int]
+"""Height and width."""
 
 
 def resize(images: torch.Tensor, size: Size, *, align_corners: bool) -> torch.Tensor:
-    """Images (n, c, h, w) at `size`, without antialiasing, as all references do."""
+    """Return images (n, c, h, w) at `size`, without antialiasing, as all references do."""
     if tuple(images.shape[-2:]) == size:
         return images
     return functional.interpolate(images, size, mode="bilinear", align_corners=align_corners)
 
 
 def resize_rows(images: torch.Tensor, size: Size, rows: slice) -> torch.Tensor:
-    """The `rows` (from, to) of what `resize` gives without aligned corners, but for rounding."""
+    """Return `rows` (start, stop) of `resize(..., align_corners=False)`, except for rounding."""
     if tuple(images.shape[-2:]) == size:
         return images[..., rows, :]
-    # in fp32, as torch itself computes where a row lies
-    centres = torch.arange(rows.start, rows.stop, device=images.device, dtype=torch.float32)
+    # torch itself computes a row's position in fp32
+    centers = torch.arange(rows.start, rows.stop, device=images.device, dtype=torch.float32)
     step = torch.tensor(images.shape[-2], dtype=torch.float32) / size[0]
-    positions = ((centres + 0.5) * step.item() - 0.5).clamp_(min=0)
+    positions = ((centers + 0.5) * step.item() - 0.5).clamp_(min=0)
     sampled = _sample(images, positions, dim=-2)
     return resize(sampled, (len(positions), size[1]), align_corners=False)
 
@@ -37,10 +38,10 @@ def resize_aligned(
     size: Size,
     rows: slice = slice(None),
 ) -> torch.Tensor:
-    """Logits (n, k, fh, fw) at `size`, or `rows` of it, where feature f is pixel f x stride.
+    """Return logits (n, k, fh, fw) at `size`, or `rows` of it; feature f is at pixel f x stride.
 
-    Pixel p of the result is pixel p x (image_size - 1) / (size - 1) of the image, so whatever
-    the image was padded with beyond `image_size` is left out.
+    Pixel p of the result is at pixel p x (image_size - 1) / (size - 1) of the image, so padding
+    beyond `image_size` is left out.
     """
     down = _positions(image_size[0], size[0], stride[0], logits)[rows]
     across = _positions(image_size[1], size[1], stride[1], logits)
@@ -53,6 +54,7 @@ def _positions(image: int, size: int, stride: int, like: torch.Tensor) -> torch.
 
 
 def _sample(maps: torch.Tensor, positions: torch.Tensor, *, dim: int) -> torch.Tensor:
+    """Return the maps, linearly interpolated at `positions` along `dim`."""
     last = maps.shape[dim] - 1
     low = positions.floor().clamp(0, last)
     weight = (positions - low).clamp(0, 1).to(maps.dtype)

@@ -1,8 +1,7 @@
-"""Where a backbone strides and at which rate it convolves, for a wanted output stride.
+"""Strides and rates of a backbone's units for a given output stride.
 
-Enters: the stages of a backbone and an output stride. Leaves: one `Unit` for each residual
-unit. Invariant: a feature map computed at a smaller output stride, sampled at every n-th
-position, is the one at the larger output stride with the same weights.
+A feature map computed at a smaller output stride, sampled at every n-th position, equals the map
+at the larger output stride with the same weights.
 """
 
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
-    """A stage of a backbone: how many units, and the stride that one of them has by nature."""
+    """A stage of a backbone: its number of units, and the natural stride of one of them."""
 
     units: int
     stride: int
@@ -18,21 +17,26 @@ class StageSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class UnitStrides:
-    """The stride of a unit, and its rates up to its strided convolution and after that."""
+    """A residual unit's stride, and its rates.
+
+    `entry_rate` applies up to the strided convolution, inclusive, and `rate` after it.
+    """
 
     stride: int = 1
     entry_rate: int = 1
     rate: int = 1
 
 
-def plan_stride_first(
-    stages: list[StageSpec], *, stem: int, output_stride: int
-) -> list[list[UnitStrides]]:
-    """Units by stage, the stride in each stage's first unit (torchvision, MobileNetV2).
+Plan = list[list[UnitStrides]]
+"""Units by stage."""
 
-    A stage that would exceed `output_stride` gives up its stride and multiplies the rate
-    instead. Its first unit still sees the previous stage's grid up to its strided convolution,
-    so it keeps the previous rate there. `stem` is the stride before the first stage.
+
+def plan_stride_first(stages: list[StageSpec], *, stem: int, output_stride: int) -> Plan:
+    """Return the plan with each stage's stride in its first unit (torchvision, MobileNetV2).
+
+    A stage that would exceed `output_stride` gives up its stride and multiplies the rate instead.
+    Its first unit still sees the previous stage's grid up to its strided convolution, so it keeps
+    the previous rate there. `stem` is the stride before the first stage.
     """
     current, rate, plan = stem, 1, []
     for stage in stages:
@@ -46,13 +50,11 @@ def plan_stride_first(
     return plan
 
 
-def plan_stride_last(
-    stages: list[StageSpec], *, stem: int, output_stride: int
-) -> list[list[UnitStrides]]:
-    """Units by stage, the stride in each stage's last unit (the paper's ResNet).
+def plan_stride_last(stages: list[StageSpec], *, stem: int, output_stride: int) -> Plan:
+    """Return the plan with each stage's stride in its last unit (the paper's ResNet).
 
-    The whole stage sees one grid, so it has one rate; a stride given up multiplies the rate of
-    the stages after it. Source: arXiv 1706.05587, Sec. 3.1 and 3.2.
+    A whole stage sees one grid, so it has one rate; a stride that is given up multiplies the rate
+    of the stages after it. Source: arXiv 1706.05587, Sec. 3.1 and 3.2.
     """
     current, rate, plan = stem, 1, []
     for stage in stages:

@@ -1,4 +1,4 @@
-"""What a piece of work costs a device: its seconds, its peak of memory, its matrix-product rate."""
+"""Measures the cost of work on a device: seconds, peak memory, and the rate of matrix products."""
 
 import resource
 import statistics
@@ -12,12 +12,16 @@ import torch
 
 from pipeline.model import devices
 
-_PRODUCT_SIDE = {"cpu": 1536}
-_PRODUCT_SIDE_ELSEWHERE = 8192
+_MATMUL_SIDE = {"cpu": 1536}
+_MATMUL_SIDE_ELSEWHERE = 8192
 
 
 class Cost(NamedTuple):
-    """`device_s` are CPU seconds of all threads, or GPU seconds; `peak_bytes` of the process."""
+    """Cost of one call.
+
+    `device_s` is CPU seconds of all threads, or GPU seconds; `peak_bytes` is the process's peak
+    memory, on a GPU that of the device.
+    """
 
     device_s: float
     wall_s: float
@@ -25,30 +29,33 @@ class Cost(NamedTuple):
 
 
 def measure(work: Callable[[], object], device: torch.device, *, repeats: int) -> Cost:
-    """The medians of `repeats` calls of `work`, which the caller has warmed up, and their peak."""
+    """Return the median cost of `repeats` calls of `work`, and their peak memory.
+
+    The caller has warmed `work` up.
+    """
     _reset_peak(device)
-    costs = [_once(work, device) for _ in range(repeats)]
+    costs = [_measure_once(work, device) for _ in range(repeats)]
     seconds, walls = zip(*costs, strict=True)
     return Cost(statistics.median(seconds), statistics.median(walls), _peak(device))
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product: what a convolution could reach at most."""
-    side = _PRODUCT_SIDE.get(device.type, _PRODUCT_SIDE_ELSEWHERE)
+    """Return the FLOP/s of a large square matrix product: an upper bound for convolutions."""
+    side = _MATMUL_SIDE.get(device.type, _MATMUL_SIDE_ELSEWHERE)
     if dtype == torch.bfloat16 and not devices.has_bf16(device):
-        side //= 4  # computed by hand, it takes 20 times as long
+        side //= 4  # emulated, it takes 20 times as long
     a = torch.rand((side, side), device=device, dtype=dtype)
     a @ a
     return 2.0 * side**3 / measure(lambda: a @ a, device, repeats=3).device_s
 
 
-def _once(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
+def _measure_once(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
     started = time.perf_counter()
     if device.type != "cuda":
         cpu = time.process_time()
         work()
         return time.process_time() - cpu, time.perf_counter() - started
-    event: Any = torch.cuda.Event  # torch gives it no types
+    event: Any = torch.cuda.Event  # torch does not annotate it
     begin, end = (event(enable_timing=True) for _ in range(2))
     begin.record()
     work()

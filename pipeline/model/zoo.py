@@ -1,8 +1,8 @@
-"""Public weight files by name: fetched on first use, kept in a cache, checked each time.
+"""Public weight files by name: downloaded on first use, cached, and verified on each use.
 
-`zoo:resnet50` is a name that `weights.load` and `load_backbone` take in place of a URI. Enters:
-a name. Leaves: the path of a file whose sha256 begins as the published file's name says. The
-cache is `$DEEPLAB_CACHE`, or `~/.cache/deeplab-pipeline`; a file put there by hand serves too.
+`weights.load` and `load_backbone` accept `zoo:resnet50` in place of a URI. A file's sha256 must
+begin with the digits in its published name. The cache is `$DEEPLAB_CACHE`, or
+`~/.cache/deeplab-pipeline`; files may also be put there by hand.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ CACHE_VARIABLE = "DEEPLAB_CACHE"
 
 HOST = "https://download.pytorch.org/models/"
 TIMEOUT_S = 30.0
-"""For each answer of the host, not for the whole file."""
+"""For each response of the host, not for the whole file."""
 
 FILES = (
     # DeepLabv3 with its auxiliary head, trained on COCO with VOC's 21 classes
@@ -44,40 +44,41 @@ _CHUNK_BYTES = 1 << 20
 
 
 def resolve(uri: str) -> str:
-    """The local path of `zoo:NAME`, fetched where need be; any other URI as it is."""
+    """Return the local path of `zoo:NAME`, downloaded if needed; any other URI unchanged."""
     return str(fetch(uri.removeprefix(SCHEME))) if uri.startswith(SCHEME) else uri
 
 
 def fetch(name: str) -> Path:
-    """The path of the public file `name` in the cache, downloaded on first use.
+    """Return the path of the public file `name` in the cache, downloaded on first use.
 
-    Raises ValueError where no file has that name, StorageError where it cannot be fetched,
-    CheckpointError where it is not the published file; it is deleted then.
+    Raises ValueError if no file has that name, StorageError if it cannot be downloaded, and
+    CheckpointError if it is not the published file, which is then deleted.
     """
-    file = _file(name)
+    file = _file_name(name)
     path = cache_folder() / file
     try:
         if path.exists():
-            _check(path, file, of=str(path))
+            _verify(path, file, origin=str(path))
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             _download(HOST + file, path)
     except (OSError, http.client.HTTPException) as error:
         raise StorageError(
             "access",
-            f"{HOST}{file} cannot be fetched ({type(error).__name__}: {one_line(error)}); without "
-            f"a network, fetch it elsewhere and put it at {path} (${CACHE_VARIABLE} is its folder)",
+            f"cannot download {HOST}{file} ({type(error).__name__}: {one_line(error)}); without a "
+            f"network, download it elsewhere and put it at {path} (${CACHE_VARIABLE} sets the "
+            "folder)",
         ) from None
     return path
 
 
 def cache_folder() -> Path:
-    """The folder of fetched files: `$DEEPLAB_CACHE`, or one below the user's `~/.cache`."""
-    given = os.environ.get(CACHE_VARIABLE)
-    return Path(given).absolute() if given else Path.home() / ".cache" / "deeplab-pipeline"
+    """Return the folder of cached files: `$DEEPLAB_CACHE`, or one under the user's `~/.cache`."""
+    folder = os.environ.get(CACHE_VARIABLE)
+    return Path(folder).absolute() if folder else Path.home() / ".cache" / "deeplab-pipeline"
 
 
-def _file(name: str) -> str:
+def _file_name(name: str) -> str:
     known = {file.rpartition("-")[0]: file for file in FILES}
     if name not in known:
         raise ValueError(f"no public weight file is called {name!r}; known are {', '.join(known)}")
@@ -85,18 +86,18 @@ def _file(name: str) -> str:
 
 
 def _download(url: str, path: Path) -> None:
-    """Puts the file at `path`, whole and checked, or not at all."""
-    logger.warning("%s is fetched into %s", url, path)
+    """Write the file to `path`, complete and verified, or not at all."""
+    logger.warning("downloading %s to %s", url, path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".part")
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "deeplab-pipeline"})
         with (
             os.fdopen(handle, "wb") as out,
-            urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer,
+            urllib.request.urlopen(request, timeout=TIMEOUT_S) as response,
         ):
-            while chunk := answer.read(_CHUNK_BYTES):
+            while chunk := response.read(_CHUNK_BYTES):
                 out.write(chunk)
-        _check(Path(temporary), path.name, of=f"what {url} sent")
+        _verify(Path(temporary), path.name, origin=f"the response of {url}")
         os.chmod(temporary, 0o644)  # a cache may be shared
         os.replace(temporary, path)
     finally:
@@ -104,13 +105,15 @@ def _download(url: str, path: Path) -> None:
             os.unlink(temporary)
 
 
-def _check(path: Path, file: str, *, of: str) -> None:
+def _verify(path: Path, file: str, *, origin: str) -> None:
+    """Delete the file and raise CheckpointError if its sha256 is not that of the published one."""
     digits = file.rpartition("-")[2].partition(".")[0]
     with path.open("rb") as content:
         found = hashlib.file_digest(content, "sha256").hexdigest()
     if not found.startswith(digits):
         path.unlink()
         raise CheckpointError(
-            f"{of} is not the published {file}: its sha256 begins with {found[: len(digits)]}; "
-            "it is deleted: run again, or put a whole copy there by hand"
+            f"{origin} is not the published {file}: its sha256 begins with "
+            f"{found[: len(digits)]}; it was deleted: run again, or put a complete copy there by "
+            "hand"
         )
