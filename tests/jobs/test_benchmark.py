@@ -28,7 +28,7 @@ def tiny(monkeypatch):
         return DeepLabV3(config).eval()
 
     monkeypatch.setattr(benchmark, "build", build)
-    monkeypatch.setitem(timing._PRODUCT_SIDE, "cpu", 64)
+    monkeypatch.setitem(timing._MATMUL_SIDE, "cpu", 64)
 
 
 def arguments(*more):
@@ -92,7 +92,7 @@ def test_a_form_gives_the_plain_logits():
 
 
 def test_a_product_s_rate_is_its_work_over_its_time(monkeypatch):
-    monkeypatch.setitem(timing._PRODUCT_SIDE, "cpu", 128)
+    monkeypatch.setitem(timing._MATMUL_SIDE, "cpu", 128)
     monkeypatch.setattr(timing, "measure", lambda *_, **__: timing.Cost(0.5, 1.0, 0))
     rate = timing.matmul_rate(torch.device("cpu"), torch.float32)
     assert rate == 2 * 128**3 / 0.5

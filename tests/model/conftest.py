@@ -1,4 +1,4 @@
-"""What the tests of the network share: one thread, seeded weights, small configs."""
+"""Fixtures for tests of the network: one thread, random weights, temporary files."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def randomize() -> Callable[..., nn.Module]:
-    """Gives a network weights and BN statistics that no layer's default could hide behind."""
+    """Return a function that sets random weights and batch statistics, unlike any default."""
 
     def fill(model: nn.Module, *, seed: int = 0) -> nn.Module:
         generator = torch.Generator().manual_seed(seed)
@@ -42,7 +42,7 @@ def randomize() -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def stored(tmp_path: Path) -> Callable[..., str]:
-    """Writes bytes (or, of anything else, torch.save's) to a file and gives its path."""
+    """Return a function that writes bytes, or else an object by torch.save, to a file."""
 
     def write(content: Any, name: str = "file.bin") -> str:
         path = tmp_path / name

@@ -1,4 +1,4 @@
-"""Shifted products against conv2d, its error against fp64, and which form is taken when."""
+"""Shifted convolution against conv2d in fp64, and when it is chosen."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ def drawn(*shape, seed=0):
 
 
 def error(found, exact):
-    """Root of the mean square."""
+    """Return the root-mean-square error."""
     return (found.double() - exact).square().mean().sqrt().item()
 
 
@@ -39,7 +39,7 @@ def error(found, exact):
     biased=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_the_error_against_fp64_is_at_most_1_2_times_that_of_conv2d(
+def test_rounding_error_is_at_most_1_2_times_that_of_conv2d(
     height, width, kernel, rate, stride, groups, n, dtype, last, biased, seed
 ):
     x = drawn(n, 32, height, width, seed=seed).to(dtype)
@@ -57,21 +57,21 @@ def test_the_error_against_fp64_is_at_most_1_2_times_that_of_conv2d(
     )
     assert found.dtype == dtype
     assert found.shape == plain.shape
-    # Rounding 32 / groups terms one after the other errs as a random walk does, whatever conv2d
-    # makes of so few: matters on small maps only.
+    # Adding 32 / groups terms one after the other errs like a random walk, in any convolution; this
+    # matters only on small maps.
     unit = torch.finfo(torch.float32).eps / 2 * exact.square().mean().sqrt().item()
     walk = unit * max(1.0, 32 / groups / 6) ** 0.5
     assert error(found, exact) <= 1.2 * error(plain, exact) + walk
 
 
-def test_a_rate_beyond_the_map_is_the_1x1_centre():
+def test_a_rate_beyond_the_map_gives_the_1x1_center_tap():
     x, weight = drawn(2, 3, 7, 5), drawn(4, 3, 3, 3, seed=1)
     found = atrous.shifted_conv2d(x, atrous.pack(weight, 1), None, stride=1, padding=(7, 7), rate=7)
     wanted = torch.einsum("nchw,kc->nkhw", x, weight[:, :, 1, 1])
     torch.testing.assert_close(found, wanted)
 
 
-def test_padding_of_one_axis_alone_and_outputs_that_see_nothing_are_right():
+def test_equals_conv2d_with_uneven_padding_and_outputs_without_valid_taps():
     x, weight, bias = drawn(1, 2, 5, 6), drawn(3, 2, 3, 3, seed=1), drawn(3, seed=2)
     for padding in [(0, 1), (9, 0), (12, 12)]:
         found = atrous.shifted_conv2d(
@@ -80,7 +80,7 @@ def test_padding_of_one_axis_alone_and_outputs_that_see_nothing_are_right():
         torch.testing.assert_close(found, functional.conv2d(x, weight, bias, 1, padding, 2))
 
 
-def test_pieces_of_any_size_give_the_whole(monkeypatch):
+def test_the_size_of_the_pieces_does_not_change_the_result(monkeypatch):
     x, weight = drawn(2, 4, 9, 11), drawn(6, 2, 3, 3, seed=1)
     for values in (1, 300, 2000):
         monkeypatch.setattr(atrous, "GATHERED_VALUES", values)
@@ -97,9 +97,7 @@ def test_pieces_of_any_size_give_the_whole(monkeypatch):
     rate=st.integers(1, 40),
     stride=st.integers(1, 3),
 )
-def test_the_share_of_products_is_what_counting_one_by_one_gives(
-    height, width, kernel, rate, stride
-):
+def test_valid_tap_share_equals_counting_taps_one_by_one(height, width, kernel, rate, stride):
     padding = rate * (kernel // 2)
     counts = []
     for length in (height, width):
@@ -116,8 +114,8 @@ def test_the_share_of_products_is_what_counting_one_by_one_gives(
     assert share == pytest.approx(counts[0] * counts[1])
 
 
-def test_the_paper_s_rates_on_a_map_of_65_see_what_was_worked_out_by_hand():
-    # One tap of three is in the middle; each other one sees 65 - rate of 65 pixels.
+def test_valid_tap_share_of_the_papers_rates_equals_values_by_hand():
+    # Of three taps the middle one is always on the map, each other one for 65 - rate of 65 outputs.
     for rate in (12, 24, 36):
         by_hand = ((65 + 2 * (65 - rate)) / (3 * 65)) ** 2
         share = atrous.valid_tap_share((65, 65), kernel_size=3, rate=rate, stride=1, padding=rate)
@@ -142,7 +140,9 @@ def test_the_paper_s_rates_on_a_map_of_65_see_what_was_worked_out_by_hand():
         (("cuda", torch.bfloat16), (33, 33), 36, 2048, False),
     ],
 )
-def test_the_form_is_what_was_measured_to_be_cheaper(on, size, rate, inputs, cheaper):
+def test_shifted_conv2d_is_chosen_where_it_was_measured_to_be_faster(
+    on, size, rate, inputs, cheaper
+):
     where = {"in_channels": inputs, "size": size, "rate": rate}
     assert atrous.is_shifted_cheaper(*on, groups=1, stride=1, **where) == cheaper
     assert not atrous.is_shifted_cheaper(*on, groups=2, stride=1, **where)
@@ -159,7 +159,7 @@ def test_the_form_is_what_was_measured_to_be_cheaper(on, size, rate, inputs, che
         ("DEFAULT", True, True, "default"),
     ],
 )
-def test_the_engine_is_what_torch_may_use_of_what_the_cpu_has(
+def test_the_engine_is_the_best_that_the_cpu_has_and_torch_may_use(
     capability, amx, bf16, on, monkeypatch
 ):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
@@ -168,7 +168,8 @@ def test_the_engine_is_what_torch_may_use_of_what_the_cpu_has(
     assert devices.engine(torch.device("cpu")) == on
 
 
-def test_aten_cpu_capability_makes_any_cpu_one_without_bf16():
+@pytest.mark.slow
+def test_aten_cpu_capability_limits_the_engine_on_any_cpu():
     code = """
 import torch
 from pipeline.model import devices, torch_compat

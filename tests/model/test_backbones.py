@@ -1,4 +1,4 @@
-"""Backbones: what a smaller output stride computes is what the strided network does, and more."""
+"""Backbones: strides and rates, and atrous features that contain the strided ones."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from pipeline.model.resnet import ResNet
 
 
 def rates(backbone, stage):
-    """Dilation of each 3x3 convolution of a stage, by unit; the second is a Basic unit's."""
+    """Return the rate of each 3x3 convolution of a stage, in order; a basic block has two."""
     layers = [m for _, m in getattr(backbone, stage).named_modules() if hasattr(m, "dilation")]
     return [layer.dilation[0] for layer in layers if layer.kernel_size == (3, 3)]
 
@@ -34,7 +34,7 @@ def test_torchvisions_first_unit_keeps_the_previous_stages_rate():
     assert strides(backbone, "layer3") + strides(backbone, "layer4") == [1] * 9
 
 
-def test_the_paper_strides_in_the_last_unit_and_multiplies_every_rate():
+def test_paper_style_strides_in_the_last_unit_and_multiplies_every_rate():
     backbone = built("resnet101", "paper", 16, (1, 2, 4))
     assert strides(backbone, "layer1") == [1, 1, 2]
     assert strides(backbone, "layer2") == [1, 1, 1, 2]
@@ -54,7 +54,7 @@ def test_output_stride_4_replaces_every_stride_after_the_stem():
 
 
 @pytest.mark.parametrize("multi_grid", [(1, 1, 1), (1, 2, 1), (1, 2, 3), (1, 2, 4), (2, 2, 2)])
-def test_block4_to_block7_have_rates_2_4_8_16_times_the_multi_grid_at_output_stride_16(multi_grid):
+def test_cascade_rates_at_output_stride_16_are_2_4_8_16_times_the_multi_grid(multi_grid):
     backbone = built("resnet101", "paper", 16, multi_grid, blocks=7)
     assert set(rates(backbone, "layer1") + rates(backbone, "layer2")) == {1}
     assert set(rates(backbone, "layer3")) == {1}
@@ -67,9 +67,7 @@ def test_block4_to_block7_have_rates_2_4_8_16_times_the_multi_grid_at_output_str
     ("output_stride", "wanted"),
     [(4, (8, 16, 32, 64)), (8, (4, 8, 16, 32)), (64, (1, 1, 2, 4)), (256, (1, 1, 1, 1))],
 )
-def test_each_stride_that_is_given_up_doubles_the_rates_of_the_blocks_after_it(
-    output_stride, wanted
-):
+def test_each_removed_stride_doubles_the_rates_of_later_blocks(output_stride, wanted):
     backbone = built("resnet50", "paper", output_stride, blocks=7)
     stages = [f"layer{number}" for number in range(1, 8)]
     assert [rates(backbone, stage)[0] for stage in stages[3:]] == list(wanted)
@@ -78,19 +76,19 @@ def test_each_stride_that_is_given_up_doubles_the_rates_of_the_blocks_after_it(
     assert all(set(strides(backbone, stage)[:-1]) == {1} for stage in stages)
 
 
-def test_in_torchvisions_style_a_cascades_first_units_keep_the_previous_rate():
+def test_first_units_of_a_torchvision_style_cascade_keep_the_previous_rate():
     backbone = built("resnet50", "torchvision", 16, (1, 2, 1), blocks=6)
     assert rates(backbone, "layer4") == [1, 4, 2]
     assert rates(backbone, "layer5") == [2, 8, 4]
     assert rates(backbone, "layer6") == [4, 16, 8]
 
 
-def test_the_further_blocks_are_copies_of_block4():
+def test_blocks_5_to_7_are_copies_of_block4():
     backbone = built("resnet50", "paper", 16, blocks=7)
     copies = [dict(getattr(backbone, f"layer{n}").named_parameters()) for n in (5, 6, 7)]
     fourth = dict(backbone.layer4.named_parameters())
     for copy in copies:
-        # But for the channels that enter: 2048 need no projection.
+        # Except for the input channels: 2048 need no projection.
         assert copy.keys() == {name for name in fourth if "downsample" not in name}
         shapes = {name: p.shape for name, p in copy.items() if name != "0.conv1.weight"}
         assert shapes == {name: fourth[name].shape for name in shapes}
@@ -116,7 +114,7 @@ def test_mobilenet_has_the_zoos_rates_at_output_stride_8():
         ("resnet50", (1, 2, 4), 16),
     ],
 )
-def test_atrous_features_sampled_are_the_strided_ones(
+def test_sampled_atrous_features_equal_strided_features(
     name, multi_grid, style, output_stride, randomize
 ):
     backbone = randomize(ResNet(name, stride_last=style == "paper")).double()
@@ -136,12 +134,13 @@ def test_atrous_features_sampled_are_the_strided_ones(
     ("blocks", "strided_at", "output_stride", "multi_grid"),
     [(7, 256, 16, (1, 1)), (7, 64, 16, (1, 2)), (5, 64, 8, (2, 1))],
 )
-def test_a_cascades_atrous_features_sampled_are_the_strided_ones(
+def test_sampled_atrous_features_of_a_cascade_equal_strided_features(
     blocks, strided_at, output_stride, multi_grid, style, randomize
 ):
     backbone = ResNet("resnet18", stride_last=style == "paper", blocks=blocks)
     randomize(backbone).double()
-    size = (3 * strided_at // 2, strided_at + 1)
+    # one column of features is enough at large strides, and saves seconds
+    size = (3 * strided_at // 2, min(strided_at, 64) + 1)
     image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1)).double()
     step = strided_at // output_stride
     with torch.inference_mode():
@@ -149,7 +148,7 @@ def test_a_cascades_atrous_features_sampled_are_the_strided_ones(
         strided = backbone(image)
         backbone.set_strides(output_stride=output_stride, multi_grid=multi_grid)
         atrous = backbone(image)
-    assert strided.final.shape[-2:] == (2, 2)
+    assert strided.final.shape[-2:] == (2, 2 if strided_at == 64 else 1)
     torch.testing.assert_close(
         atrous.final[..., ::step, ::step], strided.final, rtol=1e-5, atol=1e-9
     )
@@ -157,7 +156,7 @@ def test_a_cascades_atrous_features_sampled_are_the_strided_ones(
 
 
 @pytest.mark.parametrize("output_stride", [4, 8, 16])
-def test_atrous_mobilenet_features_sampled_are_the_strided_ones(output_stride, randomize):
+def test_sampled_atrous_features_of_mobilenet_equal_strided_features(output_stride, randomize):
     backbone = randomize(MobileNetV2()).double()
     image = torch.randn(1, 3, 33, 49, generator=torch.Generator().manual_seed(1)).double()
     step = 32 // output_stride

@@ -1,4 +1,4 @@
-"""Published layouts: names and shapes tell the network, and every value finds its place."""
+"""Published formats: networks are detected by names and shapes, and every weight is placed."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from tests.model.published import (
 )
 
 
-def recognised(shapes):
+def detect(shapes):
     return detect_format(TensorFile(tensors=constants(shapes)), name="a.pth")
 
 
@@ -27,7 +27,7 @@ def shapes_of(config):
     return {key: tuple(value.shape) for key, value in state.items()}
 
 
-def test_a_torchvision_file_loads_as_it_is_and_every_value_finds_its_place(stored):
+def test_a_torchvision_file_loads_with_every_value_in_its_place(stored):
     tensors = constants(torchvision_shapes("resnet50"))
     wrapped = {"model": {f"module._orig_mod.{key}": value for key, value in tensors.items()}}
     loaded, classes = weights.load(stored({**wrapped, "epoch": 3}))
@@ -39,9 +39,9 @@ def test_a_torchvision_file_loads_as_it_is_and_every_value_finds_its_place(store
 
 
 @pytest.mark.parametrize("name", DEPTHS)
-def test_names_and_shapes_tell_torchvisions_network(name):
+def test_torchvisions_networks_are_detected_by_names_and_shapes(name):
     shapes = torchvision_shapes(name, classes=7)
-    config, state = recognised(shapes)
+    config, state = detect(shapes)
     assert (config.backbone, config.num_classes, config.auxiliary) == (name, 7, True)
     assert config.style == "torchvision"
     assert shapes_of(config) == {key: tuple(value.shape) for key, value in state.items()} == shapes
@@ -49,8 +49,8 @@ def test_names_and_shapes_tell_torchvisions_network(name):
 
 @pytest.mark.parametrize("name", DEPTHS)
 @pytest.mark.parametrize("listed", [vainf_shapes, vainf_plus_shapes])
-def test_names_and_shapes_tell_vainfs_networks(listed, name):
-    config, state = recognised(listed(name, classes=7))
+def test_vainfs_networks_are_detected_by_names_and_shapes(listed, name):
+    config, state = detect(listed(name, classes=7))
     assert (config.backbone, config.num_classes) == (name, 7)
     assert (config.style, config.auxiliary) == ("torchvision", False)
     assert config.decoder == (listed is vainf_plus_shapes)
@@ -58,7 +58,7 @@ def test_names_and_shapes_tell_vainfs_networks(listed, name):
     assert shapes_of(config) == {key: tuple(value.shape) for key, value in state.items()}
 
 
-def test_a_vainf_v3_file_loads_as_it_is_and_every_value_finds_its_place(stored):
+def test_a_vainf_v3_file_loads_with_every_value_in_its_place(stored):
     tensors = constants(vainf_shapes("resnet18"))
     loaded, _ = weights.load(stored({"model_state": tensors, "cur_itrs": 3, "best_score": 0.7}))
     state = loaded.state_dict()
@@ -68,7 +68,7 @@ def test_a_vainf_v3_file_loads_as_it_is_and_every_value_finds_its_place(stored):
     assert not state
 
 
-def test_a_vainf_v3_plus_file_loads_as_it_is_and_every_value_finds_its_place(stored):
+def test_a_vainf_v3_plus_file_loads_with_every_value_in_its_place(stored):
     tensors = constants(vainf_plus_shapes("resnet18", classes=19))
     loaded, classes = weights.load(stored({"model_state": tensors}), output_stride=8)
     assert classes == CITYSCAPES
@@ -92,11 +92,11 @@ def test_vainfs_mobilenet_is_refused_with_the_reason(stored):
         weights.load(stored({"model_state": tensors}))
 
 
-def test_another_number_of_atrous_branches_needs_their_rates(stored):
+def test_a_file_with_other_atrous_branches_needs_as_many_rates(stored):
     shapes = vainf_plus_shapes("resnet18")
     shapes = {key: shape for key, shape in shapes.items() if ".convs.4." not in key}
     file = TensorFile(tensors=constants(shapes))
     config, _ = detect_format(file, name="a.pth")
     assert not config.image_pooling
-    with pytest.raises(CheckpointError, match=r"3 atrous branches.*\(6, 12\).*atrous_rates"):
+    with pytest.raises(CheckpointError, match=r"3 atrous branches.*atrous_rates.*\(6, 12\)"):
         detect_format(file, name="a.pth", atrous_rates=(6, 12))

@@ -1,4 +1,4 @@
-"""DeepLabV3: sizes, counts known from elsewhere, and behaviour at the edges."""
+"""DeepLabV3: shapes, published counts, and behavior in edge cases."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ SMALL = {
 
 
 def shell(**fields):
-    """A network without memory for its weights."""
+    """Return a network without memory for its weights."""
     with torch.device("meta"):
         return DeepLabV3(ModelConfig(**fields))
 
@@ -37,7 +37,7 @@ def shell(**fields):
         ({"backbone": "resnet101", **PAPER_HEAD}, 58_040_661, 662),
     ],
 )
-def test_parameters_and_keys_are_as_many_as_published(fields, parameters, keys):
+def test_parameter_and_key_counts_equal_published_ones(fields, parameters, keys):
     model = shell(**fields)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert len(model.state_dict()) == keys
@@ -48,13 +48,13 @@ def test_parameters_and_keys_are_as_many_as_published(fields, parameters, keys):
     ("name", "imagenet"), [("resnet50", 25_557_032), ("resnet101", 44_549_160)]
 )
 def test_a_cascade_has_the_parameters_of_its_blocks(name, imagenet, blocks):
-    """From the published counts of the ImageNet networks, and those of a block by hand."""
+    """Uses published counts of the ImageNet networks, and a block's counted by hand."""
     unit = 2048 * 512 + 512 * 512 * 9 + 512 * 2048 + 2 * (512 + 512 + 2048)
     backbone = imagenet - (2048 * 1000 + 1000) + (blocks - 4) * 3 * unit
     model = shell(backbone=name, blocks=blocks, **CASCADE)
     found = sum(parameter.numel() for parameter in model.parameters())
     assert found == backbone + 2048 * 21 + 21
-    # Weight, and five of the normalisation, of nine convolutions a block.
+    # One weight and five entries of batch normalization for each of nine convolutions per block.
     assert len(model.state_dict()) == {"resnet50": 320, "resnet101": 626}[name] + (blocks - 4) * 54
 
 
@@ -63,12 +63,12 @@ def test_a_cascade_has_the_parameters_of_its_blocks(name, imagenet, blocks):
     [
         ({"backbone": "resnet50", **TORCHVISION, "output_stride": 8}, 520, 168.731),
         ({"backbone": "resnet101", **TORCHVISION, "output_stride": 8}, 520, 248.752),
-        # The paper's head on a backbone of torchvision's style: its stride is in the first unit.
+        # The paper's head on a backbone in torchvision's style: its stride is in the first unit.
         ({"backbone": "resnet50", **PAPER_HEAD, "output_stride": 16}, 513, 50.436),
         ({"backbone": "resnet50", **PAPER_HEAD, "output_stride": 8}, 513, 166.161),
         ({"backbone": "resnet101", **PAPER_HEAD, "output_stride": 16}, 513, 71.061),
         ({"backbone": "resnet101", **PAPER_HEAD, "output_stride": 8}, 513, 246.182),
-        # VainF's table, which counts normalisation too.
+        # VainF's table, which counts batch normalization too.
         ({"backbone": "resnet50", **TORCHVISION, "decoder": True, "num_convs": 1}, 513, 62.7),
         ({**MOBILE, "style": "torchvision"}, 513, 6.0),
         ({**MOBILE, "style": "torchvision", "decoder": True, "num_convs": 1}, 513, 17.0),
@@ -94,7 +94,7 @@ def test_set_output_stride_changes_rates_and_config_but_no_weight():
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_an_output_stride_that_fits_no_rate_leaves_the_model_as_it_was():
+def test_an_output_stride_with_fractional_rates_leaves_the_model_unchanged():
     model = DeepLabV3(ModelConfig(**MOBILE, atrous_rates=(3,)))
     with pytest.raises(ValueError, match=r"atrous_rates \(3,\).*output_stride 32"):
         model.set_output_stride(32)
@@ -102,7 +102,7 @@ def test_an_output_stride_that_fits_no_rate_leaves_the_model_as_it_was():
     assert model.classifier[0].convs[1][0].dilation == (3, 3)
 
 
-def test_an_output_stride_that_the_network_has_not_leaves_it_as_it_was():
+def test_an_unsupported_output_stride_leaves_the_model_unchanged():
     model = shell(backbone="resnet18", blocks=5, **CASCADE, multi_grid=(1, 2))
     model.set_output_stride(64)
     with pytest.raises(ValueError, match="128: must be one of 4, 8, 16, 32, 64; with 5 blocks"):
@@ -110,22 +110,20 @@ def test_an_output_stride_that_the_network_has_not_leaves_it_as_it_was():
     assert model.config.output_stride == 64
 
 
-def test_a_cascades_logits_have_the_images_size_at_every_output_stride(randomize):
-    config = ModelConfig(backbone="resnet18", blocks=7, **CASCADE, multi_grid=(1, 2), num_classes=3)
-    model = randomize(DeepLabV3(config))
-    with torch.inference_mode():
-        for power in (2, 5, 6, 8):
-            model.set_output_stride(2**power)
-            for size in [(1, 1), (37, 66)]:
-                side = [-(-n // 2**power) for n in size]
-                images = torch.ones(1, 3, *size)
-                assert list(model.logits(images).shape) == [1, 3, *side]
-                assert model(images).shape == (1, 3, *size)
+def test_a_cascades_logits_have_the_images_size_at_every_output_stride():
+    model = shell(backbone="resnet18", blocks=7, **CASCADE, multi_grid=(1, 2), num_classes=3).eval()
+    for power in (2, 5, 6, 8):
+        model.set_output_stride(2**power)
+        for size in [(1, 1), (37, 66)]:
+            side = [-(-n // 2**power) for n in size]
+            images = torch.ones(1, 3, *size, device="meta")
+            assert list(model.logits(images).shape) == [1, 3, *side]
+            assert model(images).shape == (1, 3, *size)
 
 
 @pytest.mark.parametrize("output_stride", [4, 8, 16, 32])
 @pytest.mark.parametrize("style", SMALL)
-def test_logits_have_the_images_size_however_tiny_it_is(style, output_stride, randomize):
+def test_logits_have_the_images_size_even_for_tiny_images(style, output_stride, randomize):
     model = randomize(DeepLabV3(SMALL[style]))
     model.set_output_stride(output_stride)
     with torch.inference_mode():
@@ -135,7 +133,7 @@ def test_logits_have_the_images_size_however_tiny_it_is(style, output_stride, ra
             assert logits.isfinite().all()
 
 
-def test_image_pooling_tells_what_a_batch_of_one_lacks_in_training():
+def test_training_on_a_batch_of_one_is_refused_with_the_way_out():
     model = DeepLabV3(SMALL["paper"]).train()
     with pytest.raises(ValueError, match="batch of at least 2"):
         model(torch.zeros(1, 3, 65, 65))
@@ -146,7 +144,7 @@ def test_image_pooling_tells_what_a_batch_of_one_lacks_in_training():
     assert model(torch.zeros(1, 3, 65, 65)).shape == (1, 3, 65, 65)
 
 
-def test_the_auxiliary_head_speaks_only_in_training():
+def test_the_auxiliary_head_is_used_only_in_training():
     config = ModelConfig(
         backbone="resnet18", num_classes=3, style="torchvision", auxiliary=True, multi_grid=(1, 1)
     )
@@ -167,8 +165,8 @@ def test_images_of_another_shape_are_refused(shape):
 
 
 @pytest.mark.parametrize("side", [513, 500, 65, 1])
-def test_tensorflows_logits_of_a_scaled_image_are_resized_once_to_the_original(side):
-    """A ramp that says where in the scaled image it is must say p (scaled - 1) / (size - 1)."""
+def test_tensorflow_style_resizes_logits_of_a_scaled_image_to_the_original(side):
+    """A ramp of positions in the scaled image becomes p (scaled - 1) / (size - 1) at pixel p."""
     model = DeepLabV3(SMALL["tensorflow"])
     scaled, stride = int((side - 1) * 0.75) + 1, model.config.output_stride
     padded = -(-(scaled - 1) // 16) * 16 + 1

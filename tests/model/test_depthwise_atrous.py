@@ -1,4 +1,4 @@
-"""A depthwise atrous convolution by phases is conv2d with that dilation, forward and backward."""
+"""Depthwise atrous convolution by space-to-batch against dilated conv2d."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from pipeline.model.convolution import Convolution
 
 @pytest.mark.parametrize("rate", [2, 3, 4])
 @pytest.mark.parametrize("size", [(5, 7), (8, 8), (21, 13), (1, 3)])
-def test_phases_agree_with_conv2d_with_dilation(rate: int, size: tuple[int, int]) -> None:
+def test_space_to_batch_equals_dilated_conv2d_forward_and_backward(
+    rate: int, size: tuple[int, int]
+) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 6, *size, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     x.requires_grad_()
@@ -30,7 +32,7 @@ def test_phases_agree_with_conv2d_with_dilation(rate: int, size: tuple[int, int]
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
 
 
-def test_a_convolution_takes_phases_in_training_alone() -> None:
+def test_a_convolution_uses_space_to_batch_only_in_training() -> None:
     x = torch.randn(1, 4, 6, 6, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     layer = Convolution(4, 4, 3, rate=2, groups=4).double()
     taken = depthwise_atrous.is_cheaper(x, layer.weight, stride=1, rate=2)

@@ -1,4 +1,4 @@
-"""Counted work against published multiply-accumulates and against counting taps one by one."""
+"""Operation counts against published ones, and against counting taps one by one."""
 
 import pytest
 import torch
@@ -19,15 +19,15 @@ PAPER_HEAD = {"style": "torchvision", "num_convs": 0}
         ({"backbone": "resnet101", **PAPER_HEAD, "output_stride": 8}, 513, 246.182),
     ],
 )
-def test_nominal_work_is_the_published_one(fields, size, gmacs):
+def test_nominal_operations_equal_published_counts(fields, size, gmacs):
     with torch.device("meta"):
         model = DeepLabV3(ModelConfig(multi_grid=(1, 1, 1), **fields))
-    work = count(model, (size, size))
-    assert work.nominal / 2e9 == pytest.approx(gmacs, rel=0.01)
-    assert 0.5 * work.nominal < work.executed < work.nominal
+    operations = count(model, (size, size))
+    assert operations.nominal / 2e9 == pytest.approx(gmacs, rel=0.01)
+    assert 0.5 * operations.nominal < operations.executed < operations.nominal
 
 
-def test_executed_work_is_that_of_the_taps_that_see_ones():
+def test_executed_operations_equal_a_count_of_taps_on_the_map():
     model = DeepLabV3(ModelConfig(backbone="resnet18", num_classes=2, multi_grid=(1, 1))).eval()
     layers = [layer for layer in model.modules() if isinstance(layer, Convolution)]
     seen = []

@@ -1,4 +1,4 @@
-"""The TensorFlow zoo's file: the network it becomes against its graph, written out by hand."""
+"""The TensorFlow zoo's file: our network against its graph, written out by hand."""
 
 import os
 from pathlib import Path
@@ -23,12 +23,12 @@ UNITS = [
 CLASSES = 5
 
 REAL_FILE = os.environ.get("DEEPLAB_TFZOO_NPZ", "")
-"""deeplabv3_mnv2_pascal_trainval_max as an npz: 8 MB, and no part of the project."""
+"""deeplabv3_mnv2_pascal_trainval_max as an npz file of 8 MB, which the project does not ship."""
 DEMO_CHECKPOINT = Path(__file__).parents[2] / "jobs/demo/tfzoo-voc-mobilenetv2.safetensors"
 
 
 def random_graph():
-    """The constants of a frozen graph, by the zoo's names, with random values."""
+    """Return the constants of a frozen graph, by the zoo's names, with random values."""
     random = np.random.default_rng(0)
     graph = {"ResizeBilinear_1.size": np.array([513, 513], np.int32)}
 
@@ -62,7 +62,7 @@ def random_graph():
 
 
 def same(x, kernel, bias, *, stride=1, rate=1, groups=1):
-    """TensorFlow's SAME: explicit zeros, so that ceil(n / stride) outputs come out."""
+    """Convolve with TensorFlow's SAME padding: ceil(n / stride) outputs."""
     pads = []
     for n in (x.shape[3], x.shape[2]):
         reach = (kernel.shape[2] - 1) * rate
@@ -73,7 +73,7 @@ def same(x, kernel, bias, *, stride=1, rate=1, groups=1):
 
 
 def evaluate(graph, image):
-    """Logits at the size of `image` (1, 3, h, w), as the graph computes them, in float64."""
+    """Return the graph's logits at the size of `image` (1, 3, h, w), in float64."""
     values = {key: torch.tensor(value).double() for key, value in graph.items()}
 
     def convolution(name, x, **options):
@@ -119,7 +119,7 @@ def path(graph, tmp_path_factory):
 
 
 @pytest.mark.parametrize("size", [(33, 49), (37, 50), (1, 20)])
-def test_the_network_computes_what_the_zoos_graph_does(size, graph, path):
+def test_the_network_equals_the_zoos_graph_written_out_by_hand(size, graph, path):
     model, classes = weights.load(path)
     image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(3)).double()
     with torch.inference_mode():
@@ -134,7 +134,7 @@ def test_the_real_file_at_513_is_within_1e_4_of_its_graph():
     with np.load(REAL_FILE) as archive:
         graph = {key: archive[key] for key in archive.files if archive[key].dtype == np.float32}
     model, classes = weights.load(REAL_FILE)
-    # Shapes and shades on the -1..1 scale, padded with grey to 513 x 513.
+    # Waves on the -1..1 scale, padded with gray to 513 x 513.
     rows, columns = torch.meshgrid(torch.arange(375.0), torch.arange(500.0), indexing="ij")
     waves = [torch.sin(rows / 31) * torch.cos(columns / k) for k in (17, 43, 90)]
     image = functional.pad(torch.stack(waves)[None], (0, 13, 0, 138))
@@ -146,7 +146,7 @@ def test_the_real_file_at_513_is_within_1e_4_of_its_graph():
     assert difference <= 1e-4
 
 
-def test_the_checkpoint_of_the_demo_still_loads_though_older_than_some_fields():
+def test_the_demos_checkpoint_loads_though_older_than_some_fields():
     model, classes = weights.load(str(DEMO_CHECKPOINT))
     assert (model.config.style, model.config.head, model.config.convs) == ("tensorflow", "aspp", 0)
     assert model(torch.zeros(1, 3, 20, 30)).shape == (1, len(classes.names), 20, 30)
@@ -157,16 +157,18 @@ def test_rates_for_the_zoos_network_are_refused(path):
         weights.load(path, atrous_rates=(6, 12, 18))
 
 
-def test_a_graph_with_atrous_branches_is_refused_by_their_names(graph, tmp_path):
+def test_a_graph_with_atrous_branches_is_refused_with_their_names(graph, tmp_path):
     path = tmp_path / "other.npz"
     extra = {"aspp1_depthwise.depthwise_weights": np.ones((3, 3, 320, 1), np.float32)}
     lacking = {key: value for key, value in graph.items() if not key.startswith("aspp0.B")}
     np.savez(path, **lacking, **extra)
-    with pytest.raises(weights.CheckpointError, match=r"missing aspp0.*unexpected aspp1_depthwise"):
+    with pytest.raises(
+        weights.CheckpointError, match=r"missing: aspp0.*unexpected: aspp1_depthwise"
+    ):
         weights.load(str(path))
 
 
-def test_an_npz_of_something_else_is_refused(tmp_path):
+def test_an_npz_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "other.npz"
     np.savez(path, x=np.ones(3))
     with pytest.raises(weights.CheckpointError, match="not of the TensorFlow DeepLab zoo"):

@@ -1,4 +1,4 @@
-"""Heads: ASPP with any branches, cascade and decoder, against the same sums written by hand."""
+"""Heads: ASPP with any branches, cascade and decoder, against the same layers by hand."""
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ def noise(*shape, seed=1):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
 
 
-def normal(x, state, name):
-    """Batch normalisation of a trained network and ReLU, by the definition."""
+def bn_relu(x, state, name):
+    """Return batch normalization and ReLU of a trained network, by definition."""
     mean, var, weight, bias = (
         state[f"{name}.{part}"][:, None, None]
         for part in ("running_mean", "running_var", "weight", "bias")
@@ -28,21 +28,21 @@ def normal(x, state, name):
 
 
 def by_hand(x, state, name, rates, pooling):
-    """ASPP by its state_dict's names, with PyTorch's functions alone."""
-    branches = [normal(functional.conv2d(x, state[f"{name}.0.0.weight"]), state, f"{name}.0.1")]
+    """Return ASPP's branches, from its state_dict, with PyTorch's functions only."""
+    branches = [bn_relu(functional.conv2d(x, state[f"{name}.0.0.weight"]), state, f"{name}.0.1")]
     for index, rate in enumerate(rates, start=1):
         y = functional.conv2d(x, state[f"{name}.{index}.0.weight"], padding=rate, dilation=rate)
-        branches.append(normal(y, state, f"{name}.{index}.1"))
+        branches.append(bn_relu(y, state, f"{name}.{index}.1"))
     if pooling:
         last = len(rates) + 1
         y = functional.conv2d(x.mean((2, 3), keepdim=True), state[f"{name}.{last}.1.weight"])
-        branches.append(normal(y, state, f"{name}.{last}.2").expand(-1, -1, *x.shape[2:]))
+        branches.append(bn_relu(y, state, f"{name}.{last}.2").expand(-1, -1, *x.shape[2:]))
     return torch.cat(branches, 1)
 
 
 @pytest.mark.parametrize("rates", [(), (2,), (6, 12, 18), (1, 2, 3, 24)])
 @pytest.mark.parametrize("pooling", [True, False])
-def test_aspp_is_its_branches_side_by_side(rates, pooling, randomize):
+def test_aspp_equals_its_branches_computed_by_hand(rates, pooling, randomize):
     aspp = ASPP(
         6, branches=len(rates), image_pooling=pooling, dropout=0.5, folded=False,
         pooling_first=False,
@@ -53,20 +53,20 @@ def test_aspp_is_its_branches_side_by_side(rates, pooling, randomize):
         wanted = functional.conv2d(
             by_hand(x, state, "convs", rates, pooling), state["project.0.weight"]
         )
-        torch.testing.assert_close(aspp(x), normal(wanted, state, "project.1"))
+        torch.testing.assert_close(aspp(x), bn_relu(wanted, state, "project.1"))
 
 
-def test_a_rate_beyond_the_map_is_the_filters_1x1_centre(randomize):
+def test_a_rate_beyond_the_map_gives_the_filters_1x1_center(randomize):
     config = ModelConfig(**PLAIN, atrous_rates=(66,), image_pooling=False)
     aspp = randomize(build_head(6, 6, config)).double()[0]
     x = noise(1, 6, 65, 33)
     atrous = aspp.convs[1][0]
     atrous.set_stride_and_rate(stride=1, rate=65)
     with torch.inference_mode():
-        centre = functional.conv2d(x, atrous.weight[:, :, 1:2, 1:2])
-        torch.testing.assert_close(atrous(x), centre)
+        center = functional.conv2d(x, atrous.weight[:, :, 1:2, 1:2])
+        torch.testing.assert_close(atrous(x), center)
         atrous.set_stride_and_rate(stride=1, rate=64)
-        assert not torch.allclose(atrous(x), centre)
+        assert not torch.allclose(atrous(x), center)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_rate_beyond_the_map_is_the_filters_1x1_centre(randomize):
         ({"atrous_rates": (6, 12, 18), "image_pooling": False}, [6, 12, 18], 4 * 256),
     ],
 )
-def test_the_papers_table_of_rates_can_be_built(fields, rates, channels):
+def test_the_rates_of_the_papers_table_can_be_built(fields, rates, channels):
     with torch.device("meta"):
         aspp = DeepLabV3(ModelConfig(**fields)).classifier[0]
     assert [branch[0].dilation[0] for branch in aspp.convs[1 : len(rates) + 1]] == rates
@@ -85,7 +85,7 @@ def test_the_papers_table_of_rates_can_be_built(fields, rates, channels):
 
 
 @pytest.mark.parametrize("convs", [0, 1, 2, 3])
-def test_the_decoder_refines_upsampled_aspp_with_features_of_stride_4(convs, randomize):
+def test_the_decoder_equals_its_layers_computed_by_hand(convs, randomize):
     config = ModelConfig(**PLAIN, decoder=True, num_convs=convs, atrous_rates=(2, 4))
     head = randomize(build_head(6, 5, config)).double()
     head.set_rates((2, 4))
@@ -94,15 +94,15 @@ def test_the_decoder_refines_upsampled_aspp_with_features_of_stride_4(convs, ran
     with torch.inference_mode():
         found = head(Features(low, final, final))
         x = by_hand(final, state, "aspp.convs", (2, 4), pooling=True)
-        x = normal(functional.conv2d(x, state["aspp.project.0.weight"]), state, "aspp.project.1")
+        x = bn_relu(functional.conv2d(x, state["aspp.project.0.weight"]), state, "aspp.project.1")
         x = functional.interpolate(x, (13, 18), mode="bilinear", align_corners=False)
-        y = normal(functional.conv2d(low, state["project.0.weight"]), state, "project.1")
+        y = bn_relu(functional.conv2d(low, state["project.0.weight"]), state, "project.1")
         assert y.shape[1] == 48
         x = torch.cat([y, x], 1)
         for index in range(0, convs * 3, 3):
             weight = state[f"classifier.{index}.weight"]
             assert weight.shape[0] == 256
-            x = normal(functional.conv2d(x, weight, padding=1), state, f"classifier.{index + 1}")
+            x = bn_relu(functional.conv2d(x, weight, padding=1), state, f"classifier.{index + 1}")
         last = f"classifier.{convs * 3}"
         wanted = functional.conv2d(x, state[f"{last}.weight"], state[f"{last}.bias"])
     torch.testing.assert_close(found, wanted)
@@ -117,7 +117,7 @@ def test_the_decoder_refines_upsampled_aspp_with_features_of_stride_4(convs, ran
         {**MOBILE, "style": "torchvision"},
     ],
 )
-def test_a_decoders_logits_are_at_stride_4_whatever_the_encoders(fields, randomize):
+def test_a_decoders_logits_are_at_stride_4_at_any_output_stride(fields, randomize):
     model = randomize(DeepLabV3(ModelConfig(**fields, num_classes=3, decoder=True)))
     images, low = noise(1, 3, 33, 50).float(), []
     with torch.inference_mode():
@@ -129,7 +129,7 @@ def test_a_decoders_logits_are_at_stride_4_whatever_the_encoders(fields, randomi
         assert torch.equal(low[0], other)
 
 
-def test_a_decoder_learns_in_all_its_layers():
+def test_every_parameter_of_a_decoder_gets_a_gradient():
     model = DeepLabV3(ModelConfig(**PLAIN, decoder=True, style="torchvision", auxiliary=True))
     outputs = model.train()(torch.randn(2, 3, 33, 41))
     (outputs.logits.square().mean() + outputs.auxiliary.square().mean()).backward()

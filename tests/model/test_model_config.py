@@ -1,4 +1,4 @@
-"""A config that exists can be built, and says what is wrong with one that cannot."""
+"""Model configs: valid ones can be built, invalid ones are refused by field."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def test_rates_are_scaled_from_output_stride_16(output_stride, rates):
     assert ModelConfig(output_stride=output_stride).rates == rates
 
 
-def test_a_rate_that_becomes_no_integer_is_refused_with_a_way_out():
+def test_a_rate_that_becomes_fractional_is_refused_with_the_way_out():
     with pytest.raises(ValueError, match=r"\(5, 12\).*even rates"):
         ModelConfig(atrous_rates=(5, 12), output_stride=32)
 
@@ -61,13 +61,13 @@ def test_a_rate_that_becomes_no_integer_is_refused_with_a_way_out():
         ({"image_pooling": "yes"}, "'yes': must be one of True, False"),
     ],
 )
-def test_a_wrong_value_is_refused_by_name(fields, message):
+def test_an_invalid_value_is_refused_by_name(fields, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(**fields)
 
 
 @pytest.mark.parametrize("blocks", [4, 5, 6, 7])
-def test_a_cascade_has_every_stride_that_its_blocks_take(blocks):
+def test_a_cascade_has_every_output_stride_that_its_blocks_allow(blocks):
     strides = [4, 8, 16, 32, 64, 128, 256][:blocks]
     for stride in strides:
         ModelConfig(**{**CASCADE, "blocks": blocks, "output_stride": stride})
@@ -87,7 +87,7 @@ def test_a_cascade_has_every_stride_that_its_blocks_take(blocks):
         ({**CASCADE, "style": "torchvision"}, 0),
     ],
 )
-def test_a_head_has_its_sources_convolutions_unless_told(fields, convs):
+def test_a_head_has_as_many_convolutions_as_its_source_by_default(fields, convs):
     assert ModelConfig(**fields).convs == convs
 
 
@@ -99,11 +99,11 @@ def test_a_head_has_its_sources_convolutions_unless_told(fields, convs):
         ModelConfig(decoder=True, num_convs=1, atrous_rates=(6, 12, 18, 24)),
     ],
 )
-def test_json_gives_the_same_config_back(config):
+def test_a_config_survives_a_round_trip_through_json(config):
     assert ModelConfig.from_json(config.to_json()) == config
 
 
-def test_json_from_before_cascade_and_decoder_means_what_it_did():
+def test_json_without_newer_fields_keeps_its_meaning():
     text = (
         '{"atrous_rates": [6, 12, 18], "auxiliary": true, "backbone": "resnet50", '
         '"dropout": 0.5, "image_pooling": true, "mean": [0.5, 0.5, 0.5], "multi_grid": [1, 1, 1], '
@@ -115,8 +115,8 @@ def test_json_from_before_cascade_and_decoder_means_what_it_did():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "no JSON"), ("[]", "JSON object"), ('{"unheard_of": true}', "unknown fields")],
+    [("{", "not JSON"), ("[]", "JSON object"), ('{"unheard_of": true}', "unknown fields")],
 )
-def test_json_that_is_no_config_is_refused(text, message):
+def test_json_that_is_not_a_config_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_json(text)

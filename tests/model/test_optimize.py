@@ -1,4 +1,4 @@
-"""A network made for inference against the plain one: logits, masks, strides, fallbacks."""
+"""Optimized networks against plain ones: logits, masks, strides, fallbacks."""
 
 import logging
 
@@ -40,7 +40,7 @@ def tiny(randomize):
 
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.inference_mode()
-def test_in_fp32_logits_equal_the_plain_networks_at_any_output_stride(name, randomize):
+def test_fp32_logits_equal_the_plain_networks_at_any_output_stride(name, randomize):
     model = randomize(DeepLabV3(CONFIGS[name]))
     x = images(1, 33, 50)
     fast = optimize.optimize_for_inference(model, precision="fp32")
@@ -54,18 +54,16 @@ def test_in_fp32_logits_equal_the_plain_networks_at_any_output_stride(name, rand
 
 @pytest.mark.parametrize("one_pass", [True, False])
 @torch.inference_mode()
-def test_activations_in_their_own_pass_and_in_the_convolutions_are_equal(
-    one_pass, randomize, monkeypatch
-):
+def test_logits_are_equal_with_and_without_onednn_fusion(one_pass, randomize, monkeypatch):
     monkeypatch.setattr(optimize, "onednn_fuses", lambda _: one_pass)
-    for name in ("bottlenecks", "tensorflow"):
+    for name in ("basic", "tensorflow"):
         model = randomize(DeepLabV3(CONFIGS[name]))
         fast = optimize.optimize_for_inference(model, precision="fp32")
         assert relative(fast.logits(images(1, 33, 41)), model.logits(images(1, 33, 41))) < 1e-4
 
 
 @torch.inference_mode()
-def test_shifted_taps_give_the_networks_logits(randomize, monkeypatch):
+def test_logits_are_equal_with_shifted_convolutions(randomize, monkeypatch):
     crossover = atrous.Crossover(min_rate=2, max_valid_share=1.0, min_in_channels=1)
     on = devices.engine(torch.device("cpu"))
     monkeypatch.setitem(atrous.CROSSOVERS, (on, torch.float32), crossover)
@@ -75,7 +73,7 @@ def test_shifted_taps_give_the_networks_logits(randomize, monkeypatch):
         "shifted_conv2d",
         lambda *a, **how: calls.append(how["rate"]) or shifted(*a, **how),  # type: ignore[func-returns-value]
     )
-    for name in ("bottlenecks", "tensorflow"):
+    for name in ("basic", "tensorflow"):
         calls.clear()
         model = randomize(DeepLabV3(CONFIGS[name]))
         fast = optimize.optimize_for_inference(model, precision="fp32")
@@ -85,7 +83,7 @@ def test_shifted_taps_give_the_networks_logits(randomize, monkeypatch):
         assert {6, 12, 18} <= set(calls)
 
 
-def test_the_network_that_entered_is_unchanged_and_nothing_of_it_is_shared(tiny):
+def test_the_original_network_is_unchanged_and_shares_nothing(tiny):
     before = {name: value.clone() for name, value in tiny.state_dict().items()}
     fast = optimize.optimize_for_inference(tiny)
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in fast.modules())
@@ -98,7 +96,7 @@ def test_the_network_that_entered_is_unchanged_and_nothing_of_it_is_shared(tiny)
 
 
 @torch.inference_mode()
-def test_bf16_keeps_the_last_layer_in_fp32_and_most_of_the_masks(tiny):
+def test_bf16_keeps_the_last_layer_in_fp32_and_logits_within_5_percent(tiny):
     fast = optimize.optimize_for_inference(tiny, precision="bf16")
     x = images(1, 65, 81)
     logits = fast.logits(x.bfloat16())
@@ -108,18 +106,16 @@ def test_bf16_keeps_the_last_layer_in_fp32_and_most_of_the_masks(tiny):
     assert relative(logits, tiny.logits(x)) < 0.05
 
 
-def test_masks_of_a_prepared_network_are_the_plain_ones(tiny):
-    photos = torch.randint(0, 256, (2, 50, 70, 3), dtype=torch.uint8)
+def test_masks_of_an_optimized_network_equal_the_plain_ones(tiny):
+    pixels = torch.randint(0, 256, (2, 50, 70, 3), dtype=torch.uint8)
     how = {"scales": (0.5, 1.0), "flip": True}
-    wanted, confidence = segment(tiny, photos, **how)
-    found, sure = segment(optimize.optimize_for_inference(tiny, precision="fp32"), photos, **how)
+    wanted, confidence = segment(tiny, pixels, **how)
+    found, sure = segment(optimize.optimize_for_inference(tiny, precision="fp32"), pixels, **how)
     assert (found == wanted).float().mean() >= 0.999
     torch.testing.assert_close(sure, confidence, rtol=0, atol=1e-4)
 
 
-def test_a_fast_form_that_fails_is_replaced_by_the_plain_one_with_its_reason(
-    tiny, monkeypatch, caplog
-):
+def test_if_the_optimized_network_fails_the_plain_one_is_used_and_logged(tiny, monkeypatch, caplog):
     def broken(*_, **__):
         raise RuntimeError("could not create a primitive")
 
@@ -133,7 +129,7 @@ def test_a_fast_form_that_fails_is_replaced_by_the_plain_one_with_its_reason(
         assert torch.equal(fast.logits(x), tiny.logits(x))
 
 
-def test_a_onednn_without_such_layers_is_noticed(monkeypatch, caplog):
+def test_a_missing_onednn_operator_is_logged(monkeypatch, caplog):
     def missing(*_, **__):
         raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute")
 
@@ -147,8 +143,8 @@ def test_a_onednn_without_such_layers_is_noticed(monkeypatch, caplog):
     assert "pass of their own" in caplog.text
 
 
-def test_compiling_pays_from_as_many_images_on_as_it_takes_the_time_of():
-    # 47 s by hand: 0.4 of 0.6 s is saved a pass, so that 196 passes save it.
+def test_compilation_pays_off_once_it_saves_more_time_than_it_takes():
+    # Compiling takes 47 s and saves 0.4 of 0.6 s per pass: 196 passes.
     amx = ("amx", torch.bfloat16)
     assert not optimize.compilation_pays_off(*amx, images=20, seconds=0.6)
     assert not optimize.compilation_pays_off(*amx, images=195, seconds=0.6)
@@ -159,7 +155,7 @@ def test_compiling_pays_from_as_many_images_on_as_it_takes_the_time_of():
 
 
 @torch.inference_mode()
-def test_only_the_size_that_pays_is_compiled_and_only_at_its_stride(tiny, monkeypatch):
+def test_the_compiled_graph_is_used_for_its_size_and_output_stride_only(tiny, monkeypatch):
     graphs = []
 
     def compiled(function, **_):
@@ -182,7 +178,7 @@ def test_only_the_size_that_pays_is_compiled_and_only_at_its_stride(tiny, monkey
     assert graphs == [(1, 3, 33, 41)]
 
 
-def test_a_compiler_that_fails_leaves_the_network_uncompiled(tiny, monkeypatch, caplog):
+def test_a_failing_compiler_leaves_the_network_uncompiled(tiny, monkeypatch, caplog):
     def broken(*_, **__):
         raise RuntimeError("no working C++ compiler")
 
@@ -196,7 +192,7 @@ def test_a_compiler_that_fails_leaves_the_network_uncompiled(tiny, monkeypatch, 
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_a_compiled_network_gives_the_plain_ones_logits(tiny, monkeypatch):
+def test_a_compiled_network_has_the_plain_networks_logits(tiny, monkeypatch):
     monkeypatch.setattr(optimize, "compilation_pays_off", lambda *_, **__: True)
     fast = optimize.optimize_for_inference(tiny, precision="fp32", size=(33, 41), images=1)
     assert isinstance(fast.logits, optimize._CompiledLogits)
@@ -204,7 +200,7 @@ def test_a_compiled_network_gives_the_plain_ones_logits(tiny, monkeypatch):
     assert relative(fast.logits(x), tiny.logits(x)) < 1e-4
 
 
-def test_a_network_in_training_and_an_unknown_precision_are_refused(tiny):
+def test_training_mode_and_an_unknown_precision_are_refused(tiny):
     with pytest.raises(ValueError, match=r"fp8.*must be one of fp32"):
         optimize.optimize_for_inference(tiny, precision="fp8")
     with pytest.raises(ValueError, match="eval"):

@@ -1,4 +1,4 @@
-"""Inference: probabilities over scales and flips, and large images seen through a window."""
+"""Inference: probabilities over scales and flips, and sliding windows on large images."""
 
 import math
 
@@ -18,7 +18,7 @@ MOBILE = {"backbone": "mobilenet_v2", "multi_grid": (1, 1, 1), "num_classes": 4}
 
 
 class Scripted(nn.Module):
-    """Stands in for a network: `answer` makes its logits, at the image's resolution."""
+    """A stand-in for a network: `answer` returns its logits, at the image's resolution."""
 
     def __init__(self, answer, *, align_corners=False, dtype=torch.float32):
         super().__init__()
@@ -39,61 +39,61 @@ class Scripted(nn.Module):
         return whole[:, :, rows]
 
 
-def colours(images):
-    """A 1x1 convolution's worth of logits: red, green, blue, and their sum."""
+def colors(images):
+    """Return logits that are red, green, blue, and their sum, as a 1x1 convolution would."""
     return 3 * torch.cat([images, images.sum(1, keepdim=True)], 1)
 
 
-def photos(n, height, width, seed=0):
+def random_images(n, height, width, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (n, height, width, 3), dtype=torch.uint8, generator=generator)
 
 
-def normalised(n, height, width, seed=0):
+def normalized(n, height, width, seed=0):
     return torch.randn(n, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("style", ["paper", "torchvision", "tensorflow"])
-def test_one_scale_without_flip_is_the_softmax_of_a_forward_pass(style, randomize):
+def test_a_single_scale_gives_the_softmax_of_a_forward_pass(style, randomize):
     model = randomize(DeepLabV3(ModelConfig(**MOBILE, style=style))).double()
-    images = normalised(2, 37, 50).double()
+    images = normalized(2, 37, 50).double()
     with torch.inference_mode():
         wanted = model(images).softmax(1).float()
     torch.testing.assert_close(predict(model, images), wanted)
 
 
-def test_the_mean_is_of_probabilities_and_not_of_logits():
+def test_probabilities_are_averaged_not_logits():
     answers = iter([4.0, -2.0])
 
     def answer(images):
         n, _, h, w = images.shape
         return torch.tensor([next(answers), 0.0])[None, :, None, None].expand(n, 2, h, w)
 
-    probabilities = predict(Scripted(answer), normalised(1, 3, 4), flip=True)
+    probabilities = predict(Scripted(answer), normalized(1, 3, 4), flip=True)
     by_hand = (1 / (1 + math.exp(-4)) + 1 / (1 + math.exp(2))) / 2
     assert abs(by_hand - 1 / (1 + math.exp(-1))) > 0.1
     torch.testing.assert_close(probabilities[:, 0], torch.full((1, 3, 4), by_hand))
 
 
-def test_a_constant_network_stays_constant_over_scales_and_flips():
+def test_a_constant_network_is_constant_over_scales_and_flips():
     def answer(images):
         n, _, h, w = images.shape
         return torch.tensor([1.0, 2.0, 0.5])[None, :, None, None].expand(n, 3, h, w)
 
-    probabilities = predict(Scripted(answer), normalised(2, 5, 7), scales=PAPER_SCALES, flip=True)
+    probabilities = predict(Scripted(answer), normalized(2, 5, 7), scales=PAPER_SCALES, flip=True)
     wanted = torch.tensor([1.0, 2.0, 0.5]).softmax(0)[None, :, None, None].expand(2, 3, 5, 7)
     torch.testing.assert_close(probabilities, wanted)
 
 
 def test_mirrored_copies_are_mirrored_back():
-    images = normalised(2, 5, 7)
-    model = Scripted(colours)
+    images = normalized(2, 5, 7)
+    model = Scripted(colors)
     torch.testing.assert_close(predict(model, images, flip=True), predict(model, images))
 
 
-def test_an_asymmetric_network_becomes_symmetric_by_flipping(randomize):
+def test_flipping_makes_an_asymmetric_network_symmetric(randomize):
     model = randomize(DeepLabV3(ModelConfig(**MOBILE))).double()
-    images = normalised(1, 33, 49).double()
+    images = normalized(1, 33, 49).double()
     direct = predict(model, images, flip=True)
     mirrored = predict(model, images.flip(3), flip=True)
     torch.testing.assert_close(mirrored.flip(3), direct)
@@ -103,8 +103,8 @@ def test_an_asymmetric_network_becomes_symmetric_by_flipping(randomize):
     ("aligned", "sides"),
     [(True, [257, 385, 513, 641, 769, 897]), (False, [257, 385, 513, 641, 770, 898])],
 )
-def test_scaled_sizes_are_the_references(aligned, sides):
-    model = Scripted(colours, align_corners=aligned)
+def test_scaled_sizes_equal_the_references(aligned, sides):
+    model = Scripted(colors, align_corners=aligned)
     predict(model, torch.zeros(1, 3, 513, 1), scales=PAPER_SCALES)
     assert [height for height, _ in model.seen] == sides
 
@@ -114,38 +114,38 @@ def test_scaled_sizes_are_the_references(aligned, sides):
 def test_tiny_images_have_masks_at_every_scale(style, output_stride, randomize):
     model = randomize(DeepLabV3(ModelConfig(**MOBILE, style=style, output_stride=output_stride)))
     for size in [(1, 1), (1, 500), (5, 7)]:
-        mask, confidence = segment(model, photos(1, *size), scales=(0.25, 1.0), flip=True)
+        mask, confidence = segment(model, random_images(1, *size), scales=(0.25, 1.0), flip=True)
         assert mask.shape == confidence.shape == (1, *size)
         assert (confidence >= 0.25).all()
         assert (confidence <= 1 + 1e-6).all()
 
 
-def test_segment_normalises_with_the_checkpoints_mean_and_std():
-    image = photos(2, 6, 5)
+def test_segment_normalizes_with_the_checkpoints_mean_and_std():
+    image = random_images(2, 6, 5)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    wanted = colours(((image / 255 - mean) / std).permute(0, 3, 1, 2)).softmax(1)
-    mask, confidence = segment(Scripted(colours), image)
+    wanted = colors(((image / 255 - mean) / std).permute(0, 3, 1, 2)).softmax(1)
+    mask, confidence = segment(Scripted(colors), image)
     assert mask.dtype == torch.uint8
     torch.testing.assert_close(confidence, wanted.amax(1), rtol=1e-5, atol=1e-5)
     assert torch.equal(mask.long(), wanted.argmax(1))
 
 
 def test_read_only_arrays_and_tensors_give_the_same_masks():
-    image = photos(1, 6, 5)
+    image = random_images(1, 6, 5)
     array = image.numpy()
     array.flags.writeable = False
     for a, b in zip(
-        segment(Scripted(colours), array), segment(Scripted(colours), image), strict=True
+        segment(Scripted(colors), array), segment(Scripted(colors), image), strict=True
     ):
         assert torch.equal(a, b)
-    segment(Scripted(colours), array[:, ::-1])
+    segment(Scripted(colors), array[:, ::-1])
 
 
 @pytest.mark.parametrize("size", [(64, 200), (150, 211), (65, 64), (3, 500)])
-def test_a_window_changes_nothing_where_logits_are_local(size):
-    image = photos(2, *size)
+def test_a_window_does_not_change_masks_if_logits_are_local(size):
+    image = random_images(2, *size)
     window = SlidingWindow(size=64, overlap=16, threshold_pixels=1000)
-    whole, tiled = Scripted(colours), Scripted(colours)
+    whole, tiled = Scripted(colors), Scripted(colors)
     wanted = segment(whole, image, window=SlidingWindow(threshold_pixels=10**9), flip=True)
     found = segment(tiled, image, window=window, flip=True)
     assert len(whole.seen) == 2
@@ -155,14 +155,14 @@ def test_a_window_changes_nothing_where_logits_are_local(size):
         torch.testing.assert_close(a, b)
 
 
-def test_a_window_changes_nothing_where_half_the_overlap_covers_what_a_pixel_sees():
+def test_a_window_does_not_change_masks_if_its_context_covers_the_kernel():
     # in fp64: maps of other sizes are summed in another order, and a mask shows the least of it
     kernel = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0)).double()
 
     def blurred(images):
         return nn.functional.conv2d(images, kernel, padding=4)
 
-    image = photos(1, 90, 131)
+    image = random_images(1, 90, 131)
     wanted, _ = segment(Scripted(blurred, dtype=torch.float64), image)
     window = SlidingWindow(size=32, overlap=8, threshold_pixels=1)
     found, _ = segment(Scripted(blurred, dtype=torch.float64), image, window=window)
@@ -183,9 +183,9 @@ def test_tiles_keep_every_pixel_once_with_half_the_overlap_around_it(length, siz
 
 
 @pytest.mark.parametrize("style", ["paper", "tensorflow"])
-def test_a_mask_does_not_depend_on_the_rest_of_the_batch(style, randomize):
+def test_a_mask_does_not_depend_on_other_images_of_the_batch(style, randomize):
     model = randomize(DeepLabV3(ModelConfig(**MOBILE, style=style)))
-    images = photos(4, 60, 81)
+    images = random_images(4, 60, 81)
     together, _ = segment(model, images, scales=(0.5, 1.0))
     alone = torch.cat([segment(model, images[i : i + 1], scales=(0.5, 1.0))[0] for i in range(4)])
     assert len(together.unique()) > 1
@@ -193,25 +193,25 @@ def test_a_mask_does_not_depend_on_the_rest_of_the_batch(style, randomize):
 
 
 @pytest.mark.parametrize("scales", [(), (0.0,), (1.0, -1.0), (math.nan,), (math.inf,)])
-def test_scales_that_are_none_are_refused(scales):
+def test_invalid_scales_are_refused(scales):
     with pytest.raises(ValueError, match="scales"):
-        predict(Scripted(colours), normalised(1, 3, 4), scales=scales)
+        predict(Scripted(colors), normalized(1, 3, 4), scales=scales)
     with pytest.raises(ValueError, match="scales"):
-        segment(Scripted(colours), photos(1, 3, 4), scales=scales)
+        segment(Scripted(colors), random_images(1, 3, 4), scales=scales)
 
 
-def test_a_network_in_training_and_images_of_another_kind_are_refused():
+def test_training_mode_and_images_of_the_wrong_type_are_refused():
     with pytest.raises(ValueError, match="eval"):
-        predict(Scripted(colours).train(), normalised(1, 3, 4))
+        predict(Scripted(colors).train(), normalized(1, 3, 4))
     with pytest.raises(ValueError, match="uint8"):
-        segment(Scripted(colours), normalised(1, 3, 4))
+        segment(Scripted(colors), normalized(1, 3, 4))
     with pytest.raises(ValueError, match="uint8"):
-        segment(Scripted(colours), np.zeros((1, 3, 4, 3), np.float32))
+        segment(Scripted(colors), np.zeros((1, 3, 4, 3), np.float32))
     with pytest.raises(ValueError, match="float"):
-        predict(Scripted(colours), photos(1, 3, 4))
+        predict(Scripted(colors), random_images(1, 3, 4))
 
 
 @pytest.mark.parametrize("fields", [{"size": 0}, {"overlap": 1025}, {"threshold_pixels": 0}])
-def test_a_window_that_cannot_slide_is_refused(fields):
+def test_an_invalid_window_is_refused(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         SlidingWindow(**fields)

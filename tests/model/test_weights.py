@@ -1,4 +1,4 @@
-"""Weight files: ours come back as they were, others' load by their names, the rest is refused."""
+"""Weight files: ours survive a round trip, published ones load, others are refused."""
 
 import json
 import struct
@@ -28,7 +28,7 @@ def model(randomize):
 
 @pytest.fixture(scope="module")
 def metadata():
-    """What a checkpoint of a `SMALL` model says about it."""
+    """Return the metadata of a checkpoint of a `SMALL` model."""
     return safetensors_metadata(weights.to_bytes(DeepLabV3(SMALL), CLASSES))
 
 
@@ -37,7 +37,7 @@ def safetensors_metadata(data):
     return json.loads(data[8 : 8 + length])["__metadata__"]
 
 
-def test_a_checkpoint_comes_back_as_it_was(model, stored):
+def test_a_checkpoint_survives_a_round_trip(model, stored):
     path = stored(weights.to_bytes(model.to(memory_format=torch.channels_last), CLASSES))
     loaded, classes = weights.load(path)
     assert not loaded.training
@@ -54,7 +54,7 @@ def test_the_same_model_gives_the_same_bytes(model):
     )
 
 
-def test_half_precision_is_for_convolutions_that_it_can_hold(model, stored):
+def test_half_precision_is_used_for_convolutions_within_its_range(model, stored):
     with torch.no_grad():
         model.classifier[0].project[0].weight[0, 0] = 1e6
         model.backbone.features[0][1].running_var[0] = 5.6e-45
@@ -70,12 +70,12 @@ def test_half_precision_is_for_convolutions_that_it_can_hold(model, stored):
         assert torch.equal(tensor, wanted)
 
 
-def test_classes_must_be_as_many_as_the_models(model):
+def test_the_number_of_classes_must_match_the_model(model):
     with pytest.raises(ValueError, match=r"21 names.*num_classes is 3"):
         weights.to_bytes(model, VOC)
 
 
-def test_output_stride_and_rates_can_be_given(model, stored):
+def test_output_stride_and_rates_can_be_replaced(model, stored):
     path = stored(weights.to_bytes(model, CLASSES))
     loaded, _ = weights.load(path, output_stride=4, atrous_rates=(3,))
     assert (loaded.config.output_stride, loaded.config.rates) == (4, (12,))
@@ -93,7 +93,7 @@ def test_rates_for_a_network_without_atrous_branches_are_refused(stored):
     assert loaded.config.output_stride == 64
 
 
-def test_another_number_of_classes_is_refused_unless_the_classifier_is_reset(model, stored):
+def test_other_numbers_of_classes_need_reset_classifier(model, stored):
     path = stored(weights.to_bytes(model, CLASSES))
     with pytest.raises(CheckpointError, match=r"has 3 classes, but num_classes is 11.*reset"):
         weights.load(path, num_classes=11)
@@ -115,7 +115,7 @@ def test_another_number_of_classes_is_refused_unless_the_classifier_is_reset(mod
         ),
     ],
 )
-def test_a_reset_classifier_has_fresh_last_layers_and_nothing_else(fields, names, stored):
+def test_reset_classifier_changes_only_the_last_layers(fields, names, stored):
     model = DeepLabV3(ModelConfig(backbone="resnet18", num_classes=3, multi_grid=(1, 2), **fields))
     path = stored(weights.to_bytes(model, CLASSES))
     loaded, _ = weights.load(path, num_classes=4, reset_classifier=True)
@@ -124,7 +124,7 @@ def test_a_reset_classifier_has_fresh_last_layers_and_nothing_else(fields, names
     assert changed == {f"{name}.{part}" for name in names for part in ("weight", "bias")}
 
 
-def test_a_cascades_further_blocks_keep_their_weights_beside_an_imagenet_backbone(stored):
+def test_load_backbone_keeps_the_weights_of_a_cascades_later_blocks(stored):
     model = DeepLabV3(
         ModelConfig(
             backbone="resnet18", multi_grid=(1, 1), head="cascade", blocks=6, style="torchvision",
@@ -157,13 +157,13 @@ def test_imagenet_backbones_load_without_their_classifiers(model, stored):
         weights.load_backbone(model, stored(old))
 
 
-def test_a_torchvision_backbone_in_the_papers_style_is_warned_of(stored, caplog):
+def test_a_torchvision_backbone_in_paper_style_logs_a_warning(stored, caplog):
     paper = DeepLabV3(ModelConfig(backbone="resnet18", multi_grid=(1, 1)))
     weights.load_backbone(paper, stored(constants(resnet_shapes("resnet18"))))
     assert "torchvision" in caplog.text
 
 
-def test_keys_that_do_not_fit_are_listed_in_one_line(model, metadata, stored):
+def test_weights_that_do_not_fit_are_listed_in_one_line(model, metadata, stored):
     state = {key: value.clone() for key, value in model.state_dict().items()}
     del state["classifier.0.convs.0.0.weight"]
     state["decoder.weight"] = torch.zeros(1)
@@ -173,7 +173,7 @@ def test_keys_that_do_not_fit_are_listed_in_one_line(model, metadata, stored):
     message = str(error.value)
     assert "missing: classifier.0.convs.0.0.weight" in message
     assert "unexpected: decoder.weight" in message
-    assert "misshaped: classifier.1.bias (4,) for (3,)" in message
+    assert "wrong shape: classifier.1.bias (4,), expected (3,)" in message
     assert "\n" not in message
 
 
@@ -196,9 +196,9 @@ def test_weights_that_are_not_finite_are_refused(model, stored):
         lambda content: content["classes"].update(palette=7),
     ],
 )
-def test_metadata_that_is_wrong_is_refused(change, metadata, stored):
+def test_invalid_metadata_is_refused(change, metadata, stored):
     content = json.loads(metadata["deeplab"])
     change(content)
     data = save_safetensors({"w": torch.zeros(1)}, {"deeplab": json.dumps(content)})
-    with pytest.raises(CheckpointError, match="describes its model wrongly"):
+    with pytest.raises(CheckpointError, match="invalid metadata"):
         weights.load(stored(data))

@@ -1,4 +1,4 @@
-"""Public weight files: fetched once, checked each time, and read by the code that reads files."""
+"""Public weight files: downloaded once, verified on each use, and loaded by name."""
 
 import functools
 import hashlib
@@ -25,7 +25,7 @@ def pickled(tensors):
 
 @pytest.fixture(scope="module")
 def published():
-    """Two small files as a host would hold them, by the zoo's kind of name."""
+    """Return two small files, with names like those of the zoo."""
     networks = {
         "tiny_coco": pickled(constants(torchvision_shapes("resnet18", classes=5))),
         "tiny": pickled(constants(resnet_shapes("resnet18") | {"fc.bias": (1000,)})),
@@ -38,7 +38,7 @@ def published():
 
 @pytest.fixture
 def host(published, tmp_path, monkeypatch):
-    """A web server on this machine that holds the files; it counts what it was asked for."""
+    """Run a local web server that holds the files and records its requests."""
     folder = tmp_path / "host"
     folder.mkdir()
     for name, data in published.items():
@@ -46,14 +46,14 @@ def host(published, tmp_path, monkeypatch):
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_request(self, *_args):
-            server.asked.append(self.path)  # type: ignore[attr-defined]
+            server.requests.append(self.path)  # type: ignore[attr-defined]
 
         def log_error(self, *_args):
             pass
 
     make = functools.partial(Handler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), make) as server:
-        server.asked, server.folder = [], folder  # type: ignore[attr-defined]
+        server.requests, server.folder = [], folder  # type: ignore[attr-defined]
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(zoo, "HOST", f"http://127.0.0.1:{server.server_port}/")
         monkeypatch.setattr(zoo, "FILES", tuple(published))
@@ -63,17 +63,17 @@ def host(published, tmp_path, monkeypatch):
         server.shutdown()
 
 
-def test_a_network_is_loaded_by_its_name_and_fetched_once(host, published):
+def test_a_network_is_loaded_by_name_and_downloaded_once(host, published):
     for _ in range(2):
         model, _ = weights.load("zoo:tiny_coco", output_stride=16)
         assert (model.config.num_classes, model.config.output_stride) == (5, 16)
-    assert len(host.asked) == 1
+    assert len(host.requests) == 1
     path = zoo.fetch("tiny_coco")
     assert path.read_bytes() == published[path.name]
     assert [entry.name for entry in zoo.cache_folder().iterdir()] == [path.name]
 
 
-def test_a_backbone_is_loaded_by_its_name(host):
+def test_a_backbone_is_loaded_by_name(host):
     model = DeepLabV3(ModelConfig(backbone="resnet18", style="torchvision", multi_grid=(1, 1)))
     weights.load_backbone(model, "zoo:tiny")
     wanted = constants(resnet_shapes("resnet18"))
@@ -83,7 +83,7 @@ def test_a_backbone_is_loaded_by_its_name(host):
         weights.load("zoo:tiny")
 
 
-def test_a_host_that_sends_something_else_leaves_nothing_behind(host):
+def test_a_wrong_response_leaves_nothing_in_the_cache(host):
     (name,) = (file for file in zoo.FILES if file.startswith("tiny-"))
     (host.folder / name).write_bytes(b"<html>sign in to this network</html>")
     with pytest.raises(CheckpointError, match=rf"not the published {name}.*sha256.*deleted"):
@@ -91,7 +91,7 @@ def test_a_host_that_sends_something_else_leaves_nothing_behind(host):
     assert not list(zoo.cache_folder().iterdir())
 
 
-def test_a_damaged_file_in_the_cache_is_deleted_and_fetched_by_the_next_try(host, published):
+def test_a_damaged_file_in_the_cache_is_deleted_and_downloaded_next_time(host, published):
     path = zoo.fetch("tiny")
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"deleted: run again"):
@@ -99,8 +99,8 @@ def test_a_damaged_file_in_the_cache_is_deleted_and_fetched_by_the_next_try(host
     assert zoo.fetch("tiny").read_bytes() == published[path.name]
 
 
-def test_without_a_network_one_line_says_what_to_put_where(host, monkeypatch, published):
-    # A port of this machine that nobody listens at.
+def test_without_a_network_the_error_names_the_file_and_its_place(host, monkeypatch, published):
+    # A port on which no server listens.
     host.shutdown()
     host.server_close()
     with pytest.raises(StorageError) as error:
@@ -116,14 +116,14 @@ def test_without_a_network_one_line_says_what_to_put_where(host, monkeypatch, pu
     assert weights.load("zoo:tiny_coco")[0].config.num_classes == 5
 
 
-def test_a_file_that_the_host_does_not_have_is_said(host):
+def test_a_file_missing_on_the_host_is_reported(host):
     for path in host.folder.iterdir():
         path.unlink()
     with pytest.raises(StorageError, match="404"):
         zoo.fetch("tiny")
 
 
-def test_a_connection_that_breaks_leaves_nothing_behind(host, monkeypatch):
+def test_a_broken_connection_leaves_nothing_in_the_cache(host, monkeypatch):
     def broken(self, source, outputfile):
         outputfile.write(source.read(100))
 
@@ -133,12 +133,12 @@ def test_a_connection_that_breaks_leaves_nothing_behind(host, monkeypatch):
     assert not list(zoo.cache_folder().iterdir())
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones():
+def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"'resnet152'.*resnet101, mobilenet_v2$"):
         weights.load("zoo:resnet152")
 
 
-def test_the_names_of_the_files_say_what_their_networks_are():
+def test_file_names_hold_a_unique_name_and_eight_digits():
     assert all(len(file.rpartition("-")[2].removesuffix(".pth")) == 8 for file in zoo.FILES)
     names = [file.rpartition("-")[0] for file in zoo.FILES]
     assert len(set(names)) == len(names) == 7
