@@ -150,5 +150,5 @@ def test_who_takes_it_for_a_network_is_led_to_those(tmp_path: Path) -> None:
         lambda: weights.load(str(path)),
         lambda: initial_model(replace(tiny.experiment(), init=str(path)), print),
     ):
-        with pytest.raises(CheckpointError, match=r"goes on from, .*model.safetensors, or best"):
+        with pytest.raises(CheckpointError, match=r"training checkpoint, .*model.safetensors or best"):
             takes()
