@@ -74,6 +74,16 @@ def test_late_crops_start_after_their_fraction_of_the_run(step: int, crop: tuple
     assert AugmentConfig(crop_size=(33, 35)).crop_at(step, 10) == (33, 35)
 
 
+def test_remaining_steps_are_weighted_by_their_crop_size() -> None:
+    augment = AugmentConfig(crop_size=(20, 30), late_crop_size=(40, 45), late_from=0.75)
+    # six steps of 600 pixels and two of 1,800
+    assert augment.steps_like(0, 8) == 6 + 2 * 3
+    assert augment.steps_like(5, 8) == 1 + 2 * 3
+    assert augment.steps_like(6, 8) == 2
+    assert augment.steps_like(8, 8) == 0
+    assert dataclasses.replace(augment, late_crop_size=None).steps_like(0, 8) == 8
+
+
 INVALID: list[tuple[type, dict[str, Any], str]] = [
     (DataConfig, {"repeats": 0}, "--repeats 0"),
     (AugmentConfig, {"crop_size": (0, 33)}, "--crop-size 0 33"),
