@@ -1,4 +1,4 @@
-"""Workers that die, and what two runs must have alike at their end."""
+"""Workers that crash, and a comparison of two runs at their end."""
 
 from __future__ import annotations
 
@@ -12,41 +12,43 @@ from tests.train.tiny import RecordingListener
 
 
 class WorkerCrash(BaseException):
-    """What a worker dies of."""
+    """Stands for the end of a worker process."""
 
 
 class CrashingListener(RecordingListener):
-    """A listener whose worker dies when it tells of step `at`."""
+    """A listener that crashes its worker when step `at` is reported."""
 
     def __init__(self, at: int) -> None:
         super().__init__()
         self._at = at
 
-    def report_step(self, row: Step, scored: Score | None) -> None:
-        super().report_step(row, scored)
-        if row.step == self._at:
+    def report_step(self, latest: Step, scored: Score | None) -> None:
+        super().report_step(latest, scored)
+        if latest.step == self._at:
             raise WorkerCrash
 
 
 def content(snapshot: Snapshot) -> tuple[object, ...]:
-    """All of it but the times."""
+    """Return all values of a snapshot except times and speeds."""
     history = snapshot.history
     return (
         {key: value.numpy().tobytes() for key, value in snapshot.tensors.items()},
         snapshot.step,
-        [(each.step, each.loss, each.lr) for each in history.steps],
-        [(each.step, each.miou, each.pixel_accuracy, each.ious) for each in history.scores],
+        [(row.step, row.loss, row.lr) for row in history.steps],
+        [(score.step, score.miou, score.pixel_accuracy, score.ious) for score in history.scores],
         dict(snapshot.provenance),
     )
 
 
 def newest(out: Path) -> Snapshot:
+    """Return the newest checkpoint below `out`, which must exist."""
     found = checkpoints.latest(str(out))
     assert found is not None
     return found
 
 
 def assert_same_end(out: Path, expected: Path) -> None:
+    """Check that two finished runs have the same last checkpoint and networks, bit for bit."""
     assert content(newest(out)) == content(newest(expected))
     for name in ("model.safetensors", "best.safetensors"):
         assert (out / name).read_bytes() == (expected / name).read_bytes()

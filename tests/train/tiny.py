@@ -1,4 +1,4 @@
-"""A tiny training run: photos on disk, a network, and processes that share it."""
+"""A tiny training run: images on disk, a network, and a group of worker processes."""
 
 from __future__ import annotations
 
@@ -43,12 +43,15 @@ MOBILENET = ModelConfig(
 )
 RESNET = replace(MOBILENET, backbone="resnet18", style="torchvision", num_convs=0, auxiliary=True)
 
-TIME_OUT_S = 200
-"""For processes that share a run; one that waits for another in vain is killed then."""
+TIMEOUT_S = 200
+"""For all processes of a group; one that is blocked is killed then."""
 
 
 def network(config: ModelConfig = MOBILENET) -> DeepLabV3:
-    """Weights by chance, and the statistics of noise, without which logits are all but zero."""
+    """Return a network with random weights and the statistics of noise.
+
+    With the initial statistics its logits would be almost zero.
+    """
     torch.manual_seed(4)
     model = DeepLabV3(config)
     for module in model.modules():
@@ -59,7 +62,7 @@ def network(config: ModelConfig = MOBILENET) -> DeepLabV3:
 
 
 def write_dataset(root: Path, *, train: int = 6, val: int = 5) -> None:
-    """Two folders a split: photos of a few sizes whose labels can be seen in them."""
+    """Write images of several sizes, in which the labels are visible, and labels, per split."""
     for split, count in (("train", train), ("val", val)):
         for number in range(count):
             generator = np.random.default_rng((number, count))
@@ -67,15 +70,15 @@ def write_dataset(root: Path, *, train: int = 6, val: int = 5) -> None:
             label = generator.choice(np.array([0, 0, 2, 255], dtype=np.uint8), size)
             label[5:20, 8 : 20 + number] = 1
             noise = generator.integers(0, 60, (*size, 3), dtype=np.uint8)
-            photo = noise + np.where(label == 1, 150, 20).astype(np.uint8)[..., None]
-            for folder, pixels, ending in (("images", photo, "jpg"), ("labels", label, "png")):
+            image = noise + np.where(label == 1, 150, 20).astype(np.uint8)[..., None]
+            for folder, pixels, ending in (("images", image, "jpg"), ("labels", label, "png")):
                 path = root / split / folder / f"{number:02d}.{ending}"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(path)
 
 
 def experiment(**optimizer: Any) -> Experiment:
-    """Four steps over photos of `draw_set`; `optimizer` are values of its OptimizerConfig."""
+    """Return four steps on the images of `write_dataset`; `optimizer` replaces its values."""
     values = {
         "max_steps": 4,
         "batch_size": 3,
@@ -95,35 +98,35 @@ def experiment(**optimizer: Any) -> Experiment:
 
 
 def settings(root: Path, out: Path, what: Experiment, **more: Any) -> TrainingSettings:
-    """A run of one worker without other processes."""
+    """Return the settings of a run of one worker without loader processes."""
     values = {"checkpoint_every": 2, "loaders": 0, "cpus_per_worker": 1}
     return TrainingSettings(data=str(root), out=str(out), experiment=what, **{**values, **more})
 
 
 def worker_spec(root: Path, out: Path, what: Experiment, **more: Any) -> WorkerSpec:
-    """A run that has begun below `out`."""
-    said = settings(root, out, what, **more)
-    return prepare(said, inspect_data(said, print), print).spec
+    """Prepare a run below `out` and return what its workers need."""
+    given = settings(root, out, what, **more)
+    return prepare(given, inspect_data(given, print), print).spec
 
 
 @dataclass
 class RecordingListener:
-    """A listener that keeps what it is told."""
+    """A listener that keeps what is reported."""
 
     rows: list[Step] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    begun: list[tuple[int, Score | None]] = field(default_factory=list)
-    lived: int = 0
+    starts: list[tuple[int, Score | None]] = field(default_factory=list)
+    heartbeats: int = 0
 
     def started(self, workers: int, best: Score | None) -> None:
-        self.begun.append((workers, best))
+        self.starts.append((workers, best))
 
     def heartbeat(self) -> None:
-        self.lived += 1
+        self.heartbeats += 1
 
-    def report_step(self, row: Step, scored: Score | None) -> None:
-        self.rows.append(row)
+    def report_step(self, latest: Step, scored: Score | None) -> None:
+        self.rows.append(latest)
         self.scores += [scored] if scored else []
 
     def fail(self, message: str) -> None:
@@ -131,54 +134,54 @@ class RecordingListener:
 
 
 def run_workers(world_size: int, folder: Path, work: Callable[..., Any], *given: Any) -> list[Any]:
-    """What `work(group, *given)` returns in each of `world_size` processes that are a group.
+    """Return what `work(group, *given)` returns in each of `world_size` processes of a group.
 
-    Raises AssertionError where one fails, or does not end in time. `folder` is where they meet.
+    The processes find each other through a file in `folder`. Raises AssertionError if one fails
+    or does not end in time.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipeline.train.worker.loop"])
-    meeting = folder / f"meeting-{world_size}-{len(list(folder.iterdir()))}"
-    ends = []
+    rendezvous = folder / f"rendezvous-{world_size}-{len(list(folder.iterdir()))}"
+    workers = []
     for rank in range(world_size):
-        here, there = context.Pipe(duplex=False)
+        receiver, sender = context.Pipe(duplex=False)
+        group = ProcessGroup(rank=rank, world_size=world_size)
         process = context.Process(
-            target=_join, args=(there, rank, world_size, str(meeting), work, given), daemon=True
+            target=_work_in_group, args=(sender, group, str(rendezvous), work, given), daemon=True
         )
         process.start()
-        there.close()
-        ends.append((process, here))
+        sender.close()
+        workers.append((process, receiver))
     try:
-        answers = []
-        for rank, (_, here) in enumerate(ends):
-            assert here.poll(TIME_OUT_S), f"worker {rank} of {world_size} hangs"
-            answers.append(pickle.loads(here.recv_bytes()))
+        results = []
+        for rank, (_, receiver) in enumerate(workers):
+            assert receiver.poll(TIMEOUT_S), f"worker {rank} of {world_size} is blocked"
+            results.append(pickle.loads(receiver.recv_bytes()))
     finally:
-        for process, _ in ends:
+        for process, _ in workers:
             process.join(10)
             process.kill()
-    wrong = [answer for ok, answer in answers if not ok]
-    assert not wrong, "\n".join(wrong)
-    return [answer for _, answer in answers]
+    errors = [result for succeeded, result in results if not succeeded]
+    assert not errors, "\n".join(errors)
+    return [result for _, result in results]
 
 
-def _join(
-    there: Connection,
-    rank: int,
-    world_size: int,
-    meeting: str,
-    work: Callable[..., Any],
-    given: Any,
+def _work_in_group(
+    sender: Connection, group: ProcessGroup, rendezvous: str, work: Callable[..., Any], given: Any
 ) -> None:
     torch.set_num_threads(1)
     try:
-        if world_size > 1:
+        if group.world_size > 1:
             distributed.init_process_group(
-                "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size
+                "gloo",
+                init_method=f"file://{rendezvous}",
+                rank=group.rank,
+                world_size=group.world_size,
             )
-        answer = True, work(ProcessGroup(rank=rank, world_size=world_size), *given)
+        result = True, work(group, *given)
     except BaseException:
-        answer = False, f"worker {rank}: {traceback.format_exc()}"
+        result = False, f"worker {group.rank}: {traceback.format_exc()}"
     # not send(): it would leave tensors in memory that ends with this process
-    there.send_bytes(pickle.dumps(answer))
+    sender.send_bytes(pickle.dumps(result))
     if distributed.is_initialized():
         distributed.destroy_process_group()
