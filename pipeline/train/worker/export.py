@@ -1,6 +1,6 @@
-"""What a finished run leaves for people and for `jobs/segment.py`: network, curves, samples.
+"""The results of a run: the network for `jobs/segment.py`, and its plots.
 
-Everything is a pure function of the run's state, so that doing it again changes nothing.
+All of them are pure functions of the training state, so exporting again changes nothing.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from pipeline.train.worker.history import History
 from pipeline.train.worker.state import TrainingState
 
 SAMPLES = 4
-"""Photos of val that are drawn with label and prediction."""
+"""Number of val images plotted with label and prediction."""
 
 
 def export_run(out: str, state: TrainingState, val: Split, read: Read) -> None:
-    """Writes the network after the last step, and the pictures, below `out`."""
+    """Write the network after the last step, and all plots, below `out`."""
     model = state.best_model
     storage.write(storage.join(out, checkpoints.MODEL), weights.to_bytes(model.eval(), val.classes))
     write_history(out, state.history, val.classes.names)
-    storage.write(storage.join(out, checkpoints.SAMPLES), _samples(model, val, read))
+    storage.write(storage.join(out, checkpoints.SAMPLES), _plot_samples(model, val, read))
 
 
-def write_history(out: str, history: History, names: tuple[str, ...]) -> None:
-    """Draws the curves, and writes TensorBoard's file, as far as the run is."""
-    storage.write(storage.join(out, checkpoints.CURVES), plots.curves(history))
-    storage.write(storage.join(out, checkpoints.EVENTS), plots.event_file(history, names))
+def write_history(out: str, history: History, class_names: tuple[str, ...]) -> None:
+    """Write the curves and the TensorBoard file of the run so far."""
+    storage.write(storage.join(out, checkpoints.CURVES), plots.plot_curves(history))
+    storage.write(storage.join(out, checkpoints.EVENTS), plots.event_file(history, class_names))
 
 
-def _samples(model: DeepLabV3, val: Split, read: Read) -> bytes:
-    """Photos from all over val, with their labels and what the network makes of them, as PNG."""
+def _plot_samples(model: DeepLabV3, val: Split, read: Read) -> bytes:
+    """Return a PNG of images spread evenly over val, with their labels and predictions."""
     count = min(SAMPLES, len(val.pairs))
     rows = []
     for index in np.linspace(0, len(val.pairs) - 1, count).round().astype(int).tolist():
@@ -43,4 +43,4 @@ def _samples(model: DeepLabV3, val: Split, read: Read) -> bytes:
         masks, _ = predict.segment(model, image[np.newaxis])
         name = val.pairs[index].image.rpartition("/")[2]
         rows.append((image, label, masks[0].numpy(), name))
-    return plots.samples(rows, val.classes)
+    return plots.plot_samples(rows, val.classes)

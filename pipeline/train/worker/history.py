@@ -1,8 +1,7 @@
-"""What a training run went through: its steps and its scores on val.
+"""The history of a training run: its steps and its scores on val.
 
-Enters: a step or a score at a time. Leaves: JSON that travels with a checkpoint, and what curves
-are drawn from. A checkpoint keeps a copy, and a run that goes on from it goes on with that, so
-that nothing is in a history twice. Plain numbers: neither torch nor Ray.
+It is stored as JSON in every checkpoint and is what curves are drawn from. A resumed run continues
+with the history of its checkpoint, so no entry occurs twice.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pipeline.evaluation.score import Score
+from pipeline.text import one_line
 
 VERSION = 1
 
@@ -21,10 +21,10 @@ Entry = TypeVar("Entry", "Step", "Score")
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the optimiser, or a few as one row: the means of `loss`, speed and `wait_share`.
+    """A row of the history: one optimizer step, or the mean of several.
 
-    `step` counts the steps done, this one included; `time` is seconds since the epoch;
-    `wait_share`, 0 to 1, is the part of the step that waited for data.
+    `step` is the number of steps done, including this one; `time` is in seconds since the epoch;
+    `wait_share`, 0 to 1, is the fraction of the time spent waiting for data.
     """
 
     step: int
@@ -37,10 +37,10 @@ class Step:
 
 @dataclass(kw_only=True)
 class History:
-    """Steps and scores, each in the order in which they were made.
+    """Steps and scores, in the order in which they were made.
 
-    `losses` are those of the steps that are in no row of `steps` yet: a run that goes on between
-    two rows means the same steps as one that was never interrupted.
+    `losses` are the losses of the steps since the last row of `steps`. They are kept so that a run
+    resumed between two rows averages the same steps as an uninterrupted one.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -49,52 +49,53 @@ class History:
 
     @property
     def best(self) -> Score | None:
-        """The score with the largest mIoU, the first of equal ones; None before the first."""
+        """The first of the scores with the largest mIoU; None before the first evaluation."""
         return max(self.scores, key=lambda score: score.miou, default=None)
 
     def add(self, row: Step) -> None:
-        """Appends the row that all of `losses` are in."""
+        """Append a row that averages all of `losses`, and clear them."""
         self.steps.append(row)
         self.losses.clear()
 
     def copy(self) -> History:
-        """What a checkpoint keeps: later entries of this one are not in it."""
+        """Return a copy that later entries of this history do not change."""
         return History(steps=[*self.steps], losses=[*self.losses], scores=[*self.scores])
 
     def to_json(self) -> str:
-        """This history as one line of JSON: a list of values for each field."""
+        """Return the history as one line of JSON: a list of values for each field."""
         content = {
             "version": VERSION,
-            "steps": _columns(Step, self.steps),
+            "steps": _to_columns(Step, self.steps),
             "losses": self.losses,
-            "scores": _columns(Score, self.scores),
+            "scores": _to_columns(Score, self.scores),
         }
         return json.dumps(content, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> History:
-        """The history that `to_json` wrote. Raises ValueError on any other text.
+        """Return the history that `to_json` wrote. Raises ValueError for any other text.
 
-        An older one lacks the losses: its next row is the mean of fewer steps.
+        Older histories have no losses: their next row averages fewer steps.
         """
         try:
             content: Any = json.loads(text)
             if content["version"] != VERSION:
-                raise ValueError(f"version {content['version']!r}, known is {VERSION}")
-            steps, scores = _rows(Step, content["steps"]), _rows(Score, content["scores"])
-            losses = [float(each) for each in content.get("losses", ())]
+                raise ValueError(f"version {content['version']!r}, must be {VERSION}")
+            steps = _from_columns(Step, content["steps"])
+            scores = _from_columns(Score, content["scores"])
+            losses = [float(loss) for loss in content.get("losses", ())]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            said = f"{type(error).__name__}: {error}"
-            raise ValueError(f"the history is not one of ours: {said:.200}") from None
+            reason = one_line(f"{type(error).__name__}: {error}", 200)
+            raise ValueError(f"not a training history: {reason}") from None
         scores = [dataclasses.replace(score, ious=tuple(score.ious)) for score in scores]
         return cls(steps=steps, losses=losses, scores=scores)
 
 
-def _columns(kind: type[Entry], entries: list[Entry]) -> dict[str, list[Any]]:
-    names = [each.name for each in dataclasses.fields(kind)]
+def _to_columns(kind: type[Entry], entries: list[Entry]) -> dict[str, list[Any]]:
+    names = [entry.name for entry in dataclasses.fields(kind)]
     return {name: [getattr(entry, name) for entry in entries] for name in names}
 
 
-def _rows(kind: type[Entry], columns: dict[str, list[Any]]) -> list[Entry]:
-    names = [each.name for each in dataclasses.fields(kind)]
+def _from_columns(kind: type[Entry], columns: dict[str, list[Any]]) -> list[Entry]:
+    names = [entry.name for entry in dataclasses.fields(kind)]
     return [kind(*values) for values in zip(*(columns[name] for name in names), strict=True)]

@@ -1,8 +1,7 @@
-"""A run as pictures: its curves, photos with label and prediction, and TensorBoard's file.
+"""Plots of a training run (curves, sample predictions) and its TensorBoard event file.
 
-Enters: a history, or photos with masks. Leaves: bytes, the same for the same values, so that doing
-it again after a resume changes and repeats nothing. Figures are drawn without a window or any
-global state, so they may be drawn anywhere.
+Equal input gives equal bytes, so a resumed run repeats or changes nothing. Figures are drawn
+without a display and without matplotlib's global state, so any thread may draw them.
 """
 
 from __future__ import annotations
@@ -32,19 +31,19 @@ from pipeline.evaluation.score import Score
 from pipeline.train.worker.history import History, Step
 
 Sample = tuple[Pixels, Pixels, Pixels, str]
-"""Photo (h, w, 3), label and prediction (h, w), all uint8, and what it is called."""
+"""Image (h, w, 3), label and prediction (h, w), all uint8, and a title."""
 
 _BLUE, _ORANGE, _GREEN, _GRAY = "#1f5fa8", "#c8590a", "#2a7f3f", "#5f6670"
 _PALE = "#a9c3e2"
 _COLUMN_INCHES = 4.0
-_TALLEST_INCHES = 4.0  # portrait photos are drawn smaller
-_OVERLAY = 0.6  # of the palette's colour, so that it is known again in the legend
+_MAX_ROW_INCHES = 4.0  # portrait images are drawn smaller
+_OVERLAY_ALPHA = 0.6  # enough of the palette's color to recognize it from the legend
 _LEGEND_COLUMNS = 6
 _DPI = 110
 
 
-def curves(history: History) -> bytes:
-    """A PNG of loss, learning rate and mIoU by step, the best mIoU marked; parts may be empty."""
+def plot_curves(history: History) -> bytes:
+    """Return a PNG of loss, learning rate and val mIoU by step; the history may be empty."""
     figure = _figure(9.0, 8.0)
     grid = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1.4, 3))
     loss, rate, miou = grid
@@ -63,40 +62,42 @@ def curves(history: History) -> bytes:
     return _png(figure)
 
 
-def samples(rows: Sequence[Sample], classes: Classes) -> bytes:
-    """A PNG with a row for each sample: the photo, its label and the prediction drawn over it.
+def plot_samples(rows: Sequence[Sample], classes: Classes) -> bytes:
+    """Return a PNG with a row per sample: the image, then overlays of label and prediction.
 
-    Below are the colours of the classes that appear. Raises ValueError on no row, and as
+    The legend has the classes that appear. Raises ValueError if `rows` is empty, and as
     `masks.overlay` does.
     """
     if not rows:
         raise ValueError("rows is empty; give at least one (image, label, mask, title)")
     heights = [
-        min(_TALLEST_INCHES, _COLUMN_INCHES * image.shape[0] / image.shape[1]) + 0.3
+        min(_MAX_ROW_INCHES, _COLUMN_INCHES * image.shape[0] / image.shape[1]) + 0.3
         for image, _, _, _ in rows
     ]
-    found = set().union(*(np.unique(each).tolist() for row in rows for each in row[1:3]))
-    seen = sorted(found - {classes.ignore_index})
-    legend_inches = 0.3 + 0.24 * -(-len(seen) // _LEGEND_COLUMNS)
+    ids = set().union(*(np.unique(pixels).tolist() for row in rows for pixels in row[1:3]))
+    class_ids = sorted(ids - {classes.ignore_index})
+    legend_inches = 0.3 + 0.24 * -(-len(class_ids) // _LEGEND_COLUMNS)
     figure = _figure(3 * _COLUMN_INCHES, sum(heights) + legend_inches)
     grid = figure.subplots(len(rows), 3, squeeze=False, height_ratios=heights)
     for axes, (image, label, mask, title) in zip(grid, rows, strict=True):
-        over = [masks.overlay(image, ids, classes, alpha=_OVERLAY) for ids in (label, mask)]
+        overlays = [
+            masks.overlay(image, pixels, classes, alpha=_OVERLAY_ALPHA) for pixels in (label, mask)
+        ]
         titles = (title, "label", "prediction")
-        for cell, picture, text in zip(axes, (image, *over), titles, strict=True):
-            cell.imshow(picture, interpolation="antialiased")
+        for cell, panel, text in zip(axes, (image, *overlays), titles, strict=True):
+            cell.imshow(panel, interpolation="antialiased")
             cell.set_title(text, fontsize=10)
             cell.set_axis_off()
-    _draw_legend(figure, classes, seen)
+    _draw_legend(figure, classes, class_ids)
     return _png(figure)
 
 
 def event_file(history: History, class_names: Sequence[str]) -> bytes:
-    """The history as TensorBoard's file of events, each at the time that the history says.
+    """Return the history as a TensorBoard event file, with the times of the history.
 
     Tags: train/loss, train/lr, train/images_per_second, train/wait_share, val/miou,
-    val/pixel_accuracy, val/iou/NAME. An absent class has no value. The file's name must hold
-    "tfevents". Raises ValueError where a score has another number of classes.
+    val/pixel_accuracy, val/iou/NAME. An absent class has no value. TensorBoard reads it only if
+    its name contains "tfevents". Raises ValueError if a score has another number of classes.
     """
     entries: list[Step | Score] = [*history.steps, *history.scores]
     entries.sort(key=lambda entry: entry.step)
@@ -105,8 +106,8 @@ def event_file(history: History, class_names: Sequence[str]) -> bytes:
         path = os.path.join(folder, "events")
         writer = RecordWriter(path)
         try:
-            head = Event(wall_time=first, file_version="brain.Event:2")
-            writer.write(head.SerializeToString())
+            header = Event(wall_time=first, file_version="brain.Event:2")
+            writer.write(header.SerializeToString())
             for entry in entries:
                 summary = Summary()
                 for tag, value in _values(entry, class_names):
@@ -126,8 +127,8 @@ def _values(entry: Step | Score, class_names: Sequence[str]) -> Iterable[tuple[s
         return
     if len(entry.ious) != len(class_names):
         raise ValueError(
-            f"class_names are {len(class_names)}, but the score at step {entry.step} has "
-            f"{len(entry.ious)} classes; give the names of the classes that were scored"
+            f"class_names has {len(class_names)} names, but the score at step {entry.step} has "
+            f"{len(entry.ious)} classes; pass the names of the classes that were scored"
         )
     yield "val/miou", entry.miou
     yield "val/pixel_accuracy", entry.pixel_accuracy
@@ -139,9 +140,9 @@ def _values(entry: Step | Score, class_names: Sequence[str]) -> Iterable[tuple[s
 def _draw_loss(axes: Axes, steps: Sequence[Step]) -> None:
     axes.set_ylabel("loss")
     if not steps:
-        _say(axes, "no step yet")
+        _write_centered(axes, "no step yet")
         return
-    x, loss = [each.step for each in steps], np.array([each.loss for each in steps])
+    x, loss = [row.step for row in steps], np.array([row.loss for row in steps])
     median = _running_median(loss)
     axes.plot(x, loss, color=_PALE, linewidth=0.8, label="as logged")
     axes.plot(
@@ -152,26 +153,26 @@ def _draw_loss(axes: Axes, steps: Sequence[Step]) -> None:
         label="running median",
         marker="o" if len(x) == 1 else "",
     )
-    # a few outliers, mostly the first steps, would press all else flat
+    # a few outliers, mostly the first steps, would flatten the rest of the curve
     top = max(float(np.quantile(loss, 0.99)), float(median.max()))
     if top > 0:
         axes.set_ylim(0, 1.08 * top)
-    # above the axes, where no curve is
+    # above the axes, clear of the curve
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
 
 
 def _draw_rate(axes: Axes, steps: Sequence[Step]) -> None:
     axes.set_ylabel("learning rate")
     if not steps:
-        _say(axes, "no step yet")
+        _write_centered(axes, "no step yet")
         return
     axes.plot(
-        [each.step for each in steps],
-        [each.lr for each in steps],
+        [row.step for row in steps],
+        [row.lr for row in steps],
         color=_GRAY,
         marker="o" if len(steps) == 1 else "",
     )
-    axes.set_ylim(0, 1.08 * max(each.lr for each in steps) or 1.0)
+    axes.set_ylim(0, 1.08 * max(row.lr for row in steps) or 1.0)
 
 
 def _draw_scores(axes: Axes, history: History) -> None:
@@ -179,26 +180,26 @@ def _draw_scores(axes: Axes, history: History) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     best = history.best
     if best is None:
-        _say(axes, "no evaluation yet")
+        _write_centered(axes, "no evaluation yet")
         return
-    x, y = [each.step for each in history.scores], [each.miou for each in history.scores]
+    x, y = [score.step for score in history.scores], [score.miou for score in history.scores]
     axes.plot(x, y, color=_GREEN, marker="o", markersize=3.5)
     axes.plot(best.step, best.miou, color=_ORANGE, marker="*", markersize=14, linestyle="none")
     low, high = min(y), max(y)
     room = 0.15 * max(high - low, 0.1)
     axes.set_ylim(max(0.0, low - room), high + room)
-    said = f"best: {best.miou:.2%} at step {best.step:,}".replace("%", " %")
-    axes.set_title(said, color=_ORANGE, fontsize=11, loc="right")
+    title = f"best: {best.miou:.2%} at step {best.step:,}".replace("%", " %")
+    axes.set_title(title, color=_ORANGE, fontsize=11, loc="right")
 
 
-def _draw_legend(figure: Figure, classes: Classes, seen: Sequence[int]) -> None:
+def _draw_legend(figure: Figure, classes: Classes, class_ids: Sequence[int]) -> None:
     patches = [
         Patch(
             facecolor="#{:02x}{:02x}{:02x}".format(*classes.palette[i]),
             edgecolor="#404040",
             label=classes.names[i],
         )
-        for i in seen
+        for i in class_ids
     ]
     if patches:
         figure.legend(
@@ -206,12 +207,12 @@ def _draw_legend(figure: Figure, classes: Classes, seen: Sequence[int]) -> None:
         )
 
 
-def _say(axes: Axes, text: str) -> None:
+def _write_centered(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=_GRAY)
 
 
 def _running_median(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The median of each value and its neighbours, a twenty-fifth of all; fewer at the ends."""
+    """Return the median over a window of 4 % of all values around each; narrower at the ends."""
     reach = max(1, len(values) // 50)
     return np.array(
         [np.median(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
@@ -226,6 +227,6 @@ def _figure(width: float, height: float) -> Figure:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    # without the library's version: the bytes are the picture's alone
+    # without the version of matplotlib, so that the bytes depend on the figure alone
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

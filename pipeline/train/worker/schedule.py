@@ -1,24 +1,25 @@
-"""The learning rate as a function of the step alone, so that it cannot jump after a resume.
+"""The "poly" learning rate schedule.
 
-Enters: a step counted from 0 and the length of the run. Leaves: a rate. Nothing is remembered.
+The rate depends on the step alone, so a resumed run continues at the same rate.
 """
 
 from __future__ import annotations
 
+from pipeline.checks import check_at_least
+
 
 def poly(step: int, *, base_lr: float, max_steps: int, power: float) -> float:
-    """The rate of the update at `step`: base_lr x (1 - step / max_steps) ** power.
+    """Return the learning rate at `step`: base_lr x (1 - step / max_steps) ** power.
 
-    The first update is at step 0, at the whole `base_lr`; the last is at `max_steps` - 1, and at
-    `max_steps` the rate is 0. Raises ValueError for a step outside 0 to `max_steps`.
+    Steps count from 0: the first update uses all of `base_lr`, the last one is at `max_steps` - 1,
+    and at `max_steps` the rate is 0. Raises ValueError for a step outside 0 to `max_steps`.
     Source: arXiv 1706.05587, Sec. 4.1, learning rate policy.
     """
-    if max_steps < 1:
-        raise ValueError(f"max_steps is {max_steps}; it must be at least 1: a run needs a step")
+    check_at_least("max_steps", max_steps, 1)
     if not 0 <= step <= max_steps:
         raise ValueError(
-            f"step is {step}; it must be 0 to max_steps, {max_steps}: was the run made longer or "
-            "shorter? a longer one is another run"
+            f"step {step}: must be from 0 to max_steps, {max_steps}; a run with another max_steps "
+            "is another run"
         )
     rate: float = base_lr * ((max_steps - step) / max_steps) ** power
     return rate

@@ -1,4 +1,4 @@
-"""Batch normalisation in training: frozen, shared, and what happens to it on CPUs."""
+"""Batch normalization in training: frozen, shared by workers, and on CPUs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def small() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm2d(4)))
 
 
-def test_frozen_layers_normalise_by_what_is_there_and_still_learn_scale_and_shift() -> None:
+def test_frozen_layers_keep_their_statistics_and_train_scale_and_shift() -> None:
     torch.manual_seed(0)
     model = small().train()
     batch_norm.freeze(model)
@@ -32,7 +32,7 @@ def test_frozen_layers_normalise_by_what_is_there_and_still_learn_scale_and_shif
     assert all(int(layer.num_batches_tracked) == 1 for layer in batch_norm.layers(model))
 
 
-def test_momentum_is_the_share_of_a_batch_in_the_running_statistics() -> None:
+def test_momentum_is_the_weight_of_a_batch_in_the_running_statistics() -> None:
     model = small().train()
     batch_norm.set_momentum(model, 0.25)
     x = torch.randn(6, 3, 4, 4)
@@ -42,7 +42,7 @@ def test_momentum_is_the_share_of_a_batch_in_the_running_statistics() -> None:
 
 
 class Buffered(nn.Module):
-    """Buffers of several types and shapes, all other numbers on other workers."""
+    """A module with buffers of several types and shapes whose values depend on the rank."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def shared(group: ProcessGroup) -> tuple[dict[str, torch.Tensor], float]:
     return dict(module.named_buffers()), float(module.weight.detach())
 
 
-def test_every_worker_gets_the_buffers_of_the_first_and_keeps_its_weights(tmp_path: Path) -> None:
+def test_every_worker_gets_the_buffers_of_rank_0_and_keeps_its_weights(tmp_path: Path) -> None:
     expected = dict(Buffered(0).named_buffers())
     for rank, (buffers, weight) in enumerate(tiny.run_workers(3, tmp_path, shared)):
         assert buffers.keys() == expected.keys()
@@ -70,13 +70,13 @@ def test_every_worker_gets_the_buffers_of_the_first_and_keeps_its_weights(tmp_pa
 @pytest.mark.parametrize(
     ("device", "world_size", "converted"), [("cpu", 2, 0), ("cuda", 2, 2), ("cuda", 1, 0)]
 )
-def test_synchronised_layers_are_for_several_workers_on_gpus_alone(
+def test_sync_batch_norm_is_used_on_several_gpus_only(
     device: str, world_size: int, converted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ray.train.torch.prepare_model", lambda module, **_: module)
     model = small()
-    held = {key: id(value) for key, value in model.named_parameters()}
+    ids = {key: id(value) for key, value in model.named_parameters()}
     wrapped = RayProcessGroup(world_size=world_size, device=torch.device(device)).wrap(model)
-    assert sum(isinstance(each, nn.SyncBatchNorm) for each in wrapped.modules()) == converted
-    # an optimiser that holds the weights goes on training them
-    assert {key: id(value) for key, value in wrapped.named_parameters()} == held
+    assert sum(isinstance(layer, nn.SyncBatchNorm) for layer in wrapped.modules()) == converted
+    # an optimizer created before still holds the parameters
+    assert {key: id(value) for key, value in wrapped.named_parameters()} == ids

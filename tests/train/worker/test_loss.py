@@ -1,4 +1,4 @@
-"""The loss, against a loop over photos and pixels in plain Python."""
+"""The loss, compared with a loop over images and pixels in plain Python."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ K, IGNORE = 4, 9
 
 
 def drawn(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (5, k, 5, 7) in fp64, and labels; photo 1 is ignored as a whole, others unequally."""
+    """Return logits (5, k, 5, 7) in fp64 and labels; all pixels of image 1 are ignored."""
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(5, K, 5, 7, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, K, (5, 5, 7), generator=generator)
-    for photo, share in enumerate((0.1, 1.0, 0.7, 0.0, 0.97)):
-        labels[photo][torch.rand(5, 7, generator=generator) < share] = IGNORE
+    for image, share in enumerate((0.1, 1.0, 0.7, 0.0, 0.97)):
+        labels[image][torch.rand(5, 7, generator=generator) < share] = IGNORE
     return logits, labels.to(torch.uint8)
 
 
 def counted(
     logits: torch.Tensor, labels: torch.Tensor, class_weights: list[float], hard_share: float
 ) -> tuple[float, float]:
-    """Sum of the loss, and what the photos weigh, one pixel after another."""
+    """Return the summed loss and the weight, computed pixel by pixel."""
     total = weight = 0.0
-    for photo in range(len(labels)):
+    for image in range(len(labels)):
         losses, weights = [], []
         for row in range(labels.shape[1]):
             for column in range(labels.shape[2]):
-                label = int(labels[photo, row, column])
+                label = int(labels[image, row, column])
                 if label == IGNORE:
                     continue
-                scores = logits[photo, :, row, column].tolist()
+                scores = logits[image, :, row, column].tolist()
                 exponents = [math.exp(score) for score in scores]
                 probability = exponents[label] / math.fsum(exponents)
                 losses.append(-math.log(probability) * class_weights[label])
@@ -47,7 +47,7 @@ def counted(
 
 @pytest.mark.parametrize("hard_share", [1.0, 0.5, 0.25, 0.01])
 @pytest.mark.parametrize("class_weights", [[1.0] * K, [0.25, 3.0, 1.0, 0.0]])
-def test_sum_and_weight_agree_with_a_loop_over_pixels(
+def test_sum_and_weight_equal_a_loop_over_pixels(
     class_weights: list[float], hard_share: float
 ) -> None:
     for seed in range(3):
@@ -64,14 +64,14 @@ def test_sum_and_weight_agree_with_a_loop_over_pixels(
         assert loss.weight(labels).dtype == torch.float64
 
 
-def test_without_weights_every_valid_pixel_weighs_one() -> None:
+def test_without_class_weights_every_valid_pixel_counts_once() -> None:
     _, labels = drawn()
     loss = PixelLoss(K, ignore_index=IGNORE)
     assert int(loss.weight(labels)) == int((labels != IGNORE).sum())
 
 
 @pytest.mark.parametrize("hard_share", [1.0, 0.3])
-def test_any_split_of_a_batch_adds_up_to_the_same(hard_share: float) -> None:
+def test_the_parts_of_any_split_of_a_batch_add_up(hard_share: float) -> None:
     logits, labels = drawn()
     loss = PixelLoss(K, ignore_index=IGNORE, hard_share=hard_share).double()
     for size in (1, 2, 3):
@@ -83,7 +83,7 @@ def test_any_split_of_a_batch_adds_up_to_the_same(hard_share: float) -> None:
 
 
 @pytest.mark.parametrize("hard_share", [1.0, 0.3])
-def test_where_no_pixel_is_valid_the_loss_is_zero_and_so_are_its_gradients(
+def test_without_valid_pixels_loss_and_gradients_are_zero(
     hard_share: float,
 ) -> None:
     logits = torch.randn(2, K, 3, 5, requires_grad=True)
@@ -96,7 +96,7 @@ def test_where_no_pixel_is_valid_the_loss_is_zero_and_so_are_its_gradients(
     assert not logits.grad.any()
 
 
-def test_of_hard_pixels_alone_comes_a_gradient() -> None:
+def test_only_hard_pixels_have_a_gradient() -> None:
     logits, labels = drawn()
     logits.requires_grad_()
     PixelLoss(K, ignore_index=IGNORE, hard_share=0.25)(logits, labels).backward()
@@ -109,7 +109,7 @@ def test_of_hard_pixels_alone_comes_a_gradient() -> None:
     assert not (touched & ~valid).any()
 
 
-def test_logits_of_half_precision_are_summed_in_fp32() -> None:
+def test_half_precision_logits_are_summed_in_fp32() -> None:
     logits, labels = drawn()
     halves = logits.bfloat16()
     loss = PixelLoss(K, ignore_index=IGNORE)
@@ -117,6 +117,6 @@ def test_logits_of_half_precision_are_summed_in_fp32() -> None:
     assert float(loss(halves, labels)) == pytest.approx(float(loss(halves.float(), labels)))
 
 
-def test_weights_for_other_classes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"class_weights are \(3,\), but num_classes is 4"):
+def test_class_weights_of_another_number_of_classes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"class_weights has the shape \(3,\); num_classes is 4"):
         PixelLoss(K, ignore_index=IGNORE, class_weights=torch.ones(3))

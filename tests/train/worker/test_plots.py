@@ -1,4 +1,4 @@
-"""Pictures of a run, and TensorBoard's file read back without TensorBoard's code."""
+"""Plots of a run, and its TensorBoard file decoded without TensorBoard."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def opened(data: bytes) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def has(picture: np.ndarray, color: tuple[int, ...]) -> bool:
-    return bool((picture == color).all(axis=2).sum() >= 100)
+def has_color(pixels: np.ndarray, color: tuple[int, ...]) -> bool:
+    return bool((pixels == color).all(axis=2).sum() >= 100)
 
 
 def crc32c(data: bytes) -> int:
-    """Castagnoli's, bit by bit."""
+    """Return the CRC-32C (Castagnoli) of `data`, computed bit by bit."""
     value = 0xFFFFFFFF
     for byte in data:
         value ^= byte
@@ -46,12 +46,13 @@ def crc32c(data: bytes) -> int:
 
 
 def masked(data: bytes) -> int:
-    """TFRecord's checksum."""
+    """Return the masked checksum of a TFRecord."""
     value = crc32c(data)
     return ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def records(data: bytes) -> Iterator[bytes]:
+    """Yield the records of a TFRecord file after checking their checksums."""
     while data:
         (length,) = struct.unpack("<Q", data[:8])
         body = data[12 : 12 + length]
@@ -62,6 +63,7 @@ def records(data: bytes) -> Iterator[bytes]:
 
 
 def varint(data: bytes, at: int) -> tuple[int, int]:
+    """Return the variable-length integer at `at` and the offset behind it."""
     value = shift = 0
     while True:
         value |= (data[at] & 127) << shift
@@ -71,7 +73,7 @@ def varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def message(data: bytes) -> list[tuple[int, bytes | int]]:
-    """(field, value) pairs of a protocol buffer: bytes, or an integer."""
+    """Return the (field, value) pairs of a protocol buffer; values are bytes or integers."""
     at, found = 0, []
     while at < len(data):
         key, at = varint(data, at)
@@ -88,7 +90,7 @@ def message(data: bytes) -> list[tuple[int, bytes | int]]:
 
 
 def events(data: bytes) -> list[tuple[float, int, str, float]]:
-    """(wall time, step, tag, value) of all scalars; fields as in event.proto, summary.proto."""
+    """Return (wall time, step, tag, value) of all scalars, by event.proto and summary.proto."""
     found = []
     for number, record in enumerate(records(data)):
         fields = dict(message(record))
@@ -103,7 +105,7 @@ def events(data: bytes) -> list[tuple[float, int, str, float]]:
     return found  # type: ignore[return-value]
 
 
-def test_the_event_file_holds_every_value_of_the_history_at_its_time() -> None:
+def test_the_event_file_has_every_value_of_the_history_at_its_time() -> None:
     expected = []
     for step in HISTORY.steps:
         for name in ("loss", "lr", "images_per_second", "wait_share"):
@@ -115,46 +117,48 @@ def test_the_event_file_holds_every_value_of_the_history_at_its_time() -> None:
             if iou is not None:
                 expected.append((score.time, score.step, f"val/iou/{name}", iou))
     found = events(plots.event_file(HISTORY, NAMES))
-    assert [each[1] for each in found] == sorted(each[1] for each in found)
+    assert [event[1] for event in found] == sorted(event[1] for event in found)
     found.sort()
     expected.sort()
-    assert [each[:3] for each in found] == [each[:3] for each in expected]
-    assert [each[3] for each in found] == pytest.approx([each[3] for each in expected], rel=1e-6)
+    assert [event[:3] for event in found] == [event[:3] for event in expected]
+    assert [event[3] for event in found] == pytest.approx(
+        [event[3] for event in expected], rel=1e-6
+    )
 
 
-def test_the_event_file_depends_on_the_history_alone() -> None:
+def test_the_event_file_depends_only_on_the_history() -> None:
     again = History.from_json(HISTORY.to_json()).copy()
     assert plots.event_file(again, NAMES) == plots.event_file(HISTORY, NAMES)
     assert events(plots.event_file(History(), NAMES)) == []
 
 
-def test_names_of_other_classes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"class_names are 2, .* step 200 has 3"):
+def test_a_wrong_number_of_class_names_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"class_names has 2 names, .* step 200 has 3"):
         plots.event_file(HISTORY, NAMES[:2])
 
 
 @pytest.mark.parametrize(
     "history", [HISTORY, History(), History(steps=HISTORY.steps[:1], scores=HISTORY.scores[:1])]
 )
-def test_curves_are_drawn_of_any_history_and_are_the_same_each_time(history: History) -> None:
-    first = plots.curves(history)
-    assert first == plots.curves(history)
+def test_curves_of_any_history_are_drawn_the_same_each_time(history: History) -> None:
+    first = plots.plot_curves(history)
+    assert first == plots.plot_curves(history)
     assert min(opened(first).shape[:2]) > 500
 
 
-def test_samples_show_the_photo_and_the_colours_of_the_classes_that_appear() -> None:
+def test_samples_show_the_image_and_the_colors_of_its_classes() -> None:
     image = np.full((60, 90, 3), (10, 200, 30), dtype=np.uint8)
     label = np.zeros((60, 90), dtype=np.uint8)
     label[10:40, 20:50] = 8
     label[50:] = 255
     mask = np.zeros_like(label)
     mask[10:40, 20:55] = 12
-    picture = opened(plots.samples([(image, label, mask, "a cat")], VOC))
-    assert has(picture, (10, 200, 30))
-    shown = [i for i in range(1, 21) if has(picture, VOC.palette[i])]
+    pixels = opened(plots.plot_samples([(image, label, mask, "a cat")], VOC))
+    assert has_color(pixels, (10, 200, 30))
+    shown = [i for i in range(1, 21) if has_color(pixels, VOC.palette[i])]
     assert shown == [8, 12]
 
 
-def test_no_sample_is_refused() -> None:
+def test_plotting_no_samples_is_refused() -> None:
     with pytest.raises(ValueError, match="rows is empty"):
-        plots.samples([], VOC)
+        plots.plot_samples([], VOC)

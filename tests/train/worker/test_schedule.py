@@ -1,4 +1,4 @@
-"""The learning rate: worked by hand, and again in decimal arithmetic."""
+"""The learning rate schedule, compared with hand-worked values and decimal arithmetic."""
 
 from decimal import Decimal, localcontext
 
@@ -17,12 +17,12 @@ from pipeline.train.worker.schedule import poly
         (30_000, 0.0),
     ],
 )
-def test_the_rate_of_a_published_run_is_the_one_worked_by_hand(step, rate):
+def test_rates_of_a_published_run_equal_values_worked_by_hand(step, rate):
     assert poly(step, base_lr=0.007, max_steps=30_000, power=0.9) == pytest.approx(rate, rel=1e-11)
 
 
 @pytest.mark.parametrize(("base_lr", "power"), [("0.001", "0.9"), ("0.05", "2"), ("1", "0.5")])
-def test_the_rate_agrees_with_decimal_arithmetic_to_the_last_step(base_lr, power):
+def test_rates_equal_decimal_arithmetic(base_lr, power):
     with localcontext() as context:
         context.prec = 40
         for step in (0, 1, 17, 333, 995, 996):
@@ -40,11 +40,11 @@ def test_the_rate_falls_with_every_step():
 @pytest.mark.parametrize(
     ("step", "max_steps", "message"),
     [
-        (-1, 10, "step is -1; it must be 0 to max_steps, 10"),
-        (11, 10, "step is 11; it must be 0 to max_steps, 10"),
-        (0, 0, "max_steps is 0; it must be at least 1"),
+        (-1, 10, "step -1: must be from 0 to max_steps, 10"),
+        (11, 10, "step 11: must be from 0 to max_steps, 10"),
+        (0, 0, "max_steps 0: must be at least 1"),
     ],
 )
-def test_a_step_outside_the_run_has_no_rate(step, max_steps, message):
+def test_a_step_outside_the_run_is_refused(step, max_steps, message):
     with pytest.raises(ValueError, match=message):
         poly(step, base_lr=0.01, max_steps=max_steps, power=0.9)
