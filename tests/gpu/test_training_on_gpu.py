@@ -18,7 +18,7 @@ from pipeline.train.worker.state import load, read, snapshot
 from pipeline.train.worker.task import WorkerSpec
 from tests.train import tiny
 from tests.train.tiny import RecordingListener
-from tests.train.worker.test_step import Case, assert_close, drawn, make, trained
+from tests.train.worker.test_step import Case, assert_close, create, drawn, trained
 
 pytestmark = pytest.mark.gpu
 
@@ -30,11 +30,11 @@ def on_gpu(group: ProcessGroup) -> ProcessGroup:
 
 CASES = {
     "plain": Case(),
-    "micro-batches": Case(optimiser={"micro_batch": 2}),
-    "hard pixels": Case(optimiser={"hard_share": 0.3}),
+    "micro-batches": Case(optimizer={"micro_batch": 2}),
+    "hard pixels": Case(optimizer={"hard_share": 0.3}),
     "class weights": Case(class_weights=(0.5, 2.0, 1.0, 7.0)),
     "an auxiliary head": Case(model=tiny.RESNET),
-    "normalisation trained": Case(optimiser={"freeze_bn": False}),
+    "normalisation trained": Case(optimizer={"freeze_bn": False}),
 }
 
 
@@ -44,7 +44,9 @@ def test_four_steps_are_those_of_the_cpu(name: str) -> None:
     expected_losses, expected = trained(ProcessGroup(), case)
     losses, found = trained(on_gpu(ProcessGroup()), case)
     assert losses == pytest.approx(expected_losses, rel=1e-6)
-    assert_close(detached(found.items()), expected, make(case, ProcessGroup())[0].model, share=1e-6)
+    assert_close(
+        detached(found.items()), expected, create(case, ProcessGroup())[0].model, share=1e-6
+    )
 
 
 def detached(found: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -55,19 +57,19 @@ def trained_on_gpu(
     group: ProcessGroup, case: Case
 ) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The losses, weights and buffers of a worker; all workers share one GPU."""
-    state, stepper = make(case, on_gpu(group))
+    state, trainer = create(case, on_gpu(group))
     losses = []
     for number in range(case.config.max_steps):
         images, labels = (each[group.rank :: group.world_size] for each in drawn(number))
-        losses.append(stepper.step(images, labels).loss)
+        losses.append(trainer.step(images, labels).loss)
     model = state.model
     return losses, detached(model.named_parameters()), detached(model.named_buffers())
 
 
 def test_two_workers_share_the_statistics_of_batch_normalisation(tmp_path: Path) -> None:
-    case = Case(optimiser={"freeze_bn": False, "max_steps": 2})
+    case = Case(optimizer={"freeze_bn": False, "max_steps": 2})
     expected_losses, expected, statistics = trained_on_gpu(ProcessGroup(), case)
-    start = make(case, ProcessGroup())[0].model
+    start = create(case, ProcessGroup())[0].model
     for losses, found, buffers in tiny.run_workers(2, tmp_path, trained_on_gpu, case):
         assert losses == pytest.approx(expected_losses, rel=1e-6)
         assert_close(found, expected, start, share=1e-5)
@@ -99,18 +101,18 @@ def test_a_run_in_bf16_learns_and_its_checkpoint_scores_the_same_on_the_cpu(tmp_
 
 
 def test_what_a_checkpoint_restores_goes_on_as_if_nothing_had_happened() -> None:
-    case = Case(optimiser={"freeze_bn": False})
+    case = Case(optimizer={"freeze_bn": False})
     states = []
     kept = b""
     for begin in (0, 2):
-        state, stepper = make(case, on_gpu(ProcessGroup()))
+        state, trainer = create(case, on_gpu(ProcessGroup()))
         if kept:
             load(state, read(kept, "the checkpoint"))
         for number in range(begin, 4):
-            stepper.step(*drawn(number))
+            trainer.step(*drawn(number))
             if state.step == 2:
                 kept = snapshot(state, {}).to_bytes()
         states.append(state)
     undisturbed, again = (detached(each.model.named_parameters()) for each in states)
-    assert_close(again, undisturbed, make(case, ProcessGroup())[0].model, share=1e-6)
+    assert_close(again, undisturbed, create(case, ProcessGroup())[0].model, share=1e-6)
     assert [each.step for each in states] == [4, 4]

@@ -100,7 +100,7 @@ def test_a_run_says_how_it_goes_and_ends_with_its_score(trained: Trained) -> Non
     )
     score = r"val after step \d: mIoU [\d.]+% \(best [\d.]+%\), pixel accuracy [\d.]+%"
     ious = r"  (red|green|blue) [\d.]+%(, (green|blue) [\d.]+%)*"
-    warning = "WARNING on CPUs each worker normalises by its own photos alone: .*"
+    warning = "WARNING on CPUs each worker normalizes by its own images only: .*"
     known = "|".join((progress, score, ious, warning))
     said = trained.err.splitlines()
     assert [line for line in said if not re.fullmatch(known, line)] == []

@@ -1,4 +1,4 @@
-"""What the tests of training share: one thread, a small set, and a run that ended on it."""
+"""Fixtures of the training tests: one thread, a small data set, and a finished run on it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.train.tiny import RecordingListener
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Photos this small are slower on two, and what trains or looks sets the process's number."""
+    """Run on one thread: faster for images this small; training sets the number per process."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -23,18 +23,18 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six photos to train on and five of val."""
+    """Return a data set of six training and five val images."""
     root = tmp_path_factory.mktemp("set")
     tiny.write_dataset(root)
     return root
 
 
 @pytest.fixture(scope="module")
-def undisturbed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a run of four steps has ended."""
-    out = tmp_path_factory.mktemp("undisturbed")
-    heard = RecordingListener()
-    loop.train(tiny.worker_spec(root, out, tiny.experiment()), ProcessGroup(), heard)
-    assert [row.step for row in heard.rows] == [1, 2, 3, 4]
-    assert heard.failures == []
+def uninterrupted(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the --out of a finished run of four steps."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    listener = RecordingListener()
+    loop.train(tiny.worker_spec(root, out, tiny.experiment()), ProcessGroup(), listener)
+    assert [row.step for row in listener.rows] == [1, 2, 3, 4]
+    assert listener.failures == []
     return out

@@ -19,7 +19,7 @@ from pipeline.train.driver.preflight import (
 )
 from pipeline.train.settings import TrainingSettings
 from pipeline.train.worker.distributed import ProcessGroup
-from pipeline.train.worker.loader import batches
+from pipeline.train.worker.loader import load_batches
 from pipeline.train.worker.task import build_loader_config, build_state, build_trainer
 
 STEPS = 10
@@ -59,7 +59,7 @@ def estimate(settings: TrainingSettings, log: Log) -> TrainingEstimate:
     loader = build_loader_config(spec, rank=0, world_size=world_size)
     steps = min(STEPS + WARM_UP, config.max_steps)
     seconds, waited = [], []
-    loaded = batches(loader, 0, steps, loaders=spec.loaders)
+    loaded = load_batches(loader, 0, steps, loaders=spec.loaders)
     started = time.monotonic()
     for batch in itertools.islice(loaded, steps):
         if isinstance(batch, SampleError):

@@ -1,15 +1,15 @@
-"""Where a training run keeps what it has come to, below its --out URI.
+"""The files of a training run, all below its --out URI.
 
-    run.json                              what the run is; written once, put-if-absent
-    survey.json, survey-val.json          what the labels of the splits hold
+    run.json                              the run's identity; written once, put-if-absent
+    survey.json, survey-val.json          class statistics of the splits' labels
     initial.safetensors                   the network before the first step
-    checkpoints/step-00001200/state.safetensors    the last two, to go on from
+    checkpoints/step-00001200/state.safetensors    the last two training states, to resume from
     best.safetensors, model.safetensors   the network at its best val mIoU, and at the end
-    curves.png, samples.png, tensorboard/ what people look at
+    curves.png, samples.png, tensorboard/ plots
     record.json                           written last: the run is finished
 
-A checkpoint is one object, put whole or not at all, and *resume is a listing*: the newest one that
-can be read. So a half-written one is never picked up, and no list of them can go stale.
+A checkpoint is one object, written whole or not at all, and a run resumes from the newest readable
+one that a listing finds. So a partial checkpoint is never used, and no index of them can be stale.
 """
 
 from __future__ import annotations
@@ -37,52 +37,52 @@ _STATE = re.compile(r"step-(\d+)/state\.safetensors$")
 
 
 def folder_name(step: int) -> str:
-    """The folder of the checkpoint after `step` steps."""
+    """Return the name of the folder that holds the checkpoint after `step` steps."""
     return f"step-{step:08d}"
 
 
 def save(out: str, snapshot: Snapshot) -> None:
-    """Puts the snapshot, then deletes the checkpoints before it but for the one just before."""
+    """Write the snapshot, then delete all earlier checkpoints except the last of them."""
     storage.write(_uri(out, snapshot.step), snapshot.to_bytes())
-    older = sorted(each for each in _found(out) if each[0] < snapshot.step)
+    older = sorted(entry for entry in _list_checkpoints(out) if entry[0] < snapshot.step)
     storage.delete([uri for _, uri in older[:-1]], within=storage.join(out, FOLDER))
 
 
 def save_best(out: str, data: bytes) -> None:
-    """Puts the network at its best score, which a checkpoint has in its history."""
+    """Write the network with the best score; a checkpoint must hold that score already."""
     storage.write(storage.join(out, BEST), data)
 
 
 def latest(out: str) -> Snapshot | None:
-    """The newest checkpoint that can be read, None where there is none.
+    """Return the newest readable checkpoint, None if there is none.
 
-    One that cannot is left out with a warning: training then repeats what it held.
+    An unreadable one is skipped with a warning: training then repeats its steps.
     """
-    for _, uri in sorted(_found(out), reverse=True):
+    for _, uri in sorted(_list_checkpoints(out), reverse=True):
         try:
             return state.read(storage.read(uri), uri)
         except CheckpointError as error:
-            logger.warning("%s; going on from the one before", error)
+            logger.warning("%s; resuming from the checkpoint before it", error)
     return None
 
 
 def load_step(out: str, step: int) -> Snapshot:
-    """The checkpoint after `step` steps. Raises CheckpointError, StorageError."""
+    """Return the checkpoint after `step` steps. Raises CheckpointError, StorageError."""
     uri = _uri(out, step)
     return state.read(storage.read(uri), uri)
 
 
 def newest_step(out: str) -> int:
-    """Of the newest checkpoint, which need not be readable; 0 where there is none."""
-    return max((step for step, _ in _found(out)), default=0)
+    """Return the step of the newest checkpoint, readable or not; 0 if there is none."""
+    return max((step for step, _ in _list_checkpoints(out)), default=0)
 
 
 def _uri(out: str, step: int) -> str:
     return storage.join(out, f"{FOLDER}/{folder_name(step)}/state.safetensors")
 
 
-def _found(out: str) -> list[tuple[int, str]]:
-    """(step, URI) of every checkpoint below `out`."""
+def _list_checkpoints(out: str) -> list[tuple[int, str]]:
+    """Return (step, URI) of every checkpoint below `out`."""
     listed = storage.list_objects(storage.join(out, FOLDER))
     matches = [(_STATE.search(found.uri), found.uri) for found in listed]
     return [(int(match[1]), uri) for match, uri in matches if match]
@@ -90,22 +90,22 @@ def _found(out: str) -> list[tuple[int, str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class RayStorage:
-    """`out` as Ray Train takes it: a path, and where it is not local, the filesystem below it."""
+    """`out` in the form that Ray Train takes: a path, and the filesystem unless it is local."""
 
     path: str
     filesystem: pyarrow.fs.FileSystem | None
 
 
 def ray_storage(out: str) -> RayStorage:
-    """Where Ray Train keeps its notes; those of a driver before are deleted.
+    """Return the storage for Ray Train's own files, after deleting those of an earlier driver.
 
-    Ray's list of checkpoints is not written whole or not at all, so that of a killed driver may
-    be broken; ours is the listing.
+    Ray does not write its list of checkpoints atomically: one left by a killed driver may be
+    broken. It is not needed, since checkpoints are listed.
     """
-    notes = storage.join(out, f"{FOLDER}/checkpoint_manager_snapshot.json")
-    storage.delete([notes])
-    found = storage.filesystem(out)
-    if found is None:
+    stale = storage.join(out, f"{FOLDER}/checkpoint_manager_snapshot.json")
+    storage.delete([stale])
+    filesystem = storage.filesystem(out)
+    if filesystem is None:
         return RayStorage(path=out, filesystem=None)
-    handler = pyarrow.fs.FSSpecHandler(found)
+    handler = pyarrow.fs.FSSpecHandler(filesystem)
     return RayStorage(path=out.removeprefix("s3://"), filesystem=pyarrow.fs.PyFileSystem(handler))

@@ -1,8 +1,7 @@
-"""The workers of a run, as one of them sees them: who am I, and what do we come to together.
+"""The process group of a training run, as seen by one worker: rank, world size, collectives.
 
-`Group` alone talks to torch's process group and to Ray Train; a run of one process without either
-is a group too, which is how tests and --dry-run train. Every method but `device` is called by all
-workers equally often.
+Only this module uses torch's process group and Ray Train. A single process is a group too: that is
+how --dry-run and most tests train. All workers must call each method equally often.
 """
 
 from __future__ import annotations
@@ -23,10 +22,11 @@ from pipeline.train.worker import batch_norm
 
 CPU = torch.device("cpu")
 
-_UPLOADING = threading.Semaphore(1)
+# held while a checkpoint is uploaded
+_uploading = threading.Semaphore(1)
 
 SaveCheckpoint = Callable[[], None]
-"""Puts a checkpoint; may be called in another thread."""
+"""Writes a checkpoint; may be called in another thread."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,25 +39,27 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """Whether this worker does what is done once."""
+        """Whether this worker does what is done once per run."""
         return self.rank == 0
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """`module`, whose backward pass averages gradients over the workers."""
+        """Return `module` with a backward pass that averages gradients over the workers."""
         if self.world_size == 1:
             return module
-        # buffers are broadcast before evaluation and checkpoints instead of at each step
-        return nn.parallel.DistributedDataParallel(self._shared(module), forward_sync_buffers=False)
+        # buffers are broadcast before evaluations and checkpoints instead of at each step
+        return nn.parallel.DistributedDataParallel(
+            self._with_sync_batch_norm(module), forward_sync_buffers=False
+        )
 
-    def _shared(self, module: nn.Module) -> nn.Module:
-        """`module`, normalising over all workers' batches, which torch does on GPUs alone."""
+    def _with_sync_batch_norm(self, module: nn.Module) -> nn.Module:
+        """Return `module` with SyncBatchNorm where it works: on several GPUs."""
         if self.device.type != "cuda" or self.world_size == 1:
             return module
         converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
         return converted
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The elementwise sum of the workers' `values`, on every worker."""
+        """Return the elementwise sum of all workers' `values`, on every worker."""
         if self.world_size == 1:
             return values
         total = values.detach().clone().to(self.device)
@@ -65,24 +67,24 @@ class ProcessGroup:
         return total.to(values.device)
 
     def broadcast_buffers(self, module: nn.Module) -> None:
-        """Gives every worker the buffers of the first."""
+        """Give every worker the buffers of the main one."""
         if self.world_size > 1:
             batch_norm.broadcast_buffers(module)
 
     def report(
         self, metrics: Mapping[str, object], *, name: str, save: SaveCheckpoint | None
     ) -> None:
-        """Hands on what the run came to so far; `save` puts checkpoint `name` (rank 0 alone)."""
+        """Report `metrics`; `save`, given on the main worker only, writes checkpoint `name`."""
         if save is not None:
             save()
 
 
 class RayProcessGroup(ProcessGroup):
-    """A group whose processes are Ray Train's."""
+    """The process group of Ray Train's workers."""
 
     @classmethod
     def join(cls) -> RayProcessGroup:
-        """This worker's group. Called inside Ray Train's worker function."""
+        """Return this worker's group. To be called inside Ray Train's worker function."""
         import ray.train
         import ray.train.torch
 
@@ -96,16 +98,16 @@ class RayProcessGroup(ProcessGroup):
     def wrap(self, module: nn.Module) -> nn.Module:
         import ray.train.torch
 
+        options = {"forward_sync_buffers": False} if self.world_size > 1 else {}
         wrapped: nn.Module = ray.train.torch.prepare_model(
-            self._shared(module),
-            parallel_strategy_kwargs={"forward_sync_buffers": False} if self.world_size > 1 else {},
+            self._with_sync_batch_norm(module), parallel_strategy_kwargs=options
         )
         return wrapped
 
     def report(
         self, metrics: Mapping[str, object], *, name: str, save: SaveCheckpoint | None
     ) -> None:
-        """As above; the checkpoint is put in the background, while training goes on."""
+        """Report `metrics` to Ray Train; `save` runs in the background while training continues."""
         import ray.train
 
         if save is None:
@@ -119,12 +121,12 @@ class RayProcessGroup(ProcessGroup):
                 save()
             finally:
                 os.rmdir(folder)
-                _UPLOADING.release()
+                _uploading.release()
             return ray.train.Checkpoint(path, filesystem=storage.storage_filesystem)
 
-        # where storage is slower than training, training waits: copies would fill the memory
-        _UPLOADING.acquire()
-        # Ray wants a folder to upload; what is put comes from memory, as one object
+        # if storage is slower than training, wait: waiting checkpoints would fill the memory
+        _uploading.acquire()
+        # Ray wants a folder to upload, but the checkpoint is written from memory as one object
         folder = tempfile.mkdtemp(prefix="deeplab-checkpoint-")
         ray.train.report(
             dict(metrics),
@@ -136,7 +138,7 @@ class RayProcessGroup(ProcessGroup):
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seeds what is random in the network at `step` of worker `rank`: a resume repeats it."""
+    """Seed the random numbers of worker `rank` at `step`, so that a resumed run repeats them."""
     words = np.random.SeedSequence((seed, step, rank)).generate_state(2, np.uint64)
     torch.manual_seed(int(words[0]))
     random.seed(int(words[1]))

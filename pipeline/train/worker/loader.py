@@ -1,9 +1,8 @@
-"""A worker's part of every batch, read, decoded and augmented in other processes, ahead of time.
+"""Data loading: a worker's part of each batch, decoded and augmented ahead in other processes.
 
-Enters: the split, the training list, and from which step to which. Leaves: `Batch`es in order.
-Invariant: a batch is a function of (seed, step, rank, world) alone, so neither the number of loader
-processes nor a resume changes a byte of it. What cannot be read arrives as a message, not as an
-exception in a process that nobody reads.
+A batch is a function of (seed, step, rank, world size), so neither the number of loader processes
+nor a resume changes a byte of it. An image that cannot be read is returned as a SampleError
+instead of a batch, so that the training process can report it.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from pipeline.train.recipes.experiment import AugmentConfig
 from pipeline.train.worker import sampler
 from pipeline.train.worker.sampler import Draw
 
-AHEAD = 3
-"""Batches that each loader process keeps ready."""
+PREFETCH_FACTOR = 3
+"""Batches that each loader process prepares ahead."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Photos (n, h, w, 3) and labels (n, h, w), uint8, and where the photos are from.
+    """Images (n, h, w, 3) and labels (n, h, w), both uint8, and the URIs of the images.
 
-    `waited_s` is how long the training step waited for it, in seconds.
+    `waited_s` is how long the training loop waited for it, in seconds.
     """
 
     images: torch.Tensor
@@ -48,12 +47,16 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """Where a worker's batches come from."""
+    """What one worker loads.
+
+    `indices` is the training list, `fill` the RGB color outside of an image, `batch_size` that of
+    all workers together.
+    """
 
     split: Split
     indices: Sequence[int]
     read: Read
-    config: AugmentConfig
+    augmentation: AugmentConfig
     fill: tuple[int, int, int]
     batch_size: int
     max_steps: int
@@ -62,21 +65,24 @@ class LoaderConfig:
     world_size: int = 1
 
 
-# what of a batch is asked of a loader process: each photo's draw, at the step's crop
+# what a loader process needs to make a sample: the draw, and the crop size (h, w) of the step
 _SampleKey = tuple[Draw, tuple[int, int]]
+# image, label, and the URI of the image
 _Sample = tuple[torch.Tensor, torch.Tensor, str]
 
 
 class ImageDataset(Dataset[_Sample | SampleError]):
-    def __init__(self, source: LoaderConfig) -> None:
-        self._source = source
+    """Decodes and augments images; runs in the loader processes."""
+
+    def __init__(self, config: LoaderConfig) -> None:
+        self._config = config
 
     def __getitem__(self, key: _SampleKey) -> _Sample | SampleError:
         draw, crop_size = key
-        source = self._source
-        pair = source.split.pairs[draw.index]
+        config = self._config
+        pair = config.split.pairs[draw.index]
         try:
-            image, label = samples.load(pair, source.split, source.read)
+            image, label = samples.load(pair, config.split, config.read)
         except SampleError as error:
             return error
         image, label = augment(
@@ -84,89 +90,86 @@ class ImageDataset(Dataset[_Sample | SampleError]):
             label,
             np.random.default_rng(draw.seed),
             crop_size=crop_size,
-            min_scale=source.config.min_scale,
-            max_scale=source.config.max_scale,
-            mirror=source.config.mirror,
-            fill=source.fill,
-            ignore_index=source.split.classes.ignore_index,
+            min_scale=config.augmentation.min_scale,
+            max_scale=config.augmentation.max_scale,
+            mirror=config.augmentation.mirror,
+            fill=config.fill,
+            ignore_index=config.split.classes.ignore_index,
         )
         return torch.from_numpy(image), torch.from_numpy(label), pair.image
 
 
 class StepBatchSampler:
-    """The keys of each step from `start` on, for DataLoader."""
+    """Yields the keys of a worker's samples at each step from `start` to `stop` (exclusive)."""
 
-    def __init__(self, source: LoaderConfig, start: int, stop: int) -> None:
-        self._source, self._start, self._stop = source, start, stop
+    def __init__(self, config: LoaderConfig, start: int, stop: int) -> None:
+        self._config, self._start, self._stop = config, start, stop
 
     def __iter__(self) -> Iterator[list[_SampleKey]]:
-        source = self._source
+        config = self._config
         for step in range(self._start, self._stop):
-            draws = sampler.batch(
-                source.indices, seed=source.seed, step=step, batch_size=source.batch_size
+            draws = sampler.draw_batch(
+                config.indices, seed=config.seed, step=step, batch_size=config.batch_size
             )
-            crop = source.config.crop_at(step, source.max_steps)
-            yield [(draw, crop) for draw in sampler.share(draws, source.rank, source.world_size)]
+            crop_size = config.augmentation.crop_at(step, config.max_steps)
+            mine = sampler.worker_draws(draws, config.rank, config.world_size)
+            yield [(draw, crop_size) for draw in mine]
 
     def __len__(self) -> int:
         return self._stop - self._start
 
 
+def load_batches(
+    config: LoaderConfig, start: int, stop: int, *, loaders: int
+) -> Iterator[Batch | SampleError]:
+    """Yield the worker's batches of the steps `start` to `stop` (exclusive), in order.
+
+    They are made in `loaders` processes, or in this one if it is 0. If an image or label of a
+    batch cannot be used, the SampleError that names it is yielded instead.
+    """
+    # Any: collate_fn decides what the loader yields, not the data set
+    loader: DataLoader[Any] = DataLoader(
+        ImageDataset(config),
+        batch_sampler=StepBatchSampler(config, start, stop),
+        num_workers=loaders,
+        collate_fn=_collate,
+        prefetch_factor=PREFETCH_FACTOR if loaders else None,
+        # forking a process that has threads can deadlock
+        multiprocessing_context="forkserver" if loaders else None,
+        worker_init_fn=_init_loader,
+    )
+    requested = time.monotonic()
+    for batch in loader:
+        waited_s = time.monotonic() - requested
+        yield replace(batch, waited_s=waited_s) if isinstance(batch, Batch) else batch
+        requested = time.monotonic()
+
+
 def _collate(parts: list[_Sample | SampleError]) -> Batch | SampleError:
+    """Return the samples as one batch, or the first error among them."""
+    loaded = []
     for part in parts:
         if isinstance(part, SampleError):
             return part
-    whole = [part for part in parts if not isinstance(part, SampleError)]
+        loaded.append(part)
     return Batch(
-        images=torch.stack([image for image, _, _ in whole]),
-        labels=torch.stack([label for _, label, _ in whole]),
-        uris=tuple(uri for _, _, uri in whole),
+        images=torch.stack([image for image, _, _ in loaded]),
+        labels=torch.stack([label for _, label, _ in loaded]),
+        uris=tuple(uri for _, _, uri in loaded),
     )
 
 
-def batches(
-    source: LoaderConfig, start: int, stop: int, *, loaders: int
-) -> Iterator[Batch | SampleError]:
-    """The worker's batches of the steps `start` to `stop` (not included), in order.
-
-    `loaders` processes make them; 0 makes them in this one. Where a photo or label of a batch
-    cannot be used, the batch is the SampleError that says which and why.
-    """
-    # what comes out is what _collate makes, not what the data set holds
-    loader: DataLoader[Any] = DataLoader(
-        ImageDataset(source),
-        batch_sampler=StepBatchSampler(source, start, stop),
-        num_workers=loaders,
-        collate_fn=_collate,
-        prefetch_factor=AHEAD if loaders else None,
-        # a fork of a process with threads can hang; these start clean
-        multiprocessing_context="forkserver" if loaders else None,
-        worker_init_fn=_start_loader,
-    )
-    waiting = time.monotonic()
-    for batch in loader:
-        waited_s = time.monotonic() - waiting
-        yield _waited(batch, waited_s)
-        waiting = time.monotonic()
-
-
-def _waited(batch: Batch | SampleError, waited_s: float) -> Batch | SampleError:
-    if isinstance(batch, SampleError):
-        return batch
-    return replace(batch, waited_s=waited_s)
-
-
-def _start_loader(_: int) -> None:
+def _init_loader(_: int) -> None:
     torch.set_num_threads(1)
     trainer = multiprocessing.parent_process()
-    if trainer is not None:  # None where batches are made in this process
-        threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
+    if trainer is not None:  # None if batches are made in the training process
+        threading.Thread(target=_exit_with, args=(trainer,), daemon=True).start()
 
 
-def _end_with(trainer: multiprocessing.process.BaseProcess) -> None:
-    """Ends this process when the trainer does, even by kill -9.
+def _exit_with(trainer: multiprocessing.process.BaseProcess) -> None:
+    """Exit when the training process does, even if it is killed.
 
-    torch watches the parent alone, which is the forkserver; and that lives as long as a loader.
+    torch only watches this process's parent, the forkserver, which outlives the training process.
     """
     trainer.join()
     os._exit(1)

@@ -1,8 +1,8 @@
-"""All that a training run has come to, as one object that can be put away and taken up again.
+"""The complete training state as one serializable object.
 
-Enters and leaves: a `TrainingState` on a worker, and one safetensors file that holds weights,
-momentum, moving average, step and history. Invariant: what is put away is a copy; training may go
-on while it is written. Nothing is pickled.
+A `TrainingState` lives on a worker; a `Snapshot` is a copy of it, stored as one safetensors file
+with weights, momentum, moving average, step and history. Training can continue while a snapshot is
+written. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from pipeline.model.checkpoint_formats import TRAINING_KEY
 from pipeline.model.deeplab import DeepLabV3
 from pipeline.model.formats import CheckpointError, parse
+from pipeline.text import one_line
 from pipeline.train.worker.history import History
 
 VERSION = 1
@@ -27,9 +28,9 @@ VERSION = 1
 
 @dataclass(kw_only=True)
 class TrainingState:
-    """The network, what trains it, and how far it is. `step` steps are done.
+    """The network, its optimizer, and the progress of the run; `step` steps are done.
 
-    `average` is the moving average of weights and buffers, None where the experiment keeps none.
+    `average` is the moving average of weights and buffers, None if the experiment has none.
     """
 
     model: DeepLabV3
@@ -40,7 +41,7 @@ class TrainingState:
 
     @property
     def best_model(self) -> DeepLabV3:
-        """The network to evaluate and to ship: the average where there is one."""
+        """The network to evaluate and export: the moving average, if there is one."""
         if self.average is None:
             return self.model
         averaged = self.average.module
@@ -50,7 +51,11 @@ class TrainingState:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """A copy of a state on the CPU. `facts` are what it was computed with: world, threads."""
+    """A copy of a training state on the CPU.
+
+    `provenance` is what it was computed with and rounding depends on: number of workers ("world")
+    and threads of each ("threads").
+    """
 
     tensors: Mapping[str, torch.Tensor]
     step: int
@@ -58,21 +63,21 @@ class Snapshot:
     provenance: Mapping[str, Any]
 
     def to_bytes(self) -> bytes:
-        """One safetensors file; `read` gives it back."""
-        said: dict[str, Any] = {
+        """Return the snapshot as a safetensors file, for `read`."""
+        metadata: dict[str, Any] = {
             "version": VERSION,
             "step": self.step,
             "facts": dict(self.provenance),
+            "history": json.loads(self.history.to_json()),
         }
-        said["history"] = json.loads(self.history.to_json())
-        said["digest"] = _digest(said, self.tensors)
+        metadata["digest"] = _digest(metadata, self.tensors)
         return safetensors.torch.save(
-            dict(self.tensors), metadata={TRAINING_KEY: json.dumps(said, sort_keys=True)}
+            dict(self.tensors), metadata={TRAINING_KEY: json.dumps(metadata, sort_keys=True)}
         )
 
 
 def snapshot(state: TrainingState, provenance: Mapping[str, Any]) -> Snapshot:
-    """A copy of `state`: `state_dict` would hand out the tensors that training goes on changing."""
+    """Return a copy of `state`; `state_dict` alone shares its tensors with the training."""
     live = {f"model.{key}": value for key, value in state.model.state_dict().items()}
     for index, parameter in enumerate(_parameters(state.optimizer)):
         momentum = state.optimizer.state[parameter].get("momentum_buffer")
@@ -89,60 +94,63 @@ def snapshot(state: TrainingState, provenance: Mapping[str, Any]) -> Snapshot:
 
 
 def read(data: bytes, name: str) -> Snapshot:
-    """The snapshot in `data`. Raises CheckpointError where it is not one, as it was written.
+    """Return the snapshot in `data`, the bytes of the file `name`.
 
-    A file of an older version, which lacks the digest, is taken as it is.
+    Raises CheckpointError if it is not a snapshot, or not as it was written. Files of older
+    versions have no digest and are accepted without.
     """
     file = parse(data, name=name)
+    if TRAINING_KEY not in file.metadata:
+        raise CheckpointError(f"{name} is not a training checkpoint: it has no training state")
     try:
-        said: Any = json.loads(file.metadata[TRAINING_KEY])
-        if said["version"] != VERSION:
-            raise ValueError(f"version {said['version']!r}, known is {VERSION}")
-        digest = said.pop("digest", None)
-        if digest is not None and digest != _digest(said, file.tensors):
-            raise ValueError("its bytes are not those that were written")
-        history = History.from_json(json.dumps(said["history"]))
-        step, provenance = int(said["step"]), dict(said["facts"])
+        metadata: Any = json.loads(file.metadata[TRAINING_KEY])
+        if metadata["version"] != VERSION:
+            raise ValueError(f"version {metadata['version']!r}, must be {VERSION}")
+        digest = metadata.pop("digest", None)
+        if digest is not None and digest != _digest(metadata, file.tensors):
+            raise ValueError("its digest does not match: the file is corrupt")
+        history = History.from_json(json.dumps(metadata["history"]))
+        step, provenance = int(metadata["step"]), dict(metadata["facts"])
     except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{name} is no training checkpoint: {error}") from None
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise CheckpointError(f"{name} is not a valid training checkpoint: {reason}") from None
     return Snapshot(tensors=file.tensors, step=step, history=history, provenance=provenance)
 
 
-def load(state: TrainingState, snapshot: Snapshot) -> None:
-    """Makes `state` what it was when the snapshot was taken.
-
-    Raises CheckpointError where it was of another network.
-    """
+def load(state: TrainingState, source: Snapshot) -> None:
+    """Set `state` to that of the snapshot. Raises CheckpointError if the networks differ."""
     try:
-        state.model.load_state_dict(_part(snapshot.tensors, "model."))
+        state.model.load_state_dict(_with_prefix(source.tensors, "model."))
         if state.average is not None:
-            state.average.load_state_dict(_part(snapshot.tensors, "average."))
+            state.average.load_state_dict(_with_prefix(source.tensors, "average."))
     except RuntimeError as error:
-        raise CheckpointError(f"the training checkpoint is of another network: {error}") from None
+        raise CheckpointError(
+            f"the training checkpoint belongs to another network: {error}"
+        ) from None
     for index, parameter in enumerate(_parameters(state.optimizer)):
-        momentum = snapshot.tensors.get(f"momentum.{index:04d}")
+        momentum = source.tensors.get(f"momentum.{index:04d}")
         if momentum is not None:
-            # in the parameter's memory format: its update is then as fast as it was
-            state.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(
-                momentum
-            )
-    state.step, state.history = snapshot.step, snapshot.history.copy()
+            # in the parameter's memory format: updates are slower if they differ
+            buffer = torch.empty_like(parameter).copy_(momentum)
+            state.optimizer.state[parameter]["momentum_buffer"] = buffer
+    state.step, state.history = source.step, source.history.copy()
 
 
 def _parameters(optimizer: torch.optim.SGD) -> list[torch.Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+def _with_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Return the tensors whose name starts with `prefix`, without it."""
     return {
         key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
     }
 
 
-def _digest(said: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
-    """Of every value and every byte: safetensors' own checks do not see a flipped bit."""
-    found = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16)
+def _digest(metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return a digest of all values and bytes: safetensors does not detect a flipped bit."""
+    digest = hashlib.blake2b(json.dumps(metadata, sort_keys=True).encode(), digest_size=16)
     for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

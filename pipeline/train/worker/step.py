@@ -1,8 +1,8 @@
-"""One step of training: a worker's part of a batch in, one update of the weights out.
+"""One training step: a worker's part of a batch in, one update of the weights out.
 
-Invariant: the update is that of the mean loss over the valid pixels of the *global* batch, however
-many workers and micro-batches it was split into (arXiv 1706.05587, Sec. 4.1; DDP averages the
-workers' gradients, so each sum is divided by the global weight and multiplied by their number).
+The update is that of the mean loss over the valid pixels of the *global* batch, however many
+workers and micro-batches it is split into (arXiv 1706.05587, Sec. 4.1). DDP averages the workers'
+gradients, so each worker's sum is divided by the global weight and multiplied by the world size.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from pipeline.train.worker.schedule import poly
 from pipeline.train.worker.state import TrainingState
 
 DECODER_STRIDE = 4
-"""Of a decoder's logits."""
+"""Output stride of the logits of a network with a decoder."""
 
 
 class Objective(nn.Module):
-    """Photos (n, h, w, 3) uint8 and labels (n, h, w) uint8 -> the sum of their loss.
+    """Maps images (n, h, w, 3) uint8 and labels (n, h, w) uint8 to their summed loss.
 
-    It holds the network, so that what wraps it for several workers sees one forward pass.
+    It contains the network, so that a wrapper for several workers sees a single forward pass.
     """
 
     mean: torch.Tensor
@@ -49,7 +49,7 @@ class Objective(nn.Module):
             self.register_buffer(name, values, persistent=False)
 
     def train(self, mode: bool = True) -> Objective:
-        """As in torch, but frozen batch normalisation stays frozen."""
+        """Set the training mode, but keep frozen batch normalization frozen."""
         super().train(mode)
         if mode and self._config.freeze_bn:
             batch_norm.freeze(self.model)
@@ -66,9 +66,9 @@ class Objective(nn.Module):
         return self._loss(outputs.logits, labels) + self._config.auxiliary_weight * auxiliary
 
     def targets(self, labels: torch.Tensor) -> torch.Tensor:
-        """Labels as the loss takes them: at feature resolution where logits are not upsampled.
+        """Return the labels at the resolution of the loss: that of the features, if not upsampled.
 
-        Feature i looks at pixel i x stride. Source: arXiv 1706.05587, Table 8.
+        Feature i is compared with pixel i x stride. Source: arXiv 1706.05587, Table 8.
         """
         if self._config.upsample_logits:
             return labels
@@ -82,7 +82,7 @@ class Objective(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a step came to: the loss of the global batch, this worker's part in it, the rate."""
+    """Result of one step: global loss, this worker's share of it, and the learning rate."""
 
     loss: float
     own_loss: float
@@ -90,7 +90,7 @@ class StepResult:
 
 
 class Trainer:
-    """Makes steps of a run: `state` is changed in place, on every worker alike."""
+    """Performs the steps of a run on one worker; each changes `state` in place."""
 
     def __init__(
         self,
@@ -105,13 +105,13 @@ class Trainer:
         self._wrapped = group.wrap(self._objective)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> StepResult:
-        """Trains on this worker's part of the batch: (n, h, w, 3) and (n, h, w), both uint8."""
+        """Train on this worker's part of the batch: (n, h, w, 3) and (n, h, w), both uint8."""
         state, config = self._state, self._config
         lr = poly(
             state.step, base_lr=config.base_lr, max_steps=config.max_steps, power=config.power
         )
-        for each in state.optimizer.param_groups:
-            each["lr"] = lr * each["lr_factor"]
+        for parameters in state.optimizer.param_groups:
+            parameters["lr"] = lr * parameters["lr_factor"]
         self._wrapped.train()
         seed_step(self._seed, state.step, self._group.rank)
         state.optimizer.zero_grad(set_to_none=True)
@@ -127,20 +127,20 @@ class Trainer:
         return StepResult(loss=loss, own_loss=own_loss, lr=lr)
 
     def _backward(self, images: torch.Tensor, labels: torch.Tensor, weight: float) -> float:
-        """Adds up the gradients of all micro-batches; this worker's part of the mean loss."""
+        """Accumulate the gradients of all micro-batches; return this worker's share of the loss."""
         size = self._config.micro_batch or len(images)
         parts = list(zip(torch.split(images, size), torch.split(labels, size), strict=True))
         total = torch.zeros((), dtype=torch.float64)
         for index, (image, label) in enumerate(parts):
-            with self._only_last_shares(index + 1 == len(parts)), self._precision():
+            with self._sync_if(index + 1 == len(parts)), self._autocast():
                 summed = self._wrapped(image, label)
                 (summed * (self._group.world_size / weight)).backward()
             total += summed.detach().double().cpu()
         return float(total) / weight
 
     @contextlib.contextmanager
-    def _only_last_shares(self, last: bool) -> Iterator[None]:
-        """Workers exchange gradients once a step: with the last micro-batch."""
+    def _sync_if(self, last: bool) -> Iterator[None]:
+        """Exchange gradients between workers only with the last micro-batch of a step."""
         wrapped = self._wrapped
         if last or not isinstance(wrapped, DistributedDataParallel):
             yield
@@ -148,28 +148,27 @@ class Trainer:
         with wrapped.no_sync():
             yield
 
-    def _precision(self) -> contextlib.AbstractContextManager[object]:
-        kind = self._group.device.type
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
         enabled = self._config.bf16 and devices.has_bf16(self._group.device)
-        return torch.autocast(kind, torch.bfloat16, enabled=enabled)
+        return torch.autocast(self._group.device.type, torch.bfloat16, enabled=enabled)
 
 
 def build_optimizer(model: DeepLabV3, config: OptimizerConfig) -> torch.optim.SGD:
-    """SGD whose groups carry `lr_factor`; vectors (normalisation, biases) do not decay."""
+    """Return SGD without decay of vectors (normalization, biases); its groups have `lr_factor`."""
     heads = [model.classifier] + ([model.aux_classifier] if model.aux_classifier else [])
-    of_heads = {id(parameter) for head in heads for parameter in head.parameters()}
+    head_ids = {id(parameter) for head in heads for parameter in head.parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
-        key = (id(parameter) in of_heads, parameter.ndim > 1)
+        key = (id(parameter) in head_ids, parameter.ndim > 1)
         groups.setdefault(key, []).append(parameter)
     return torch.optim.SGD(
         [
             {
                 "params": parameters,
-                "lr_factor": config.head_lr_factor if head else 1.0,
+                "lr_factor": config.head_lr_factor if is_head else 1.0,
                 "weight_decay": config.weight_decay if decays else 0.0,
             }
-            for (head, decays), parameters in groups.items()
+            for (is_head, decays), parameters in groups.items()
         ],
         lr=config.base_lr,
         momentum=config.momentum,
@@ -177,7 +176,7 @@ def build_optimizer(model: DeepLabV3, config: OptimizerConfig) -> torch.optim.SG
 
 
 def build_average(model: DeepLabV3, config: OptimizerConfig) -> AveragedModel | None:
-    """The moving average of weights and buffers, where the experiment keeps one."""
+    """Return the moving average of weights and buffers, None if the experiment has none."""
     if not config.ema_decay:
         return None
     average = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]

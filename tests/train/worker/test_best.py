@@ -1,4 +1,4 @@
-"""Which network ships, and which is kept as the best, whatever dies on the way."""
+"""Which network is exported, and which is kept as the best, also after crashes."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from tests.train.crashes import CrashingListener, WorkerCrash, assert_same_end, 
 from tests.train.tiny import RecordingListener
 
 
-def test_the_network_that_ships_is_the_average_and_the_best_is_that_of_the_best_score(
-    root: Path, undisturbed: Path
+def test_the_exported_network_is_the_average_and_the_best_has_the_best_score(
+    root: Path, uninterrupted: Path
 ) -> None:
-    last = newest(undisturbed)
-    scores = {each.step: each.miou for each in last.history.scores}
-    model, classes = weights.load(str(undisturbed / "model.safetensors"))
+    last = newest(uninterrupted)
+    scores = {score.step: score.miou for score in last.history.scores}
+    model, classes = weights.load(str(uninterrupted / "model.safetensors"))
     assert classes.names == tiny.CLASSES.names
     for key, value in model.state_dict().items():
         assert torch.equal(value, last.tensors[f"average.module.{key}"])
-    best, _ = weights.load(str(undisturbed / "best.safetensors"))
+    best, _ = weights.load(str(uninterrupted / "best.safetensors"))
     best = best.to(memory_format=torch.channels_last)  # as the loop keeps it: rounding differs
-    val = tiny.worker_spec(root, undisturbed, tiny.experiment()).val
+    val = tiny.worker_spec(root, uninterrupted, tiny.experiment()).val
     found = evaluate(best, val, read=storage.read).miou
     assert found == pytest.approx(max(scores.values()), abs=1e-12)
 
 
-def test_the_best_is_kept_where_later_scores_are_lower(
+def test_the_best_network_is_kept_when_later_scores_are_lower(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mious = iter((0.2, 0.7, 0.7, 0.1))
@@ -45,22 +45,22 @@ def test_the_best_is_kept_where_later_scores_are_lower(
         return Score(step, time, next(mious), 0.5, (0.5,) * 4)
 
     monkeypatch.setattr(Evaluation, "score", score)
-    kept: dict[int, bytes] = {}
+    copies: dict[int, bytes] = {}
 
-    class Keeps(ProcessGroup):
+    class CopyingGroup(ProcessGroup):
         def report(self, *given: Any, name: str, save: SaveCheckpoint | None) -> None:
             super().report(*given, name=name, save=save)
-            kept[len(kept) + 1] = (tmp_path / "best.safetensors").read_bytes()
+            copies[len(copies) + 1] = (tmp_path / "best.safetensors").read_bytes()
 
     what = tiny.experiment(ema_decay=0.0)
     what = replace(what, evaluation=replace(what.evaluation, eval_every=1))
-    loop.train(tiny.worker_spec(root, tmp_path, what), Keeps(), RecordingListener())
-    assert kept[1] != kept[2]
-    assert kept[2] == kept[3] == kept[4]
+    loop.train(tiny.worker_spec(root, tmp_path, what), CopyingGroup(), RecordingListener())
+    assert copies[1] != copies[2]
+    assert copies[2] == copies[3] == copies[4]
 
 
-def score_so(monkeypatch: pytest.MonkeyPatch, mious: dict[int, float]) -> None:
-    """Scores are these, by step."""
+def set_scores(monkeypatch: pytest.MonkeyPatch, mious: dict[int, float]) -> None:
+    """Make evaluations return these mIoUs, by step."""
 
     def score(_: Evaluation, *, step: int, time: float) -> Score:
         return Score(step, time, mious[step], 0.5, (0.5,) * 4)
@@ -68,15 +68,15 @@ def score_so(monkeypatch: pytest.MonkeyPatch, mious: dict[int, float]) -> None:
     monkeypatch.setattr(Evaluation, "score", score)
 
 
-def test_a_best_whose_checkpoint_was_never_put_does_not_replace_that_of_the_history(
+def test_a_best_network_without_its_checkpoint_is_not_written(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = tiny.worker_spec(root, tmp_path / "out", tiny.experiment())
-    score_so(monkeypatch, {2: 0.5, 4: 0.9})
+    spec = tiny.worker_spec(root, tmp_path / "out", tiny.experiment())
+    set_scores(monkeypatch, {2: 0.5, 4: 0.9})
     with pytest.raises(WorkerCrash):
-        loop.train(task, ProcessGroup(), CrashingListener(4))  # it has its score, and no checkpoint
-    score_so(monkeypatch, {2: 0.5, 4: 0.4})  # as another number of workers may score
-    loop.train(task, ProcessGroup(), RecordingListener())
+        loop.train(spec, ProcessGroup(), CrashingListener(4))  # scored, but no checkpoint
+    set_scores(monkeypatch, {2: 0.5, 4: 0.4})  # as another number of workers may give
+    loop.train(spec, ProcessGroup(), RecordingListener())
     loop.train(
         tiny.worker_spec(root, tmp_path / "whole", tiny.experiment()),
         ProcessGroup(),
@@ -85,40 +85,40 @@ def test_a_best_whose_checkpoint_was_never_put_does_not_replace_that_of_the_hist
     assert_same_end(tmp_path / "out", tmp_path / "whole")
 
 
-def test_a_death_between_a_checkpoint_and_its_best_is_made_good(
+def test_after_a_crash_between_checkpoint_and_best_network_it_is_written(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def dies(*_: object) -> None:
+    def crash(*_: object) -> None:
         raise WorkerCrash
 
-    score_so(monkeypatch, {2: 0.5, 4: 0.4})
+    set_scores(monkeypatch, {2: 0.5, 4: 0.4})
     loop.train(
         tiny.worker_spec(root, tmp_path / "whole", tiny.experiment()),
         ProcessGroup(),
         RecordingListener(),
     )
-    task = tiny.worker_spec(root, tmp_path / "out", tiny.experiment())
+    spec = tiny.worker_spec(root, tmp_path / "out", tiny.experiment())
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "save_best", dies)
+        patch.setattr(checkpoints, "save_best", crash)
         with pytest.raises(WorkerCrash):
-            loop.train(task, ProcessGroup(), RecordingListener())
+            loop.train(spec, ProcessGroup(), RecordingListener())
     assert newest(tmp_path / "out").step == 2
     assert not (tmp_path / "out" / "best.safetensors").exists()
-    loop.train(task, ProcessGroup(), RecordingListener())
+    loop.train(spec, ProcessGroup(), RecordingListener())
     assert_same_end(tmp_path / "out", tmp_path / "whole")
 
 
-def test_a_best_that_is_put_while_training_goes_on_is_the_network_that_was_scored(
+def test_a_best_network_written_in_the_background_is_the_one_that_was_scored(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    later: list[SaveCheckpoint] = []
+    deferred: list[SaveCheckpoint] = []
 
-    class PutsLater(ProcessGroup):
+    class DeferringGroup(ProcessGroup):
         def report(self, *given: Any, name: str, save: SaveCheckpoint | None) -> None:
             assert save is not None
-            later.append(save)
+            deferred.append(save)
 
-    score_so(monkeypatch, {2: 0.5, 4: 0.4})
+    set_scores(monkeypatch, {2: 0.5, 4: 0.4})
     loop.train(
         tiny.worker_spec(root, tmp_path / "now", tiny.experiment()),
         ProcessGroup(),
@@ -126,10 +126,10 @@ def test_a_best_that_is_put_while_training_goes_on_is_the_network_that_was_score
     )
     loop.train(
         tiny.worker_spec(root, tmp_path / "later", tiny.experiment()),
-        PutsLater(),
+        DeferringGroup(),
         RecordingListener(),
     )
     assert not (tmp_path / "later" / "best.safetensors").exists()
-    for save in later:
+    for save in deferred:
         save()
     assert_same_end(tmp_path / "later", tmp_path / "now")

@@ -1,4 +1,4 @@
-"""Checkpoints below a URI: the newest whole one is taken, the last two are kept."""
+"""Checkpoints below a URI: the newest readable one is used, the last two are kept."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def uri(out: str, step: int) -> str:
 
 
 def steps(out: str) -> list[int]:
-    found = storage.list_objects(storage.join(out, "checkpoints"))
-    return sorted(int(each.uri.split("/")[-2].removeprefix("step-")) for each in found)
+    listed = storage.list_objects(storage.join(out, "checkpoints"))
+    return sorted(int(found.uri.split("/")[-2].removeprefix("step-")) for found in listed)
 
 
-def test_the_newest_is_taken_and_the_last_two_are_kept(prefix: str) -> None:
+def test_the_newest_checkpoint_is_used_and_the_last_two_are_kept(prefix: str) -> None:
     assert checkpoints.latest(prefix) is None
     for step in (9, 10, 200):
         checkpoints.save(prefix, snapshot(step))
@@ -40,12 +40,12 @@ def test_the_newest_is_taken_and_the_last_two_are_kept(prefix: str) -> None:
         assert found.step == step
         assert (found.tensors["model.a"] == step).all()
     assert steps(prefix) == [10, 200]
-    checkpoints.save(prefix, snapshot(200))  # a resume may come to it again
+    checkpoints.save(prefix, snapshot(200))  # a resumed run may save a step again
     assert steps(prefix) == [10, 200]
 
 
 @pytest.mark.parametrize("keep", [0, 1, 8, 9, 60, 0.5, -1])
-def test_of_a_half_written_one_the_one_before_is_taken(
+def test_a_truncated_checkpoint_is_skipped_with_a_warning(
     keep: float, tmp_path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = str(tmp_path)
@@ -58,26 +58,26 @@ def test_of_a_half_written_one_the_one_before_is_taken(
     assert found is not None
     assert found.step == 4
     assert "step-00000008" in caplog.text
-    assert "going on from the one before" in caplog.text
+    assert "resuming from the checkpoint before it" in caplog.text
     checkpoints.save(out, snapshot(8))
     again = checkpoints.latest(out)
     assert again is not None
     assert again.step == 8
 
 
-def test_of_a_flipped_one_the_one_before_is_taken(tmp_path) -> None:
+def test_a_checkpoint_with_a_flipped_bit_is_skipped(tmp_path) -> None:
     out = str(tmp_path)
     for step in (4, 8):
         checkpoints.save(out, snapshot(step))
     data = bytearray(storage.read(uri(out, 8)))
-    data[-7] ^= 4  # a weight
+    data[-7] ^= 4  # in a weight
     storage.write(uri(out, 8), bytes(data))
     found = checkpoints.latest(out)
     assert found is not None
     assert found.step == 4
 
 
-def test_what_a_killed_writer_and_ray_leave_is_no_checkpoint(tmp_path) -> None:
+def test_leftovers_of_a_killed_writer_and_of_ray_are_not_checkpoints(tmp_path) -> None:
     out = str(tmp_path)
     folder = tmp_path / "checkpoints" / "step-00000012"
     folder.mkdir(parents=True)

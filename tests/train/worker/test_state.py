@@ -1,7 +1,8 @@
-"""A training state put away and taken up again: a copy, to the last bit, or a refusal."""
+"""Snapshots of the training state: exact copies, and refusal of broken ones."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.model import weights
-from pipeline.model.formats import CheckpointError
+from pipeline.model.formats import CheckpointError, parse
 from pipeline.train.driver.preflight import initial_model
 from pipeline.train.recipes.experiment import OptimizerConfig
 from pipeline.train.worker import state
@@ -24,30 +25,31 @@ CONFIG = OptimizerConfig(max_steps=9, base_lr=0.01, ema_decay=0.5, bn_momentum=0
 PROVENANCE = {"world": 1, "threads": 1}
 
 
-def begun(config: OptimizerConfig = CONFIG) -> tuple[TrainingState, Trainer]:
+def create(config: OptimizerConfig = CONFIG) -> tuple[TrainingState, Trainer]:
     model = tiny.network().to(memory_format=torch.channels_last)
-    made = TrainingState(
+    training = TrainingState(
         model=model, optimizer=build_optimizer(model, config), average=build_average(model, config)
     )
-    return made, Trainer(made, PixelLoss(4, ignore_index=255), config, ProcessGroup(), seed=1)
+    loss = PixelLoss(4, ignore_index=255)
+    return training, Trainer(training, loss, config, ProcessGroup(), seed=1)
 
 
-def go(stepper: Trainer, made: TrainingState, steps: int) -> None:
+def run(trainer: Trainer, training: TrainingState, steps: int) -> None:
     for _ in range(steps):
-        generator = torch.Generator().manual_seed(made.step)
+        generator = torch.Generator().manual_seed(training.step)
         images = torch.randint(0, 256, (2, 33, 33, 3), generator=generator, dtype=torch.uint8)
         labels = torch.randint(0, 4, (2, 33, 33), generator=generator, dtype=torch.uint8)
-        loss = stepper.step(images, labels).loss
-        made.history.steps.append(Step(made.step, 1.5, loss, 0.1, 3.0, 0.0))
+        loss = trainer.step(images, labels).loss
+        training.history.steps.append(Step(training.step, 1.5, loss, 0.1, 3.0, 0.0))
 
 
-def copied(snapshot: Snapshot) -> tuple[object, ...]:
+def content(snapshot: Snapshot) -> tuple[object, ...]:
     tensors = {key: value.numpy().tobytes() for key, value in snapshot.tensors.items()}
     return tensors, snapshot.step, snapshot.history.to_json(), dict(snapshot.provenance)
 
 
-def small() -> Snapshot:
-    """As few bytes as a snapshot can have, for looking at each of them."""
+def small_snapshot() -> Snapshot:
+    """Return a snapshot of few bytes, so that a test can break each of them."""
     return Snapshot(
         tensors={
             "model.a": torch.arange(5.0).reshape(1, 5),
@@ -60,46 +62,46 @@ def small() -> Snapshot:
     )
 
 
-def test_a_snapshot_is_a_copy_that_training_on_does_not_change() -> None:
-    made, stepper = begun()
-    go(stepper, made, 1)
-    snapshot = state.snapshot(made, PROVENANCE)
-    before = copied(snapshot)
-    live = made.model.state_dict()
+def test_training_does_not_change_an_earlier_snapshot() -> None:
+    training, trainer = create()
+    run(trainer, training, 1)
+    snapshot = state.snapshot(training, PROVENANCE)
+    before = content(snapshot)
+    live = training.model.state_dict()
     assert all(
         value.data_ptr() != live[key.removeprefix("model.")].data_ptr()
         for key, value in snapshot.tensors.items()
         if key.startswith("model.")
     )
-    go(stepper, made, 1)
-    assert copied(snapshot) == before
-    other, again = begun()
+    run(trainer, training, 1)
+    assert content(snapshot) == before
+    other, other_trainer = create()
     state.load(other, snapshot)
-    go(again, other, 1)
-    assert copied(snapshot) == before
+    run(other_trainer, other, 1)
+    assert content(snapshot) == before
 
 
-def test_four_steps_are_two_a_file_and_two_to_the_last_bit() -> None:
-    undisturbed, stepper = begun()
-    go(stepper, undisturbed, 4)
-    first, stepper = begun()
-    go(stepper, first, 2)
+def test_steps_after_loading_a_file_are_bit_identical() -> None:
+    uninterrupted, trainer = create()
+    run(trainer, uninterrupted, 4)
+    first, trainer = create()
+    run(trainer, first, 2)
     data = state.snapshot(first, PROVENANCE).to_bytes()
-    second, stepper = begun()
-    go(stepper, second, 1)  # whatever it was before
+    second, trainer = create()
+    run(trainer, second, 1)  # any other state
     state.load(second, state.read(data, "a file"))
     assert second.step == 2
-    go(stepper, second, 2)
-    found, expected = state.snapshot(second, PROVENANCE), state.snapshot(undisturbed, PROVENANCE)
-    assert copied(found) == copied(expected)
+    run(trainer, second, 2)
+    found, expected = state.snapshot(second, PROVENANCE), state.snapshot(uninterrupted, PROVENANCE)
+    assert content(found) == content(expected)
     kinds = {key.partition(".")[0] for key in found.tensors}
     assert kinds == {"model", "momentum", "average"}
 
 
-def test_a_file_gives_the_snapshot_back() -> None:
-    data = small().to_bytes()
+def test_a_file_preserves_a_snapshot_exactly() -> None:
+    data = small_snapshot().to_bytes()
     found = state.read(data, "a file")
-    expected = small()
+    expected = small_snapshot()
     assert found.to_bytes() == data
     assert (found.step, found.history, found.provenance) == (12, expected.history, PROVENANCE)
     for key, value in expected.tensors.items():
@@ -107,48 +109,62 @@ def test_a_file_gives_the_snapshot_back() -> None:
         assert found.tensors[key].dtype == value.dtype
 
 
-def test_half_a_file_is_none() -> None:
-    data = small().to_bytes()
+def test_files_are_those_of_earlier_versions() -> None:
+    file = parse(small_snapshot().to_bytes(), name="a file")
+    assert sorted(file.tensors) == ["model.a", "model.b", "momentum.0000"]
+    [(key, text)] = file.metadata.items()
+    assert key == "deeplab-training"
+    assert {key: value for key, value in json.loads(text).items() if key != "history"} == {
+        "version": 1,
+        "step": 12,
+        "facts": {"world": 1, "threads": 1},
+        "digest": "6be22d09596119e4adb8d1139186829b",  # of keys and values of the whole file
+    }
+
+
+def test_a_file_truncated_anywhere_is_refused() -> None:
+    data = small_snapshot().to_bytes()
     for length in range(len(data)):
         with pytest.raises(CheckpointError):
             state.read(data[:length], "a file")
 
 
-def test_a_flipped_bit_anywhere_is_seen_or_harmless() -> None:
-    data, expected = small().to_bytes(), small()
-    seen = 0
-    for place in range(len(data)):
+def test_a_flipped_bit_is_detected_or_changes_nothing() -> None:
+    data, expected = small_snapshot().to_bytes(), small_snapshot()
+    detected = 0
+    for offset in range(len(data)):
         flipped = bytearray(data)
-        flipped[place] ^= 1 << (place % 8)
+        flipped[offset] ^= 1 << (offset % 8)
         try:
             found = state.read(bytes(flipped), "a file")
         except CheckpointError:
-            seen += 1
+            detected += 1
             continue
         assert (found.step, found.history, found.provenance) == (
             12,
             expected.history,
             PROVENANCE,
-        ), place
+        ), offset
         assert found.tensors.keys() == expected.tensors.keys()
         assert all(torch.equal(found.tensors[key], expected.tensors[key]) for key in found.tensors)
-    assert seen > 0.9 * len(data)
+    assert detected > 0.9 * len(data)
 
 
-def test_another_file_or_another_network_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"x\.bin is no training checkpoint"):
+def test_other_files_and_states_of_other_networks_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"x\.bin is not a training checkpoint"):
         state.read(weights.to_bytes(tiny.network(), tiny.CLASSES), "x.bin")
-    made, _ = begun()
-    with pytest.raises(CheckpointError, match="of another network"):
-        state.load(made, small())
+    training, _ = create()
+    with pytest.raises(CheckpointError, match="belongs to another network"):
+        state.load(training, small_snapshot())
 
 
-def test_who_takes_it_for_a_network_is_led_to_those(tmp_path: Path) -> None:
+def test_loading_it_as_a_network_is_refused_with_a_hint(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
-    path.write_bytes(state.snapshot(begun()[0], PROVENANCE).to_bytes())
-    for takes in (
+    path.write_bytes(state.snapshot(create()[0], PROVENANCE).to_bytes())
+    for load in (
         lambda: weights.load(str(path)),
         lambda: initial_model(replace(tiny.experiment(), init=str(path)), print),
     ):
-        with pytest.raises(CheckpointError, match=r"training checkpoint, .*model.safetensors or best"):
-            takes()
+        hint = r"training checkpoint, .*model\.safetensors or best\.safetensors"
+        with pytest.raises(CheckpointError, match=hint):
+            load()

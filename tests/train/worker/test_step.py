@@ -1,8 +1,8 @@
-"""A step, against the update written out; and workers and micro-batches, against one worker.
+"""Training steps, compared with plain PyTorch, and across workers and micro-batches.
 
-Arithmetic is compared in fp64. In fp32 every CPU sums in an order of its own, and a pixel that
-rounding moves over a kink of ReLU6 changes gradients by percents; one case is in fp32, without
-kinks, against a bound on rounding.
+Arithmetic is compared in fp64. In fp32 the order of sums depends on the CPU, and a pixel that
+rounding moves across a kink of ReLU6 changes gradients by percents. One case is in fp32, without
+kinks, with a bound that follows from rounding.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ STEPS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is trained in four steps of seven photos."""
+    """A configuration to train in four steps of seven images."""
 
     world_size: int = 1
     model: ModelConfig = tiny.MOBILENET
-    optimiser: dict[str, object] = field(default_factory=dict)
+    optimizer: dict[str, object] = field(default_factory=dict)
     class_weights: tuple[float, ...] | None = None
     double: bool = True
-    kinks: bool = True  # without them, SiLU takes the place of ReLU and ReLU6
+    kinks: bool = True  # if False, SiLU replaces ReLU and ReLU6
 
     @property
     def config(self) -> OptimizerConfig:
@@ -48,28 +48,29 @@ class Case:
             "freeze_bn": True,
             "bf16": False,
         }
-        return OptimizerConfig(**{**values, **self.optimiser})
+        return OptimizerConfig(**{**values, **self.optimizer})
 
 
 def drawn(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Seven photos with unequal numbers of ignored pixels; 1, 3, 4 and 5 are ignored as a whole.
+    """Return seven images, and labels whose numbers of ignored pixels differ.
 
-    So of two workers the second has no valid pixel, and of three the second neither.
+    Images 1, 3, 4 and 5 are ignored entirely, so the second of two or three workers has no valid
+    pixel. No pixel of the third batch is valid.
     """
     generator = torch.Generator().manual_seed(step)
     images = torch.randint(0, 256, (7, 33, 37, 3), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 3, (7, 33, 37), generator=generator, dtype=torch.uint8)
-    for photo, share in enumerate((0.1, 1, 0.9, 1, 1, 1, 0.5)):
-        labels[photo][torch.rand(33, 37, generator=generator) < share] = 255
-    if step == 2:  # of the third batch nothing is valid at all
+    for image, share in enumerate((0.1, 1, 0.9, 1, 1, 1, 0.5)):
+        labels[image][torch.rand(33, 37, generator=generator) < share] = 255
+    if step == 2:
         labels[:] = 255
     return images, labels
 
 
-def make(case: Case, group: ProcessGroup) -> tuple[TrainingState, Trainer]:
+def create(case: Case, group: ProcessGroup) -> tuple[TrainingState, Trainer]:
     model = tiny.network(ModelConfig(**{**vars(case.model), "dropout": 0.0}))
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):  # the auxiliary head's too
+        if isinstance(module, torch.nn.Dropout):  # also in the auxiliary head
             module.p = 0.0
         for name, child in list(module.named_children()):
             if not case.kinks and isinstance(child, torch.nn.ReLU | torch.nn.ReLU6):
@@ -86,12 +87,12 @@ def make(case: Case, group: ProcessGroup) -> tuple[TrainingState, Trainer]:
 
 
 def trained(group: ProcessGroup, case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The losses of the steps, and the weights after them, of a worker of a group."""
-    state, stepper = make(case, group)
+    """Return the losses of four steps on one worker, and its weights afterwards."""
+    state, trainer = create(case, group)
     losses = []
     for step in range(STEPS):
-        images, labels = (each[group.rank :: group.world_size] for each in drawn(step))
-        losses.append(stepper.step(images, labels).loss)
+        images, labels = (part[group.rank :: group.world_size] for part in drawn(step))
+        losses.append(trainer.step(images, labels).loss)
     return losses, {key: value.detach() for key, value in state.model.named_parameters()}
 
 
@@ -103,7 +104,10 @@ def assert_close(
     share: float = 1e-9,
     stored: float = 0.0,
 ) -> None:
-    """The largest difference is at most `share` of the largest change, and `stored` of a weight."""
+    """Check differences of weights against the changes since `start`.
+
+    The largest may be `share` of the largest change plus `stored` of the largest weight.
+    """
     first = dict(start.named_parameters())
     change = max(float((expected[key] - first[key]).abs().max().detach()) for key in first)
     difference = max(float((found[key] - expected[key]).abs().max()) for key in first)
@@ -112,16 +116,16 @@ def assert_close(
     assert difference <= share * change + stored * largest, f"{difference:.3g} of {change:.3g}"
 
 
-def written_out(case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The same in plain PyTorch: torch's mean over valid pixels, SGD by hand. Plain cases alone."""
-    state, _ = make(case, ProcessGroup())
+def plain_pytorch(case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Return the same from plain PyTorch: its mean loss, and SGD by hand. Plain cases only."""
+    state, _ = create(case, ProcessGroup())
     model, config = state.model.eval(), case.config  # eval: frozen statistics, no dropout
     dtype = next(model.parameters()).dtype
     parameters = dict(model.named_parameters())
     momentum = {key: torch.zeros_like(value) for key, value in parameters.items()}
     mean, std = (
-        torch.tensor(each, dtype=dtype)[:, None, None]
-        for each in (model.config.mean, model.config.std)
+        torch.tensor(values, dtype=dtype)[:, None, None]
+        for values in (model.config.mean, model.config.std)
     )
     weight = None if case.class_weights is None else torch.tensor(case.class_weights, dtype=dtype)
     losses = []
@@ -143,23 +147,23 @@ def written_out(case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("class_weights", [None, (0.5, 2.0, 1.0, 7.0)])
-def test_four_steps_are_those_of_plain_pytorch_written_out(
+def test_four_steps_equal_plain_pytorch(
     class_weights: tuple[float, ...] | None,
 ) -> None:
     case = Case(class_weights=class_weights)
     losses, found = trained(ProcessGroup(), case)
-    expected_losses, expected = written_out(case)
+    expected_losses, expected = plain_pytorch(case)
     assert losses == pytest.approx(expected_losses, rel=1e-9)
     assert losses[2] == 0
-    assert_close(found, expected, make(case, ProcessGroup())[0].model)
+    assert_close(found, expected, create(case, ProcessGroup())[0].model)
 
 
-def test_in_fp32_four_steps_of_three_workers_differ_from_fp64_by_rounding(tmp_path: Path) -> None:
+def test_fp32_steps_of_three_workers_differ_from_fp64_only_by_rounding(tmp_path: Path) -> None:
     exact = Case(kinks=False)
-    expected_losses, expected = written_out(exact)
-    start = make(exact, ProcessGroup())[0].model
-    # A gradient is a sum over the batch's pixels, and each step rounds the weight that it stores:
-    # n terms of fp32 lose at most n * eps of their size.
+    expected_losses, expected = plain_pytorch(exact)
+    start = create(exact, ProcessGroup())[0].model
+    # A gradient is a sum over n pixels, which loses at most n * eps of its size, and each step
+    # rounds the weights it stores.
     eps = torch.finfo(torch.float32).eps
     pixels = drawn(0)[1].numel()
     for losses, found in tiny.run_workers(3, tmp_path, trained, Case(kinks=False, double=False)):
@@ -167,50 +171,50 @@ def test_in_fp32_four_steps_of_three_workers_differ_from_fp64_by_rounding(tmp_pa
         assert_close(found, expected, start, share=pixels * eps, stored=STEPS * eps)
 
 
-SHARED = {
+CASES = {
     "two workers": Case(world_size=2),
     "three workers with uneven shares": Case(world_size=3),
-    "micro-batches": Case(world_size=2, optimiser={"micro_batch": 2}),
+    "micro-batches": Case(world_size=2, optimizer={"micro_batch": 2}),
     "class weights": Case(world_size=3, class_weights=(0.5, 2.0, 1.0, 7.0)),
-    "hard pixels": Case(world_size=2, optimiser={"hard_share": 0.3, "micro_batch": 3}),
-    "labels downsampled": Case(world_size=2, optimiser={"upsample_logits": False}),
+    "hard pixels": Case(world_size=2, optimizer={"hard_share": 0.3, "micro_batch": 3}),
+    "labels downsampled": Case(world_size=2, optimizer={"upsample_logits": False}),
     "an auxiliary head": Case(world_size=2, model=tiny.RESNET),
 }
 
 
-@pytest.mark.parametrize("name", SHARED)
-def test_workers_equal_one_worker_at_the_same_global_batch(name: str, tmp_path: Path) -> None:
-    case = SHARED[name]
+@pytest.mark.parametrize("name", CASES)
+def test_several_workers_equal_one_with_the_same_global_batch(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
     alone = Case(
         model=case.model,
-        optimiser={**case.optimiser, "micro_batch": None},
+        optimizer={**case.optimizer, "micro_batch": None},
         class_weights=case.class_weights,
     )
     expected_losses, expected = trained(ProcessGroup(), alone)
-    start = make(alone, ProcessGroup())[0].model
+    start = create(alone, ProcessGroup())[0].model
     workers = tiny.run_workers(case.world_size, tmp_path, trained, case)
     for losses, found in workers:
         assert losses == pytest.approx(expected_losses, rel=1e-9)
         assert_close(found, expected, start)
-        for key in found:  # and the workers agree among themselves to the last bit
+        for key in found:  # the workers have bit-identical weights
             assert torch.equal(found[key], workers[0][1][key])
 
 
-def test_micro_batches_of_one_worker_equal_the_whole_batch() -> None:
+def test_micro_batches_equal_the_whole_batch() -> None:
     whole = Case()
     expected_losses, expected = trained(ProcessGroup(), whole)
     for size in (1, 2, 3):
-        losses, found = trained(ProcessGroup(), Case(optimiser={"micro_batch": size}))
+        losses, found = trained(ProcessGroup(), Case(optimizer={"micro_batch": size}))
         assert losses == pytest.approx(expected_losses, rel=1e-9)
-        assert_close(found, expected, make(whole, ProcessGroup())[0].model)
+        assert_close(found, expected, create(whole, ProcessGroup())[0].model)
 
 
-def test_labels_of_a_feature_are_those_of_the_pixel_that_it_looks_at() -> None:
+def test_downsampled_labels_are_those_of_the_pixels_under_the_features() -> None:
     labels = torch.arange(33 * 37).reshape(1, 33, 37)
     for decoder, stride in ((False, 16), (True, 4)):
         config = ModelConfig(**{**vars(tiny.MOBILENET), "decoder": decoder})
-        case = Case(model=config, optimiser={"upsample_logits": False})
-        state, _ = make(case, ProcessGroup())
+        case = Case(model=config, optimizer={"upsample_logits": False})
+        state, _ = create(case, ProcessGroup())
         objective = Objective(state.model, PixelLoss(4, ignore_index=255), case.config)
         targets = objective.targets(labels)
         image = torch.zeros(1, 3, 33, 37, dtype=torch.float64)
@@ -218,26 +222,26 @@ def test_labels_of_a_feature_are_those_of_the_pixel_that_it_looks_at() -> None:
         assert int(targets[0, 2, 1]) == 2 * stride * 37 + stride
 
 
-def test_frozen_normalisation_stays_frozen_and_trained_one_learns_the_batch() -> None:
+def test_batch_norm_statistics_change_unless_frozen() -> None:
     for frozen in (True, False):
-        state, stepper = make(Case(optimiser={"freeze_bn": frozen}), ProcessGroup())
+        state, trainer = create(Case(optimizer={"freeze_bn": frozen}), ProcessGroup())
         norms = [m for m in state.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
         before = [norm.running_mean.clone() for norm in norms]
-        state.model.train()  # as whatever came before may have left it
+        state.model.train()  # as an evaluation may leave it
         for step in range(2):
-            stepper.step(*drawn(step))
+            trainer.step(*drawn(step))
             assert all(norm.training != frozen for norm in norms)
             assert state.model.training
         same = [torch.equal(norm.running_mean, b) for norm, b in zip(norms, before, strict=True)]
         assert all(same) if frozen else not any(same)
 
 
-def test_the_average_is_that_of_weights_and_statistics_after_each_step() -> None:
-    case = Case(optimiser={"ema_decay": 0.75, "freeze_bn": False})
-    state, stepper = make(case, ProcessGroup())
+def test_the_moving_average_is_of_weights_and_statistics_after_each_step() -> None:
+    case = Case(optimizer={"ema_decay": 0.75, "freeze_bn": False})
+    state, trainer = create(case, ProcessGroup())
     expected = None
     for step in range(3):
-        stepper.step(*drawn(step))
+        trainer.step(*drawn(step))
         now = {k: v.clone() for k, v in state.model.state_dict().items() if v.is_floating_point()}
         expected = expected or now
         expected = {k: 0.75 * expected[k] + 0.25 * now[k] for k in now}
@@ -247,16 +251,14 @@ def test_the_average_is_that_of_weights_and_statistics_after_each_step() -> None
     assert any(key.endswith("running_var") for key in expected)
 
 
-def test_what_is_random_in_the_network_follows_from_seed_step_and_worker() -> None:
+def test_dropout_depends_only_on_seed_step_and_worker() -> None:
     def loss(*, step: int = 0, rank: int = 0) -> float:
-        state, stepper = make(Case(), ProcessGroup())
+        state, trainer = create(Case(), ProcessGroup())
         state.model.classifier[0].project[-1].p = 0.5
         state.step = step
-        stepper._group = ProcessGroup(
-            rank=rank
-        )  # noises of another worker, without another process
-        torch.manual_seed(17)  # whatever was drawn before
-        return stepper.step(*drawn(0)).loss
+        trainer._group = ProcessGroup(rank=rank)  # as another worker
+        torch.manual_seed(17)  # any earlier random state
+        return trainer.step(*drawn(0)).loss
 
     first = loss()
     assert loss() == first
@@ -264,11 +266,11 @@ def test_what_is_random_in_the_network_follows_from_seed_step_and_worker() -> No
     assert loss(rank=1) != first
 
 
-def test_every_step_is_told_its_rate_and_the_head_has_its_own() -> None:
+def test_a_step_returns_its_learning_rate_and_the_head_has_a_multiple() -> None:
     case = Case()
-    state, stepper = make(case, ProcessGroup())
+    state, trainer = create(case, ProcessGroup())
     for step in range(STEPS):
-        told = stepper.step(*drawn(2)).lr
-        assert told == poly(step, base_lr=5e-4, max_steps=STEPS, power=0.9)
-        rates = {round(group["lr"] / told, 6) for group in state.optimizer.param_groups}
+        lr = trainer.step(*drawn(2)).lr
+        assert lr == poly(step, base_lr=5e-4, max_steps=STEPS, power=0.9)
+        rates = {round(group["lr"] / lr, 6) for group in state.optimizer.param_groups}
         assert rates == {1.0, 3.0}
