@@ -20,7 +20,7 @@ def check_gpus(wanted: float, option: str) -> None:
     """
     here = torch.cuda.device_count()
     if here < math.ceil(wanted):
-        raise ValueError(f"{option}: torch finds {here} GPUs on this machine; 0 uses the CPU")
+        raise ValueError(f"{option}: this machine has {here} usable GPUs; 0 uses the CPU")
 
 
 def engine(device: torch.device) -> str:
