@@ -1,15 +1,15 @@
-"""Where things lie below a results URI: every name is a function of run and number.
+"""File layout under a results URI; every name follows from run id and number.
 
-images/run=<id>/shard-000017.parquet   one row an image, one file a shard
-classes/run=<id>/part-00000.parquet    one row an image and class, sorted over the run
-done/run=<id>.parquet                  the keys that --only-new leaves out, the last of them
-done/run=<id>/part-00000.parquet       those before, of large runs; with the last they count
+images/run=<id>/shard-000017.parquet   one row per image, one file per shard
+classes/run=<id>/part-00000.parquet    one row per image and class, sorted over the run
+done/run=<id>.parquet                  the last keys of images that --only-new skips
+done/run=<id>/part-00000.parquet       the keys before them in large runs; valid once the last exist
 runs/run=<id>.parquet                  the run's record, written last
-plans/run=<id>/plan.json               what the run will do; its parts lie beside it
-singles/run=<id>/000017/00003.parquet  rows of a shard that is done image by image
-usage/run=<id>/<driver>.json           what each driver of an unfinished run has used
-leases/run=<id>.json                   who works on the run
-leases/only-new-<fingerprint>.json     who does what is new of some photos, with some model
+plans/run=<id>/plan.json               the run's plan; its parts are in the same folder
+singles/run=<id>/000017/00003.parquet  rows of a shard processed one image at a time
+usage/run=<id>/<driver>.json           resources used by each driver of an unfinished run
+leases/run=<id>.json                   the driver that works on the run
+leases/only-new-<fingerprint>.json     the driver that processes new images of some prefix and model
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _RUN = re.compile(r"run=([A-Za-z0-9][A-Za-z0-9._-]{0,99}?)(?:\.parquet\Z|\.json\
 
 
 def check_run_id(run_id: str) -> None:
-    """Raises ValueError where `run_id` could not be part of an object's name everywhere."""
+    """Check that `run_id` can be part of an object's name everywhere. Raises ValueError."""
     if not _RUN_ID.match(run_id) or run_id.endswith((".parquet", ".json")):
         raise ValueError(
-            f"run id {run_id!r} is not usable: take 1 to 100 letters, digits, '.', '_' or '-', "
-            "the first a letter or digit"
+            f"run id {run_id!r}: must be 1 to 100 letters, digits, '.', '_' or '-', start with a "
+            "letter or digit, and not end in .parquet or .json"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunLayout:
-    """The URIs of one run below `results`."""
+    """URIs of one run under `results`."""
 
     results: str
     run_id: str
@@ -99,34 +99,34 @@ class RunLayout:
         return f"{self.singles}/{shard:06d}/{position:05d}.parquet"
 
 
-def only_new_lease(results: str, work: str) -> str:
-    """The lease of all runs that do what is new of the same `work`, a fingerprint."""
-    return storage.join(results, f"leases/only-new-{work}.json")
+def only_new_lease(results: str, fingerprint: str) -> str:
+    """Return the URI of the lease shared by all --only-new runs of the same `fingerprint`."""
+    return storage.join(results, f"leases/only-new-{fingerprint}.json")
 
 
 def is_only_new_lease(results: str, uri: str) -> bool:
-    """Whether the object `uri` below `results` is such a lease."""
+    """Return whether the object `uri` under `results` is a lease of --only-new runs."""
     return uri.startswith(storage.join(results, "leases/only-new-")) and uri.endswith(".json")
 
 
 def shard_number(uri: str) -> int | None:
-    """The shard's number in the name of its file in a run's folder, None for other files."""
+    """Return the shard number in a file name in a run's folder, None for other files."""
     found = _SHARD.search(uri)
     return int(found[1]) if found else None
 
 
 def filter_shards(objects: Iterable[storage.Object]) -> Iterator[storage.Object]:
-    """Those of the objects that are shards: people and tools put other files beside them."""
+    """Yield the objects that are shards; users and tools put other files in the same folder."""
     return (item for item in objects if shard_number(item.uri) is not None)
 
 
 def filter_parts(objects: Iterable[storage.Object]) -> Iterator[storage.Object]:
-    """Those of the objects that are parts of `classes` or `done`."""
+    """Yield the objects that are parts of `classes` or `done`."""
     return (item for item in objects if _PART.search(item.uri))
 
 
 def run_id_of(results: str, uri: str) -> str | None:
-    """The run that the object `uri` below `results` belongs to, None where it is of none."""
+    """Return the id of the run that the object `uri` under `results` belongs to, or None."""
     folder, _, rest = storage.relative(results, uri).partition("/")
     found = _RUN.match(rest)
     return found[1] if found and folder in FOLDERS else None

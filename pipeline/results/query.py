@@ -1,8 +1,8 @@
-"""DuckDB views over what the runs wrote: results in a bucket or a folder are asked in SQL.
+"""DuckDB views over the results of all runs in a bucket or folder.
 
-What lies below the results URI is listed once, by `connect`; the views read exactly those files.
-Finished runs answer `classes` from files sorted by class and fraction, so a filter on them touches
-few row groups; unfinished runs answer from the nested column of their images.
+`connect` lists the files once, and the views read exactly those. For finished runs, `classes` reads
+files sorted by class and fraction, so a filter on them touches few row groups; for unfinished runs
+it reads the nested column of `images`.
 """
 
 from __future__ import annotations
@@ -21,22 +21,21 @@ from pipeline.results import files, layout, tables
 def connect(
     uri: str, *, run_id: str | None = None, memory_limit: str | None = None
 ) -> duckdb.DuckDBPyConnection:
-    """An in-memory DuckDB with views over the results at `uri`: a snapshot of what lies there now.
+    """Return an in-memory DuckDB with views over a snapshot of the results at `uri`.
 
-    images   one row an image, all runs
-    classes  one row an image and class, all runs
-    runs     one row a finished run
-    latest   of each uri the ok row of the newest run that has one, unfinished runs included
-    iou      run_id, class_id, class_name, tp, fp, fn, iou: per run over all images with a label
+    images   one row per image, all runs
+    classes  one row per image and class, all runs
+    runs     one row per finished run
+    latest   the latest successful row for each uri, unfinished runs included
+    iou      run_id, class_id, class_name, tp, fp, fn, iou: per run over all labeled images
 
-    Which files there are and which runs are finished is looked up once: what is written later
-    shows in the next connection. With `run_id` they are those of that run alone. `memory_limit`
-    is DuckDB's ("2GB"); beyond it queries spill to the temporary folder. Raises FileNotFoundError
-    where nothing lies at `uri`, ValueError where `uri` or `run_id` is none or a plan there is
-    broken, StorageError where storage refuses.
+    Files are listed once: anything written later shows in the next connection. With `run_id`, the
+    views cover that run alone. Beyond `memory_limit` (DuckDB's, such as "2GB") queries spill to the
+    temporary folder. Raises FileNotFoundError if there is nothing at `uri`, ValueError if `uri` or
+    `run_id` is malformed or a plan is corrupt, StorageError if storage refuses.
     """
     results = storage.normalize(uri)
-    snapshot = _look(results, run_id)
+    snapshot = _take_snapshot(results, run_id)
     con = files.connect(results, snapshot.files, memory_limit=memory_limit)
     for name, select in _views(con, snapshot).items():
         con.execute(f"CREATE VIEW {name} AS {select}")
@@ -44,18 +43,18 @@ def connect(
 
 
 def run_records(results: str, run_id: str | None = None) -> list[storage.Object]:
-    """The files of finished runs, each one row of `runs`, or that of one run."""
+    """Return the record files of finished runs, one row of `runs` each, or that of one run."""
     return [item for item in _listed(results, "runs", run_id) if item.uri.endswith(".parquet")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Snapshot:
-    """The files of one listing, and when each unfinished run started (None: its plan is gone)."""
+    """The files of one listing, and the start of each unfinished run (None if it has no plan)."""
 
     records: list[storage.Object]
     classes: list[storage.Object]  # of finished runs
     images: list[storage.Object]
-    unfinished: list[storage.Object]  # those images that are of unfinished runs
+    unfinished: list[storage.Object]  # the images of unfinished runs
     started: dict[str, datetime | None]
 
     @property
@@ -63,8 +62,8 @@ class _Snapshot:
         return [*self.records, *self.classes, *self.images]
 
 
-def _look(results: str, run_id: str | None) -> _Snapshot:
-    """What lies at `results`. Records come first: a run that has one has all of its other files."""
+def _take_snapshot(results: str, run_id: str | None) -> _Snapshot:
+    """List `results`. Records come first: a run with a record has all of its other files."""
     found = run_records(results, run_id)
     finished = {layout.run_id_of(results, item.uri) for item in found}
     classes = [
@@ -74,7 +73,7 @@ def _look(results: str, run_id: str | None) -> _Snapshot:
     ]
     images = list(layout.filter_shards(_listed(results, "images", run_id)))
     if not (found or images) and next(storage.list_objects(results), None) is None:
-        raise FileNotFoundError(f"no results lie at {results}")
+        raise FileNotFoundError(f"no results at {results}; check the URI")
     unfinished = [item for item in images if layout.run_id_of(results, item.uri) not in finished]
     runs = sorted({run for item in unfinished if (run := layout.run_id_of(results, item.uri))})
     return _Snapshot(
@@ -87,7 +86,7 @@ def _look(results: str, run_id: str | None) -> _Snapshot:
 
 
 def _listed(results: str, folder: str, run_id: str | None) -> list[storage.Object]:
-    """The objects of a folder, or those of one run in it, in the order of their names."""
+    """Return the objects of a folder, or of one run in it, sorted by URI."""
     if run_id is None:
         return sorted(storage.list_objects(storage.join(results, folder)))
     run = layout.RunLayout(results=results, run_id=run_id)
@@ -98,7 +97,7 @@ def _listed(results: str, folder: str, run_id: str | None) -> list[storage.Objec
 
 
 def _started(run: layout.RunLayout) -> datetime | None:
-    """When the plan of an unfinished run was made; None where it has none (any more)."""
+    """Return when an unfinished run's plan was made, None if the plan does not exist."""
     uri = storage.join(run.plan, "plan.json")
     try:
         started = datetime.fromisoformat(json.loads(storage.read(uri))["started_at"])
@@ -107,14 +106,14 @@ def _started(run: layout.RunLayout) -> datetime | None:
             return None
         raise
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{uri} does not say when its run started: {error!r:.200}") from None
+        raise ValueError(f"{uri} has no valid started_at: {error!r:.200}") from None
     if started.tzinfo is None:
-        raise ValueError(f"{uri} says that its run started at {started}, without a UTC offset")
+        raise ValueError(f"{uri}: started_at {started} must have a UTC offset")
     return started
 
 
 def _views(con: duckdb.DuckDBPyConnection, snapshot: _Snapshot) -> dict[str, str]:
-    """The SELECT behind each view, in an order in which each finds those that it uses."""
+    """Return the SELECT of each view; a view comes after those it uses."""
     images = files.select_statement(con, tables.IMAGES, snapshot.images)
     finished = files.select_statement(con, tables.CLASSES, snapshot.classes)
     unfinished = _unnested(files.select_statement(con, tables.IMAGES, snapshot.unfinished))
@@ -134,7 +133,7 @@ def _unnested(images: str) -> str:
     return f"SELECT {', '.join(columns)} FROM ({rows})"
 
 
-# masks are wide: which rows are the newest is decided on narrow columns alone
+# masks are wide, so the newest rows are found by narrow columns only
 def _latest(unfinished: Mapping[str, datetime | None]) -> str:
     starts = ["SELECT run_id, started_at FROM runs"]
     for run_id, started in unfinished.items():
@@ -153,7 +152,7 @@ def _latest(unfinished: Mapping[str, datetime | None]) -> str:
         WHERE status = 'ok'"""
 
 
-# counts are added up first, the ratio is derived last; NULL where the union is 0
+# counts are summed first, the ratio is derived last; NULL if the union is 0
 _IOU = """
     SELECT run_id, class_id, class_name,
         sum(tp)::BIGINT AS tp, sum(fp)::BIGINT AS fp, sum(fn)::BIGINT AS fn,

@@ -1,7 +1,7 @@
-"""The tables that a run writes: Arrow schemas, footer keys, and rows to Parquet bytes.
+"""The tables that a run writes: Arrow schemas, footer keys, and Parquet encoding.
 
-Files are built in memory and put whole, always with the explicit schema: a column that happens to
-be all null must not become type null. Readers use `hive_partitioning=false`: `run_id` is a column.
+Files are built in memory and written whole, always with the explicit schema: a column of nulls must
+not get type null. Readers use `hive_partitioning=false`, because `run_id` is a column.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SCHEMA_VERSION = 1
 PERMANENT_ERRORS = frozenset(
     {"empty", "truncated", "not_an_image", "too_large", "unsupported", "corrupt"}
 )
-"""Kinds of error that the same bytes give every time. All others pass: they are tried again."""
+"""Error kinds that the same bytes always give; images with any other error are retried."""
 
 _string, _int16, _int32, _int64 = pa.string(), pa.int16(), pa.int32(), pa.int64()
 _float32, _name = pa.float32(), pa.dictionary(pa.int32(), pa.string())
@@ -95,9 +95,9 @@ RUNS = pa.schema(
         pa.field("errors", _int64, nullable=False),
         pa.field("label_errors", _int64, nullable=False),
         pa.field("shards", _int64, nullable=False),
-        pa.field("bytes_read", _int64, nullable=False),  # by all of its drivers
-        pa.field("seconds", pa.float64(), nullable=False),  # of the driver that ended the run
-        pa.field("images_per_second", pa.float64()),  # of that driver; null if it did none
+        pa.field("bytes_read", _int64, nullable=False),  # by all drivers of the run
+        pa.field("seconds", pa.float64(), nullable=False),  # of the driver that finished the run
+        pa.field("images_per_second", pa.float64()),  # of that driver; null if it processed none
         pa.field(
             "errors_by_kind",
             pa.list_(pa.struct([pa.field("kind", _string), pa.field("images", _int64)])),
@@ -118,25 +118,25 @@ RUNS = pa.schema(
                 )
             ),
         ),
-        # younger than the others: null in what earlier versions wrote
+        # added later: null in records of earlier versions
         pa.field("bytes_written", _int64),  # images, classes and done
-        pa.field("actor_seconds", pa.float64()),  # each from its start to its last shard's end
-        pa.field("gpu_seconds", pa.float64()),  # those, times an actor's GPUs
-        pa.field("price_per_gpu_hour", pa.float64()),  # as given
+        pa.field("actor_seconds", pa.float64()),  # each from its start to the end of its last shard
+        pa.field("gpu_seconds", pa.float64()),  # actor_seconds times the GPUs per actor
+        pa.field("price_per_gpu_hour", pa.float64()),  # --price-per-gpu-hour
         pa.field("cost", pa.float64()),  # null without a price
-        pa.field("inventory", _string),  # what was read instead of a listing
+        pa.field("inventory", _string),  # read instead of a listing
         pa.field("inventory_etag", _string),
     ]
 )
 
 
 def with_footer(schema: pa.Schema, classes: Classes) -> pa.Schema:
-    """The schema with footer keys: class names, palette, ignore_index, schema version."""
-    described = classes.to_dict()
+    """Return the schema with footer keys: class names, palette, ignore_index, schema version."""
+    values = classes.to_dict()
     return schema.with_metadata(
         {
-            "class_names": json.dumps(described["names"]),
-            "palette": json.dumps(described["palette"]),
+            "class_names": json.dumps(values["names"]),
+            "palette": json.dumps(values["palette"]),
             "ignore_index": str(classes.ignore_index),
             "schema_version": str(SCHEMA_VERSION),
         }
@@ -144,9 +144,9 @@ def with_footer(schema: pa.Schema, classes: Classes) -> pa.Schema:
 
 
 def classes_from_footer(metadata: Mapping[bytes, bytes]) -> Classes:
-    """The classes that a file's footer keys describe. Raises ValueError where they are missing."""
+    """Return the classes in a file's footer keys. Raises ValueError if they are missing."""
     if b"class_names" not in metadata:
-        raise ValueError("the file's footer names no classes; was it written by this pipeline?")
+        raise ValueError("the file's footer has no class names; was it written by this pipeline?")
     return Classes.from_dict(
         {
             "names": json.loads(metadata[b"class_names"]),
@@ -157,12 +157,12 @@ def classes_from_footer(metadata: Mapping[bytes, bytes]) -> Classes:
 
 
 def rows_to_parquet(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:
-    """The rows as the bytes of one Parquet file."""
+    """Return the rows as the bytes of one Parquet file."""
     return table_to_parquet(pa.Table.from_pylist(list(rows), schema=schema))
 
 
 def table_to_parquet(table: pa.Table) -> bytes:
-    """The table as the bytes of one Parquet file. Masks are PNG already: they stay as they are."""
+    """Return the table as the bytes of one Parquet file; masks, already PNG, are not compressed."""
     compression = {
         name: "none" if name == "mask" else "zstd" for name in _leaf_columns(table.schema)
     }
@@ -172,7 +172,7 @@ def table_to_parquet(table: pa.Table) -> bytes:
 
 
 def _leaf_columns(schema: pa.Schema) -> list[str]:
-    """The columns' paths as Parquet names them, nested ones with their way down."""
+    """Return the dotted paths of all Parquet leaf columns."""
     with io.BytesIO() as empty:
         pq.write_table(schema.empty_table(), empty)
         leaves = pq.ParquetFile(empty).schema

@@ -208,12 +208,12 @@ def test_a_label_over_the_pixel_limit_is_refused():
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_applies_to_image_and_label_alike(orientation):
     label = np.random.default_rng(1).integers(0, 21, (5, 7), dtype=np.uint8)
-    photo = np.repeat(label[:, :, None], 3, axis=2)
+    image = np.repeat(label[:, :, None], 3, axis=2)
     exif = Image.Exif()
     exif[0x0112] = orientation
     turned = decode_label(saved(Image.fromarray(label), exif=exif), VOC)
     assert turned.flags.c_contiguous
-    shown = images.decode(saved(Image.fromarray(photo), exif=exif))
+    shown = images.decode(saved(Image.fromarray(image), exif=exif))
     np.testing.assert_array_equal(shown[:, :, 0], turned)
 
 

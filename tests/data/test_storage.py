@@ -182,7 +182,7 @@ def test_a_write_whose_response_was_lost_counts_as_created(
         answer = await put_object(**request)
         if not lost:
             lost.append(answer)
-            raise ClientConnectionError("the reply was lost")
+            raise ClientConnectionError("the response was lost")
         return answer
 
     lost: list[object] = []

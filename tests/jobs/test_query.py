@@ -212,7 +212,7 @@ def test_no_results_are_one_line_and_exit_1(
     prefix: str, capsys: pytest.CaptureFixture[Any]
 ) -> None:
     assert main([prefix, "SELECT 1"]) == 1
-    assert capsys.readouterr() == ("", f"no results lie at {prefix}\n")
+    assert capsys.readouterr() == ("", f"no results at {prefix}; check the URI\n")
 
 
 @pytest.mark.parametrize("argv", [[], ["x"], ["gs://x", "SELECT 1"], ["x", "y", "--format", "z"]])

@@ -100,7 +100,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
 BAD_USE = {
     "scales of 0": (["--scales", "0"], 2, "--scales 0.0: each must be over 0"),
     "an output stride of 5": (["--output-stride", "5"], 2, "--output-stride 5: take 4, 8"),
-    "a run id that is a path": (["--run-id", "../x"], 2, "run id '../x' is not usable"),
+    "a run id that is a path": (["--run-id", "../x"], 2, "run id '../x': must be"),
     "no photos": (["--images", "{prefix}/none"], 2, "nothing lies below {prefix}/none"),
     "no labels": (["--labels", "{prefix}/none"], 2, "nothing lies below {prefix}/none"),
     "patterns that take none": (["--include", "*.xyz"], 2, "--include takes none of 2 objects"),

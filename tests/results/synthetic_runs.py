@@ -1,4 +1,4 @@
-"""Small results of runs that never were, with labels, errors and absent classes."""
+"""Small synthetic results of runs, with labels, errors and absent classes."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ Row = dict[str, Any]
 
 
 def rows_of(run_id: str, *, images: int = 6, shard: int = 0, seed: int = 0) -> list[Row]:
-    """Rows of one shard: image 0 is an error, every third has no label."""
+    """Return the rows of a shard: image 0 is an error, every third image has no label."""
     rng = np.random.default_rng([seed, shard])
     return [
         image_row(
-            f"s3://photos/{shard}-{i}.jpg",
+            f"s3://images/{shard}-{i}.jpg",
             run_id,
             shard=shard,
             status="error" if i == 0 else "ok",
-            classes=None if i == 0 else _classes(rng, labelled=i % 3 != 2),
+            classes=None if i == 0 else _classes(rng, labeled=i % 3 != 2),
         )
         for i in range(images)
     ]
 
 
 def image_row(uri: str, run_id: str, **values: Any) -> Row:
-    """A row of `images`, ok and without classes unless `values` say otherwise."""
+    """Return a row of `images`, by default ok and without classes."""
     row: Row = dict.fromkeys(tables.IMAGES.names)
     row |= {"uri": uri, "etag": "e", "bytes": 1, "run_id": run_id, "shard": 0, "model": "m"}
     row |= {"settings": "s", "status": "ok", "classes": [], **values}
@@ -43,11 +43,11 @@ def image_row(uri: str, run_id: str, **values: Any) -> Row:
     return row
 
 
-def _classes(rng: np.random.Generator, *, labelled: bool) -> list[Row]:
+def _classes(rng: np.random.Generator, *, labeled: bool) -> list[Row]:
     found = []
     for class_id in sorted(rng.choice(5, 3, replace=False).tolist()):
-        tp, fp, fn = (int(n) if labelled else None for n in rng.integers(0, 2**40, 3))
-        if class_id == 4 and labelled:
+        tp, fp, fn = (int(n) if labeled else None for n in rng.integers(0, 2**40, 3))
+        if class_id == 4 and labeled:
             tp = fp = fn = 0
         found.append(
             {"class_id": class_id, "class_name": VOC.names[class_id], "pixels": 10}
@@ -66,9 +66,9 @@ def write_run(
     hour: int = 0,
     hours: int = 0,
 ) -> list[Row]:
-    """Writes a run as the pipeline would; its rows.
+    """Write a run as the pipeline would, and return its rows.
 
-    It started `hour` hours after `FIRST` and took `hours`.
+    It starts `hour` hours after `FIRST` and takes `hours`.
     """
     run = RunLayout(results=results, run_id=run_id)
     shards = shards if shards is not None else [rows_of(run_id), rows_of(run_id, shard=1)]
@@ -100,7 +100,7 @@ def _finish(run: RunLayout, rows: list[Row], started: datetime, finished: dateti
 
 
 def class_rows(rows: list[Row]) -> list[Row]:
-    """The rows of `classes` that the rows of `images` hold."""
+    """Return the rows of `classes` that are nested in rows of `images`."""
     return [
         {"uri": row["uri"], "run_id": row["run_id"], **found}
         for row in rows

@@ -298,7 +298,7 @@ def test_the_newest_run_is_the_last_started_of_the_finished_ones(prefix: str) ->
         report.build_report(results, "e", images=1)
     with pytest.raises(LookupError, match=r"run z has no images at .*does not exist"):
         report.build_report(results, "z", images=1)
-    with pytest.raises(ValueError, match=r"run id '../a' is not usable"):
+    with pytest.raises(ValueError, match=r"run id '../a': must be"):
         report.build_report(results, "../a", images=1)
 
 

@@ -1,4 +1,4 @@
-"""The views over results say what plain Python says about the same rows."""
+"""The views over results agree with plain Python on the same rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ask(results: str, sql: str) -> list[tuple[Any, ...]]:
         return con.execute(sql).fetchall()
 
 
-def test_iou_agrees_with_adding_up_the_rows_one_by_one(prefix: str) -> None:
+def test_iou_agrees_with_summing_the_rows_one_by_one(prefix: str) -> None:
     rows = write_run(prefix, "done") + write_run(prefix, "open", finished=False)
     added: dict[tuple[str, int], list[int]] = {}
     for row in class_rows(rows):
@@ -37,7 +37,7 @@ def test_iou_agrees_with_adding_up_the_rows_one_by_one(prefix: str) -> None:
     expected = {
         key: (*sums, sums[0] / sum(sums) if sum(sums) else None) for key, sums in added.items()
     }
-    assert expected["done", 4][3] is None  # the case is there
+    assert expected["done", 4][3] is None  # an absent class is covered
     with connect(prefix) as con:
         found = con.execute("SELECT run_id, class_id, tp, fp, fn, iou FROM iou").fetchall()
         kinds = dict(con.execute("SELECT column_name, column_type FROM (DESCRIBE iou)").fetchall())
@@ -46,7 +46,7 @@ def test_iou_agrees_with_adding_up_the_rows_one_by_one(prefix: str) -> None:
     assert [kinds[name] for name in ("tp", "fp", "fn", "iou")] == ["BIGINT"] * 3 + ["DOUBLE"]
 
 
-def test_classes_of_a_run_are_the_same_before_and_after_it_finishes(prefix: str) -> None:
+def test_classes_are_equal_before_and_after_a_run_finishes(prefix: str) -> None:
     rows = write_run(prefix, "a", finished=False)
     sql = "SELECT * FROM classes ORDER BY uri, class_id"
     with connect(prefix) as con:
@@ -73,7 +73,7 @@ def test_a_filter_on_classes_of_finished_runs_reads_no_images(tmp_path: Path) ->
     assert "fraction > 0.05" in scan
 
 
-def test_latest_is_the_newest_ok_row_of_each_uri_whatever_the_runs_are_called(prefix: str) -> None:
+def test_latest_is_the_newest_ok_row_of_each_uri_by_start_time(prefix: str) -> None:
     old = [image_row(f"s3://p/{name}", "z-first") for name in "abc"]
     new = [
         image_row("s3://p/a", "m-second"),
@@ -96,7 +96,7 @@ def test_latest_is_the_newest_ok_row_of_each_uri_whatever_the_runs_are_called(pr
     ]
 
 
-def test_start_times_are_compared_in_one_time_zone(prefix: str) -> None:
+def test_start_times_with_different_utc_offsets_are_compared(prefix: str) -> None:
     write_run(prefix, "late", [[image_row("s3://p/a", "late")]], hour=1)
     write_run(prefix, "open", [[image_row("s3://p/a", "open")]], finished=False)
     plan = f"{RunLayout(results=prefix, run_id='open').plan}/plan.json"
@@ -104,7 +104,7 @@ def test_start_times_are_compared_in_one_time_zone(prefix: str) -> None:
     assert ask(prefix, "SELECT run_id FROM latest") == [("late",)]
 
 
-def test_empty_results_have_views_of_the_same_columns_and_types(tmp_path: Path) -> None:
+def test_empty_results_have_views_with_the_same_columns_and_types(tmp_path: Path) -> None:
     full, empty = str(tmp_path / "full"), str(tmp_path / "empty")
     write_run(full, "a")
     storage.write(f"{empty}/leases/run=a.json", b"{}")
@@ -116,18 +116,18 @@ def test_empty_results_have_views_of_the_same_columns_and_types(tmp_path: Path) 
             assert none.execute(f"SELECT * FROM {view}").fetchall() == []
 
 
-def test_a_finished_run_without_any_class_has_none(prefix: str) -> None:
+def test_a_finished_run_without_classes_has_no_rows_in_classes(prefix: str) -> None:
     write_run(prefix, "a", [[image_row("s3://p/a", "a")]])
     assert ask(prefix, "SELECT * FROM classes") == []
     assert ask(prefix, "SELECT run_id FROM runs") == [("a",)]
 
 
-def test_where_nothing_lies_is_an_error_that_names_the_place(prefix: str) -> None:
+def test_a_prefix_without_results_is_an_error_that_names_it(prefix: str) -> None:
     with pytest.raises(FileNotFoundError, match=prefix):
         connect(prefix)
 
 
-def test_a_plan_that_does_not_say_when_it_was_made_is_an_error_that_names_it(prefix: str) -> None:
+def test_a_plan_without_a_start_time_is_an_error_that_names_it(prefix: str) -> None:
     write_run(prefix, "a", finished=False)
     plan = f"{RunLayout(results=prefix, run_id='a').plan}/plan.json"
     for broken in (b"{}", b"half", b'{"started_at": "2026-01-01T00:00:00"}'):
@@ -137,9 +137,9 @@ def test_a_plan_that_does_not_say_when_it_was_made_is_an_error_that_names_it(pre
 
 
 @pytest.mark.parametrize("name", ["it's [here]*", "[!a]?", "{a,b} 100%", "**", "run=b"])
-def test_odd_names_of_the_results_mean_themselves(prefix: str, name: str) -> None:
+def test_special_characters_in_the_results_uri_are_literal(prefix: str, name: str) -> None:
     rows = write_run(f"{prefix}/{name}", "a")
-    write_run(f"{prefix}/it's h-other", "b")  # what patterns would find too
+    write_run(f"{prefix}/it's h-other", "b")  # what a pattern would match too
     write_run(f"{prefix}/other", "b")
     assert ask(f"{prefix}/{name}", "SELECT run_id, count(*) FROM images GROUP BY ALL") == [
         ("a", len(rows))
@@ -147,12 +147,12 @@ def test_odd_names_of_the_results_mean_themselves(prefix: str, name: str) -> Non
     assert ask(f"{prefix}/{name}", "SELECT count(*) FROM classes") == [(len(class_rows(rows)),)]
 
 
-def test_a_run_called_like_a_date_stays_text(prefix: str) -> None:
+def test_a_run_id_that_looks_like_a_date_stays_text(prefix: str) -> None:
     write_run(prefix, "2026-01-01", [rows_of("2026-01-01")])
     assert ask(prefix, "SELECT DISTINCT run_id FROM images") == [("2026-01-01",)]
 
 
-def test_files_that_are_no_results_are_passed_over(prefix: str) -> None:
+def test_files_that_are_not_results_are_skipped(prefix: str) -> None:
     write_run(prefix, "a")
     for stray in ("images/run=a/.shard-000000.parquet.swp", "classes/run=a/_SUCCESS", "runs/x.txt"):
         storage.write(f"{prefix}/{stray}", b"stray")
@@ -161,14 +161,14 @@ def test_files_that_are_no_results_are_passed_over(prefix: str) -> None:
     assert len(ask(prefix, "SELECT * FROM images")) == 12
 
 
-def test_nothing_is_installed_and_time_is_utc(tmp_path: Path) -> None:
+def test_extensions_are_not_installed_and_times_are_utc(tmp_path: Path) -> None:
     write_run(str(tmp_path), "a")
     sql = "SELECT current_setting('autoinstall_known_extensions'), started_at::VARCHAR FROM runs"
     assert ask(str(tmp_path), sql) == [(False, "2026-01-01 12:00:00+00")]
 
 
 @pytest.mark.s3
-def test_a_query_on_s3_sends_no_request_for_what_the_listing_said(
+def test_a_query_on_s3_sends_no_request_but_for_data(
     s3_prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_run(s3_prefix, "a")
@@ -186,7 +186,7 @@ def test_a_query_on_s3_sends_no_request_for_what_the_listing_said(
     assert set(sent) == {"get_object"}
 
 
-def test_arrow_takes_the_answer_as_it_is(tmp_path: Path) -> None:
+def test_a_result_can_be_converted_to_arrow(tmp_path: Path) -> None:
     write_run(str(tmp_path), "a")
     with connect(str(tmp_path)) as con:
         table = con.sql("SELECT * FROM images").to_arrow_table()
@@ -194,7 +194,7 @@ def test_arrow_takes_the_answer_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.s3
-def test_a_process_that_asked_s3_ends_without_a_word(s3_prefix: str) -> None:
+def test_a_process_that_queried_s3_exits_without_output(s3_prefix: str) -> None:
     write_run(s3_prefix, "a")
     code = (
         "import sys; from pipeline.results.query import connect\n"
@@ -205,23 +205,23 @@ def test_a_process_that_asked_s3_ends_without_a_word(s3_prefix: str) -> None:
     assert (ended.stdout, ended.stderr) == ("", "")
 
 
-def test_the_times_of_runs_come_to_python_as_they_are(prefix: str) -> None:
+def test_the_times_of_runs_have_a_utc_offset_in_python(prefix: str) -> None:
     write_run(prefix, "done")
     [(started, finished)] = ask(prefix, "SELECT started_at, finished_at FROM runs")
     assert started.utcoffset() is not None
     assert started <= finished
 
 
-def test_records_of_versions_that_knew_fewer_columns_are_read_beside_those_of_today(
+def test_records_of_versions_with_fewer_columns_are_read_beside_current_ones(
     prefix: str,
 ) -> None:
     write_run(prefix, "old", hour=0)
     uri = RunLayout(results=prefix, run_id="old").record
     table = pq.read_table(io.BytesIO(storage.read(uri)))
-    young = {"bytes_written", "actor_seconds", "gpu_seconds", "price_per_gpu_hour", "cost"}
-    young |= {"inventory", "inventory_etag"}
-    old = table.drop_columns(sorted(young))
-    assert old.column_names == table.column_names[: -len(young)]
+    added = {"bytes_written", "actor_seconds", "gpu_seconds", "price_per_gpu_hour", "cost"}
+    added |= {"inventory", "inventory_etag"}
+    old = table.drop_columns(sorted(added))
+    assert old.column_names == table.column_names[: -len(added)]
     storage.write(uri, tables.table_to_parquet(old))
     question = "SELECT run_id, shards, bytes_written, inventory FROM runs ORDER BY run_id DESC"
     assert ask(prefix, question) == [("old", 0, None, None)]

@@ -220,7 +220,7 @@ def test_temporary_files_are_leftovers_unless_their_writer_may_still_live(tmp_pa
 
 
 def test_a_run_id_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not usable"):
+    with pytest.raises(ValueError, match=r"run id .*must be 1 to 100 letters"):
         cleanup.find_run(str(tmp_path), "../a")
 
 
