@@ -44,7 +44,7 @@ def onednn_convolution(
     """Return activation(conv2d(x) + bias + residual), computed by oneDNN in one pass, on a CPU.
 
     The result is channels last. Raises AttributeError if this torch lacks the operator,
-    RuntimeError if oneDNN cannot compute it.
+    RuntimeError if oneDNN cannot compute it (a residual before relu6 it cannot).
     """
     # With channels first, oneDNN has no fused addition in bf16.
     x = x.contiguous(memory_format=torch.channels_last)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import get_args
 
 import pytest
 import torch
@@ -28,8 +27,11 @@ def test_cpu_features_are_reported_as_a_bool(probe: Callable[[], bool]) -> None:
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
-@pytest.mark.parametrize("activation", get_args(torch_compat.Activation))
-@pytest.mark.parametrize("added", [False, True], ids=["alone", "with a residual"])
+@pytest.mark.parametrize(
+    ("activation", "added"),
+    # oneDNN cannot add a residual before relu6
+    [("none", False), ("relu", False), ("relu6", False), ("none", True), ("relu", True)],
+)
 def test_onednn_convolution_equals_conv2d_with_its_activation(
     activation: torch_compat.Activation, added: bool
 ) -> None:
