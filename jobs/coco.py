@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.bulk.driver.progress import Progress
-from pipeline.bulk.worker.summary import Summary
+from pipeline.bulk.worker.summary import ShardSummary
 from pipeline.cli.arguments import parse
 from pipeline.cli.exit import last_line, run_job
 from pipeline.cli.progress import Display
@@ -62,7 +62,7 @@ def _draw(arguments: Arguments) -> str:
     with Display(count_errors=False) as display:
 
         def tell(images: int) -> None:
-            progress.add(Summary(shard=0, images=images))
+            progress.add(ShardSummary(shard=0, images=images))
             display(progress)
 
         drawn = coco_labels.convert(

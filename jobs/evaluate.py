@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pipeline.bulk.driver.progress import Progress
-from pipeline.bulk.worker.summary import Summary
+from pipeline.bulk.worker.summary import ShardSummary
 from pipeline.cli.arguments import parse
 from pipeline.cli.evaluation_plan import Arguments, Plan, plan_of
 from pipeline.cli.exit import hard_exit, last_line, run_job
@@ -53,7 +53,7 @@ def _scores(arguments: Arguments, plan: Plan) -> list[Scores]:
             progress = Progress(images=len(plan.indices), images_before=0)
 
             def tell(images: int, name: str = name, progress: Progress = progress) -> None:
-                progress.add(Summary(shard=0, images=images))
+                progress.add(ShardSummary(shard=0, images=images))
                 display(progress, name)
 
             seen = lookers.evaluate(look, plan.indices, tell)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from pipeline.bulk.planning.listing import Listing
 from pipeline.bulk.settings import Inference, Settings, fingerprint
-from pipeline.bulk.worker.segmenter import Segmenter, Work
+from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
 from pipeline.data import storage
 from pipeline.model.weights import checkpoint_fingerprint
 from pipeline.results.layout import RunLayout
@@ -30,7 +30,7 @@ def rows(
         images=images, results="/nowhere", checkpoint=checkpoint, include=include, run_id="loop"
     )
     identity = settings.identity(model=checkpoint_fingerprint(storage.read(settings.checkpoint)))
-    work = Work(
+    work = WorkerContext(
         layout=RunLayout(results=settings.results, run_id="loop"),
         images=settings.images,
         checkpoint=settings.checkpoint,

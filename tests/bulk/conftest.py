@@ -17,7 +17,7 @@ from PIL import Image
 from pipeline.bulk.driver.finalize import RunFinalizer
 from pipeline.bulk.planning.listing import Listed, Listing
 from pipeline.bulk.settings import Settings, fingerprint
-from pipeline.bulk.worker.segmenter import Work
+from pipeline.bulk.worker.segmenter import WorkerContext
 from pipeline.data import storage
 from pipeline.model.weights import checkpoint_fingerprint
 from pipeline.results.layout import RunLayout
@@ -114,10 +114,10 @@ def settings_for(checkpoint: str) -> SettingsFor:
 
 
 @pytest.fixture
-def work_for() -> Callable[..., Work]:
+def work_for() -> Callable[..., WorkerContext]:
     """`work_for(settings, **changes)`: what a segmenter of that run is given."""
 
-    def work(settings: Settings, **changes: Any) -> Work:
+    def work(settings: Settings, **changes: Any) -> WorkerContext:
         values = {
             "layout": RunLayout(results=settings.results, run_id=settings.run_id or "test"),
             "images": settings.images,
@@ -130,7 +130,7 @@ def work_for() -> Callable[..., Work]:
             "cpus": settings.cpus_per_actor or 1,
             "gpu": False,
         }
-        return Work(**{**values, **changes})
+        return WorkerContext(**{**values, **changes})
 
     return work
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from jobs.demo.photos import photos
 from pipeline.bulk.settings import Inference
-from pipeline.bulk.worker.inference import Network
+from pipeline.bulk.worker.inference import InferenceModel
 from pipeline.model import optimize, predict, weights
 from pipeline.model.config import ModelConfig
 from pipeline.model.deeplab import DeepLabV3
@@ -101,7 +101,7 @@ def little_memory() -> Iterator[None]:
 @pytest.mark.usefixtures("little_memory")
 def test_photos_that_do_not_fit_together_go_alone_and_one_that_does_not_fit_is_none() -> None:
     model, _ = weights.load(str(DEMO / "tfzoo-voc-mobilenetv2.safetensors"))
-    segmenter = Network(model.eval(), Inference(window_above=10**9), gpu=True)
+    segmenter = InferenceModel(model.eval(), Inference(window_above=10**9), gpu=True)
     [alone] = segmenter.segment([photo(500, 600)])
     assert alone is not None
     together = segmenter.segment([photo(500, 600)] * 12)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.bulk.worker.decode import DecodeError, Decoders, Limits
+from pipeline.bulk.worker.decode import DecodeError, DecodeLimits, DecoderPool
 from pipeline.data.images import IMAGE_ERROR_KINDS, ImageError, Pixels, decode
 from pipeline.data.labels import VOC
 from tests.small_photos import photo
@@ -115,7 +115,7 @@ def test_every_hard_image_is_what_another_reader_saw_or_a_typed_error(hard_image
     with (hard_images / "manifest.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) >= 290
-    decoders = Decoders(1, Limits(max_pixels=100_000_000), VOC)
+    decoders = DecoderPool(1, DecodeLimits(max_pixels=100_000_000), VOC)
     [pid] = decoders.pids()
     surprises = []
     try:
@@ -133,7 +133,7 @@ def test_every_hard_image_is_what_another_reader_saw_or_a_typed_error(hard_image
     assert surprises == []
 
 
-def size_of(decoders: Decoders, path: Path) -> tuple[int, int] | DecodeError:
+def size_of(decoders: DecoderPool, path: Path) -> tuple[int, int] | DecodeError:
     try:
         height, width, _ = decoders.image(path.read_bytes()).shape
     except DecodeError as error:

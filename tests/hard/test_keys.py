@@ -24,7 +24,7 @@ from pipeline.bulk.driver.actor_pool import images_of
 from pipeline.bulk.driver.finalize import RunFinalizer
 from pipeline.bulk.planning import plan
 from pipeline.bulk.settings import Settings, fingerprint
-from pipeline.bulk.worker.segmenter import Segmenter, Work
+from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
 from pipeline.data import storage
 from pipeline.data.storage import s3
 from pipeline.model.weights import checkpoint_fingerprint
@@ -93,7 +93,7 @@ def whole_run(settings: Settings) -> RunLayout:
     model = checkpoint_fingerprint(storage.read(CHECKPOINT))
     layout = RunLayout(results=settings.results, run_id="hostile")
     made = plan.make(settings, layout, settings.identity(model=model))
-    work = Work(
+    work = WorkerContext(
         layout=layout, images=settings.images, checkpoint=CHECKPOINT, model=model,
         settings=fingerprint(asdict(settings.inference)), inference=settings.inference,
         batch_images=1, cpus=1, gpu=False,

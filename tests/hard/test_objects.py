@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.bulk.planning.listing import Listed, Listing
 from pipeline.bulk.settings import Settings
-from pipeline.bulk.worker.decode import Decoders, Limits
+from pipeline.bulk.worker.decode import DecodeLimits, DecoderPool
 from pipeline.bulk.worker.load import Loader
 from pipeline.data.labels import VOC
 from tests.small_photos import encoded
@@ -54,7 +54,7 @@ def test_bombs_nothing_and_five_gigabytes_are_error_rows_in_little_memory(tmp_pa
         os.truncate(file.fileno(), HUGE_BYTES)
     (photos / "good.png").write_bytes(encoded(Image.new("RGB", (31, 17)), "PNG"))
     settings = Settings(images=str(photos), results=str(tmp_path / "results"), checkpoint="/none")
-    decoders = Decoders(1, Limits(max_pixels=settings.inference.max_pixels), VOC)
+    decoders = DecoderPool(1, DecodeLimits(max_pixels=settings.inference.max_pixels), VOC)
     pids = decoders.pids()
     loader = Loader(decoders, 1, max_object_bytes=settings.inference.max_object_bytes)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew

@@ -30,7 +30,7 @@ from pipeline.bulk.planning import plan
 from pipeline.bulk.planning.listing import Listed
 from pipeline.bulk.planning.plan import Part
 from pipeline.bulk.settings import Settings
-from pipeline.bulk.worker.summary import Summary
+from pipeline.bulk.worker.summary import ShardSummary
 from pipeline.results.layout import RunLayout
 from tests.scale.measure import Row, print_table
 
@@ -61,7 +61,7 @@ class StubStage:
         return pa.Table.from_pylist([{**summary, **said, "facts": facts}])
 
 
-class Measured(Summary):
+class Measured(ShardSummary):
     """A summary that keeps what the stub says of itself."""
 
     def __init__(self, *, facts: dict[str, float], **values: Any) -> None:

@@ -78,12 +78,12 @@ def _resume(layout: Any) -> None:
 
     from pipeline.bulk.driver import actor_pool, preflight, reconcile
     from pipeline.bulk.planning import plan
-    from pipeline.bulk.worker.summary import Summary
+    from pipeline.bulk.worker.summary import ShardSummary
 
-    def appear(_: Any, shards: pa.Table, *__: Any, **___: Any) -> Iterator[Summary]:
+    def appear(_: Any, shards: pa.Table, *__: Any, **___: Any) -> Iterator[ShardSummary]:
         numbers = shards["shard"].to_pylist()
         fill_shards(layout.images, numbers[0], numbers[-1] + 1)
-        yield from (Summary(shard=number) for number in numbers)
+        yield from (ShardSummary(shard=number) for number in numbers)
 
     actor_pool.run_batch = appear  # type: ignore[assignment]
     known = plan.load(layout)

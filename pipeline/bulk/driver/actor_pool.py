@@ -29,8 +29,8 @@ from pipeline.bulk.driver.watchdog import StallWatchdog, WatchCallback
 from pipeline.bulk.planning.listing import Listed
 from pipeline.bulk.worker import storage_probe
 from pipeline.bulk.worker.failure_streaks import CutOffError, SystemicError
-from pipeline.bulk.worker.segmenter import Segmenter, Work
-from pipeline.bulk.worker.summary import Summary
+from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
+from pipeline.bulk.worker.summary import ShardSummary
 from pipeline.data.storage import StorageError
 from pipeline.runs import ray_connection
 from pipeline.runs.ray_connection import RunStoppedError
@@ -93,7 +93,7 @@ def images_of(images: list[dict[str, Any]]) -> list[Listed]:
 class ShardWorker:
     """The actor: a segmenter, and its words to the driver. No exception leaves it."""
 
-    def __init__(self, work: Work, board: Any) -> None:
+    def __init__(self, work: WorkerContext, board: Any) -> None:
         self._board = board
         self._name, self._began = secrets.token_hex(8), time.monotonic()
         self._fatal: str | None = None
@@ -110,7 +110,7 @@ class ShardWorker:
         return pa.Table.from_pylist([self._segment(row["shard"], images_of(row["images"]))])
 
     def _segment(self, shard: int, photos: list[Listed]) -> dict[str, Any]:
-        summary, fatal, cut_off = Summary(shard=shard), self._fatal, self._cut_off
+        summary, fatal, cut_off = ShardSummary(shard=shard), self._fatal, self._cut_off
         if fatal is None:
             self._board.tell.remote(shard, 0)
             try:
@@ -128,13 +128,13 @@ class ShardWorker:
 
 
 def run_batch(
-    work: Work,
+    work: WorkerContext,
     shards: pa.Table,
     pool: Pool,
     board: Any,
     *,
     one_at_a_time: bool = False,
-) -> Generator[Summary, None, None]:
+) -> Generator[ShardSummary, None, None]:
     """Sends the shards through the pool; the summaries of those that come back, as they come.
 
     `board` is the handle of a `Board`. With `one_at_a_time` nothing is queued on an actor behind
@@ -173,7 +173,7 @@ def run_batch(
             if fatal:
                 raise RunStoppedError(fatal)
             board.forget.remote(row["shard"])
-            yield Summary(**{**row, "errors": Counter(json.loads(row["errors"]))})
+            yield ShardSummary(**{**row, "errors": Counter(json.loads(row["errors"]))})
     except _LOST as error:
         lost = first_line(error)
         _let_go(error)
@@ -184,8 +184,8 @@ def run_batch(
     raise BatchLostError(lost)
 
 
-def _refusal_here(work: Work) -> StorageError | None:
-    return storage_probe.refusal_here(work.layout, work.images, work.labels)
+def _refusal_here(work: WorkerContext) -> StorageError | None:
+    return storage_probe.check_access_here(work.layout, work.images, work.labels)
 
 
 def _let_go(error: BaseException | None) -> None:

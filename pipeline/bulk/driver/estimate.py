@@ -14,7 +14,7 @@ from pipeline.bulk.driver.actor_pool import Pool, images_of
 from pipeline.bulk.planning import plan
 from pipeline.bulk.planning.listing import Listed
 from pipeline.bulk.planning.plan import Plan
-from pipeline.bulk.worker.segmenter import Segmenter, Work
+from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
 
 ENOUGH_S = 60.0
 """Seconds of measuring after which no further photos are begun."""
@@ -80,7 +80,7 @@ class Estimate:
         return self.actor_hours * self.pool.gpus
 
 
-def sample_plan(work: Work, known: Plan, count: int) -> list[Listed]:
+def sample_plan(work: WorkerContext, known: Plan, count: int) -> list[Listed]:
     """Photos spread over a plan that is written."""
     spread = StratifiedSample(count)
     every = max(1, len(known.parts) // _PARTS)
@@ -92,7 +92,9 @@ def sample_plan(work: Work, known: Plan, count: int) -> list[Listed]:
     return spread.photos()
 
 
-def measure(work: Work, pool: Pool, photos: list[Listed], *, images: int, shards: int) -> Estimate:
+def measure(
+    work: WorkerContext, pool: Pool, photos: list[Listed], *, images: int, shards: int
+) -> Estimate:
     """Segments the photos, writing nothing, and says what `images` such in `shards` would take.
 
     Raises SystemicError or StorageError where they cannot be read, and ValueError without photos.
@@ -132,7 +134,7 @@ def _bytes(one: int, written: int, files: int, sampled: int, *, images: int, sha
     return round(shards * max(0.0, one - each) + images * each)
 
 
-def _device(work: Work) -> str:
+def _device(work: WorkerContext) -> str:
     if work.gpu:
         return torch.cuda.get_device_name()
     with open("/proc/cpuinfo") as file:

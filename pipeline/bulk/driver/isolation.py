@@ -19,9 +19,9 @@ import ray
 
 from pipeline.bulk.driver.actor_pool import Pool
 from pipeline.bulk.planning.listing import Listed
-from pipeline.bulk.worker.rows import RowMaker
-from pipeline.bulk.worker.segmenter import Segmenter, Work
-from pipeline.bulk.worker.summary import Summary
+from pipeline.bulk.worker.rows import RowBuilder
+from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
+from pipeline.bulk.worker.summary import ShardSummary
 from pipeline.data import storage
 from pipeline.results import tables
 from pipeline.runs.artifacts import read_artifact
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 class IsolatedWorker:
     """The actor: a segmenter that is given one photo at a time."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: WorkerContext) -> None:
         self._work = work
 
     def start(self) -> str:
@@ -63,7 +63,7 @@ class IsolatedWorker:
 class ImageIsolator:
     """Segments shards photo by photo, and creates their files."""
 
-    def __init__(self, work: Work, pool: Pool, rows: RowMaker) -> None:
+    def __init__(self, work: WorkerContext, pool: Pool, rows: RowBuilder) -> None:
         self._work = work
         self._pool = pool
         self._rows = rows
@@ -80,12 +80,12 @@ class ImageIsolator:
             ray.kill(self._actor)
             self._actor = None
 
-    def segment(self, shard: int, photos: Sequence[Listed]) -> Summary:
+    def segment(self, shard: int, photos: Sequence[Listed]) -> ShardSummary:
         """Creates the shard's file of its photos' rows, each segmented alone."""
         started = time.monotonic()
         table = pa.concat_tables(self._single(shard, i, photo) for i, photo in enumerate(photos))
         data = tables.table_to_parquet(table.cast(self._schema))
-        summary = Summary(shard=shard, images=len(photos), actor=f"alone with {shard}")
+        summary = ShardSummary(shard=shard, images=len(photos), actor=f"alone with {shard}")
         summary.errors.update(kind for kind in table["error_kind"].to_pylist() if kind)
         summary.committed = storage.create(self._work.layout.shard(shard), data)
         summary.actor_s = time.monotonic() - started

@@ -16,7 +16,7 @@ from pipeline.bulk.driver.actor_pool import Pool
 from pipeline.bulk.driver.progress import Progress
 from pipeline.bulk.planning.plan import Plan
 from pipeline.bulk.settings import Settings
-from pipeline.bulk.worker.segmenter import Work
+from pipeline.bulk.worker.segmenter import WorkerContext
 from pipeline.data import storage
 from pipeline.data.labels import Classes
 from pipeline.model import devices, weights
@@ -93,9 +93,11 @@ def build_pool(settings: Settings) -> Pool:
     )
 
 
-def build_worker_context(settings: Settings, layout: RunLayout, known: Plan, pool: Pool) -> Work:
+def build_worker_context(
+    settings: Settings, layout: RunLayout, known: Plan, pool: Pool
+) -> WorkerContext:
     """What every shard of the run shares."""
-    return Work(
+    return WorkerContext(
         layout=layout,
         images=settings.images,
         labels=settings.labels,

@@ -7,7 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 
-from pipeline.bulk.worker.summary import Summary
+from pipeline.bulk.worker.summary import ShardSummary
 
 _WINDOW_S = 60.0
 
@@ -31,7 +31,7 @@ class Progress:
         self._started = clock()
         self._recent: deque[tuple[float, int]] = deque([(self._started, 0)])
 
-    def add(self, summary: Summary) -> None:
+    def add(self, summary: ShardSummary) -> None:
         """Counts a shard that is done."""
         self.images_now += summary.images
         self.errors.update(summary.errors)

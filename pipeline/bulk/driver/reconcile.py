@@ -23,9 +23,9 @@ from pipeline.bulk.driver.actor_pool import BatchLostError, Pool, images_of
 from pipeline.bulk.driver.isolation import ImageIsolator
 from pipeline.bulk.planning import plan
 from pipeline.bulk.planning.plan import Part
-from pipeline.bulk.worker.rows import RowMaker
-from pipeline.bulk.worker.segmenter import Work
-from pipeline.bulk.worker.summary import Summary
+from pipeline.bulk.worker.rows import RowBuilder
+from pipeline.bulk.worker.segmenter import WorkerContext
+from pipeline.bulk.worker.summary import ShardSummary
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout, shard_number
 from pipeline.runs.ray_connection import RunStoppedError
@@ -44,7 +44,11 @@ class Reconciler:
     """Does parts of one plan; `count` is told of every shard that is done, and may stop it."""
 
     def __init__(
-        self, work: Work, pool: Pool, rows: RowMaker, count: Callable[[Summary], None]
+        self,
+        work: WorkerContext,
+        pool: Pool,
+        rows: RowBuilder,
+        count: Callable[[ShardSummary], None],
     ) -> None:
         self._work = work
         self._pool = pool

@@ -26,8 +26,8 @@ from pipeline.bulk.driver.usage import UsageLog
 from pipeline.bulk.planning import plan
 from pipeline.bulk.planning.plan import Plan
 from pipeline.bulk.settings import Settings
-from pipeline.bulk.worker.rows import RowMaker
-from pipeline.bulk.worker.summary import Summary
+from pipeline.bulk.worker.rows import RowBuilder
+from pipeline.bulk.worker.summary import ShardSummary
 from pipeline.data import storage
 from pipeline.results import files
 from pipeline.results.layout import RunLayout, only_new_lease
@@ -153,7 +153,7 @@ class _Run:
 
     def _to_its_end(self) -> BulkResult:
         self._watch(self._plan, self._progress)
-        rows = RowMaker(
+        rows = RowBuilder(
             run_id=self._layout.run_id,
             model=self._plan.model,
             settings=self._plan.settings,
@@ -192,7 +192,7 @@ class _Run:
         usage.delete(self._layout)
         return BulkResult(plan=self._plan, outcome=outcome, seconds=seconds, images_per_second=rate)
 
-    def _count(self, summary: Summary) -> None:
+    def _count(self, summary: ShardSummary) -> None:
         """Counts a shard, tells who watches, and stops the run by the rules."""
         self._progress.add(summary)
         self._usage.save_sometimes()

@@ -1,10 +1,10 @@
-"""Untrusted bytes become pixels in child processes, which may die without taking anyone along.
+"""Decode untrusted bytes in child processes, whose crashes affect no other process.
 
 Each child decodes one object at a time under an address-space limit and a deadline. Bytes go in
 and pixels come back as anonymous shared memory (memfd) whose descriptors travel over a socket:
-nothing has a name, so nothing is left behind whoever dies. A child's death or silence is known to
-belong to the object it held. The children are plain interpreters, started before CUDA, that
-import no torch and no Ray.
+nothing has a name, so nothing is left behind after a crash. A child's crash or silence is
+attributed to the object that it held. The children are plain interpreters, started before CUDA,
+that import neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MAPPED_FROM_BYTES = 4 * 2**20
 
 
 class DecodeError(ValueError):
-    """The object gave no pixels. `kind` is one of images.IMAGE_ERROR_KINDS, `label`,
+    """An object could not be decoded. `kind` is one of images.IMAGE_ERROR_KINDS, `label`,
     `timeout` (past the deadline), `out_of_memory` or `worker_died`."""
 
     def __init__(self, kind: str, message: str) -> None:
@@ -45,18 +45,18 @@ class DecodeError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What one object may cost."""
+class DecodeLimits:
+    """Limits for decoding one object."""
 
     max_pixels: int
     deadline_s: float = 30.0
-    memory_bytes: int = 3 * 2**30  # of address space, beyond what the bare child takes
+    memory_bytes: int = 3 * 2**30  # of address space, on top of the bare child's
 
 
-class Decoders:
-    """`count` child processes; `image` and `label` may be called from many threads at once."""
+class DecoderPool:
+    """A pool of `count` child processes; `image` and `label` may be called from many threads."""
 
-    def __init__(self, count: int, limits: Limits, classes: Classes) -> None:
+    def __init__(self, count: int, limits: DecodeLimits, classes: Classes) -> None:
         self._limits = limits
         options = {**asdict(limits), "classes": classes.to_dict()}
         self._idle: queue.SimpleQueue[_Child] = queue.SimpleQueue()
@@ -65,24 +65,24 @@ class Decoders:
             self._idle.put(child)
 
     def image(self, data: bytes) -> Pixels:
-        """(h, w, 3) RGB of the encoded image. Raises DecodeError."""
+        """Return the encoded image as (h, w, 3) RGB uint8. Raises DecodeError."""
         return self._ask({"what": "image"}, data)
 
     def label(self, data: bytes, size: tuple[int, int]) -> Pixels:
-        """(h, w) class ids of the encoded label of an image of that size. Raises DecodeError."""
+        """Return the encoded label of an image of `size` as (h, w) ids. Raises DecodeError."""
         return self._ask({"what": "label", "size": size}, data)
 
     def pids(self) -> list[int]:
-        """The children's process ids."""
+        """Return the process ids of the children."""
         return [child.process.pid for child in self._children]
 
     def close(self) -> None:
-        """Ends the children."""
+        """End the children."""
         for child in self._children:
             child.end()
 
     def _ask(self, request: dict[str, Any], data: bytes) -> Pixels:
-        """A child that dies may have been killed for another reason: two deaths condemn."""
+        """Ask a child, and again after a crash: the first may have had another reason."""
         child = self._idle.get()
         try:
             try:
@@ -96,7 +96,7 @@ class Decoders:
 
 
 class _Child:
-    """A child process and the socket to it; a dead one is replaced where it is."""
+    """A child process and the socket to it; a crashed one is replaced in place."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
@@ -125,7 +125,7 @@ class _Child:
         self.process.wait()
 
     def ask(self, request: dict[str, Any], data: bytes, deadline_s: float) -> Pixels:
-        if self.process.poll() is not None:  # it died while it was idle: no object's fault
+        if self.process.poll() is not None:  # it crashed while idle: not the object's fault
             self.end()
             self._start()
         try:
@@ -141,22 +141,22 @@ class _Child:
             self.end()
             code = self.process.returncode
             self._start()
-            raise DecodeError("worker_died", f"its decoder process {_how(code)}") from error
+            raise DecodeError("worker_died", f"its decoder process {_exit_reason(code)}") from error
         if "error" in answer:
             raise DecodeError(answer["kind"], answer["error"])
         return _mapped(pixels, tuple(answer["shape"]))
 
 
 def _environment() -> dict[str, str]:
-    """The parent's, led to this very package; a child does its arithmetic in one thread."""
+    """Return the parent's environment with this package on the path, and one thread per child."""
     root = str(Path(pipeline.__file__).parent.parent)
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     return {**os.environ, **threads, "PYTHONPATH": path}
 
 
-def _how(code: int) -> str:
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+def _exit_reason(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
 
 class memory_file:  # noqa: N801 - a context manager, used like `open`
@@ -177,7 +177,7 @@ class memory_file:  # noqa: N801 - a context manager, used like `open`
 
 
 def send(to: socket.socket, header: dict[str, Any], descriptor: int | None = None) -> None:
-    """Sends the header as one message, and a duplicate of the descriptor with it."""
+    """Send the header as one message, with a duplicate of the descriptor."""
     ancillary = []
     if descriptor is not None:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
@@ -185,7 +185,7 @@ def send(to: socket.socket, header: dict[str, Any], descriptor: int | None = Non
 
 
 def receive(source: socket.socket) -> tuple[dict[str, Any], int]:
-    """The next message and its descriptor, -1 without one. Raises EOFError at the end."""
+    """Return the next message and its descriptor, or -1 if it has none. Raises EOFError."""
     message, descriptors, _, _ = socket.recv_fds(source, _MESSAGE_BYTES, 1)
     if not message:
         raise EOFError
@@ -194,9 +194,9 @@ def receive(source: socket.socket) -> tuple[dict[str, Any], int]:
 
 
 def _mapped(descriptor: int, shape: tuple[int, ...]) -> Pixels:
-    """The memory behind the descriptor as an array, read-only; large ones without a copy.
+    """Return the memory behind the descriptor as a read-only array, without a copy if large.
 
-    A mapping holds a descriptor, so small ones are copied: there may be thousands of them.
+    A mapping holds a descriptor, so small arrays are copied: there may be thousands of them.
     """
     size = math.prod(shape)
     try:

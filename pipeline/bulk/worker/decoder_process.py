@@ -1,8 +1,8 @@
 """The process that decodes untrusted bytes: `python -m pipeline.bulk.worker.decoder_process FD`.
 
-It reads requests from the socket FD until its parent is gone, and limits itself: address space by
-`RLIMIT_AS`, time by an alarm whose default action ends the process even inside C code that holds
-the interpreter's lock, so that no hung decoder outlives its parent.
+It reads requests from the socket FD until its parent exits. It limits its own address space by
+`RLIMIT_AS` and its time by an alarm, whose default action ends the process even inside C code that
+holds the interpreter's lock, so that no hung decoder outlives its parent.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _ALARM_AFTER_DEADLINE_S = 5.0
 
 
 def main(descriptor: int) -> None:
-    """Answers requests until the socket closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    """Answer requests until the socket closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     _silence_libraries()
     with socket.socket(fileno=descriptor) as connection:
         options, _ = receive(connection)
@@ -41,7 +41,7 @@ def main(descriptor: int) -> None:
                 _answer(connection, request, data, classes, options["max_pixels"])
             except MemoryError:
                 limit = options["memory_bytes"] // 2**20
-                message = f"decoding it takes more than {limit} MiB of memory"
+                message = f"decoding takes more than {limit} MiB of memory"
                 send(connection, {"kind": "out_of_memory", "error": message})
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
@@ -73,12 +73,12 @@ def _answer(
 
 def _content(descriptor: int) -> bytes:
     with open(descriptor, "rb", buffering=0, closefd=False) as file:
-        file.seek(0)  # the position is shared with who wrote it
+        file.seek(0)  # the position is shared with the process that wrote it
         return file.readall()
 
 
 def _silence_libraries() -> None:
-    """C libraries that write to stderr write to nowhere; Python's own words are still heard."""
+    """Discard what C libraries write to stderr; what Python writes is still shown."""
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -86,7 +86,7 @@ def _silence_libraries() -> None:
 
 
 def _limit_memory(more: int) -> None:
-    """Allows `more` bytes of address space beyond what this process has mapped by now."""
+    """Allow `more` bytes of address space on top of what this process has mapped so far."""
     with open("/proc/self/statm") as statm:
         mapped = int(statm.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + more, mapped + more))

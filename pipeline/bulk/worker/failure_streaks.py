@@ -1,31 +1,31 @@
-"""Are failures the photos' own, or those of what they lie in? Too many in a row are the latter.
+"""Detect systemic failures: too many images, or labels, in a row that fail in the same way.
 
-A photo that was deleted is a row, and so is one that storage refuses; a storage that refuses
-everything, or a prefix or a mount that is gone, stops the run before it becomes so many rows. What
-holds for photos holds for their labels, which may lie elsewhere.
+An image that was deleted, or that storage refuses, becomes an error row. If storage refuses
+everything, or a whole prefix or mount has disappeared, the run aborts before it writes an error
+row for each image. Labels are treated alike; they may be stored elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-from pipeline.bulk.worker.storage_probe import Witness
+from pipeline.bulk.worker.storage_probe import StorageProbe
 from pipeline.results import tables
 
 FAILURES_IN_A_ROW = 50
-"""So many photos in a row that fail in one way which is not theirs are a fault of the system."""
+"""This many consecutive failures of one kind that is not about the image are systemic."""
 
 
 class SystemicError(RuntimeError):
-    """Nothing is to be gained by going on: the run stops, and can be continued."""
+    """Continuing is pointless: the run aborts; it can be resumed."""
 
 
 class CutOffError(SystemicError):
-    """Storage has nothing for this process; whether for others too, the driver looks."""
+    """Storage delivers nothing to this process; the driver checks whether it is alone in that."""
 
 
-class Streak:
-    """Failures in a row of one kind that is not the photo's own fault."""
+class FailureStreak:
+    """Consecutive failures of one kind that is not about the image itself."""
 
     def __init__(self) -> None:
         self._kind: str | None = None
@@ -35,25 +35,28 @@ class Streak:
         return len(self.uris)
 
     def count(self, uri: str, kind: str | None) -> bool:
-        """Whether they are `FAILURES_IN_A_ROW` now; what comes then begins another streak."""
+        """Count an object; return whether the streak has reached `FAILURES_IN_A_ROW`.
+
+        The next object then starts a new streak.
+        """
         if kind != self._kind or len(self) >= FAILURES_IN_A_ROW:
             self._kind, self.uris = kind, []
-        # what a healthy storage says of an object that was replaced is its own too
+        # `changed` is about the object too: a healthy storage reports it of a replaced one
         if kind is not None and kind != "changed" and kind not in tables.PERMANENT_ERRORS:
             self.uris.append(uri)
         return len(self) >= FAILURES_IN_A_ROW
 
 
-class Source:
-    """What photos lie in, or labels (`what` says which), as one process sees it."""
+class LocationMonitor:
+    """The location of the images (or labels: `what`) as seen by one process."""
 
-    def __init__(self, what: str, witness: Witness) -> None:
+    def __init__(self, what: str, probe: StorageProbe) -> None:
         self._what = what
-        self.witness = witness
-        self._streak = Streak()
+        self.probe = probe
+        self._streak = FailureStreak()
 
     def count(self, uri: str, kind: str | None, error: str | None) -> None:
-        """Counts an object, `kind` None where it is whole. Raises SystemicError after too many."""
+        """Count an object; `kind` is None if it is intact. Raises SystemicError after too many."""
         if not self._streak.count(uri, kind):
             return
         if kind == "vanished":
@@ -63,13 +66,13 @@ class Source:
             raise SystemicError(f"{failed} ({kind}): {error}")
 
     def check_vanished(self, gone: Collection[str]) -> None:
-        """Raises CutOffError where these are gone with all others: nobody deleted them."""
-        loss = self.witness.loss(gone)
+        """Raise CutOffError if these objects disappeared together with all others."""
+        loss = self.probe.check_exists(gone)
         if loss is not None:
             raise CutOffError(f"{len(gone)} {self._what}s in a row vanished: {loss}")
 
     def check_refused(self, refused: Collection[str]) -> None:
-        """Raises CutOffError where storage refuses everything, and not these alone."""
-        refusal = self.witness.refusal(refused)
+        """Raise CutOffError if storage refuses everything, not only these objects."""
+        refusal = self.probe.check_access(refused)
         if refusal is not None:
-            raise CutOffError(f"storage gives no {self._what} any more: {refusal}")
+            raise CutOffError(f"storage delivers no {self._what}s any more: {refusal}")

@@ -1,4 +1,4 @@
-"""The network as a shard sees it: photos of one size in, masks out, memory permitting."""
+"""The network as the segmenter uses it: images of one size in, masks out, memory permitting."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pipeline.bulk.worker.decode import Pixels
 from pipeline.model import optimize, predict
 
 
-class Network:
-    """The model on its device, made fast."""
+class InferenceModel:
+    """The model on its device, optimized for inference."""
 
     def __init__(self, model: Any, inference: Inference, *, gpu: bool) -> None:
-        # not compiled: nobody knows the photos' sizes before they are fetched
+        # not compiled: image sizes are unknown until the images are fetched
         self._model = optimize.optimize_for_inference(model, "cuda" if gpu else "cpu")
         if inference.output_stride is not None:
             self._model.set_output_stride(inference.output_stride)
-        self._how: dict[str, Any] = {
+        self._options: dict[str, Any] = {
             "scales": inference.scales,
             "flip": inference.flip,
             "window": predict.SlidingWindow(
@@ -31,13 +31,13 @@ class Network:
         }
 
     def segment(self, images: list[Pixels]) -> list[tuple[Any, Any] | None]:
-        """(mask, confidence) of each image of one size; None where memory does not suffice."""
+        """Return (mask, confidence), (h, w) each, of images of one size; None if out of memory."""
         try:
-            masks, confidences = predict.segment(self._model, np.stack(images), **self._how)
+            masks, confidences = predict.segment(self._model, np.stack(images), **self._options)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            # below: outside of the handler, whose traceback holds the tensors
+            # retried below: inside the handler, the traceback would keep the tensors alive
         else:
             return list(zip(masks.numpy(), confidences.numpy(), strict=True))
         if torch.cuda.is_available():
@@ -48,4 +48,4 @@ class Network:
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return "DefaultCPUAllocator" in str(error)  # torch's own type exists for GPUs alone
+    return "DefaultCPUAllocator" in str(error)  # torch has a type of its own for GPUs only

@@ -1,7 +1,7 @@
-"""A shard's objects become pixels: fetched by many threads, decoded ahead of who consumes them.
+"""Load a shard's images and labels: many threads fetch them, decoders work ahead of the consumer.
 
-What comes out is in the plan's order. Bytes in flight are bounded by the shard's size, decoded
-pixels by a budget, whatever the sizes of the photos.
+Images come out in the order of the plan. Bytes in flight are bounded by the size of the shard,
+decoded pixels by a budget, whatever the sizes of the images.
 """
 
 from __future__ import annotations
@@ -13,48 +13,48 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pipeline.bulk.planning.listing import Listed
-from pipeline.bulk.worker.decode import DecodeError, Decoders, Pixels
+from pipeline.bulk.worker.decode import DecodeError, DecoderPool, Pixels
 from pipeline.data import storage
 
 AHEAD_BYTES = 256 * 2**20
-"""Decoded pixels that may wait to be consumed."""
+"""Bytes of decoded pixels that may wait for the consumer."""
 
 Fetched = tuple[bytes, bytes | storage.StorageError | DecodeError | None]
-"""A photo's bytes, and its label's, or why there are none, or None where it has no label."""
+"""Bytes of an image, and of its label: bytes, an error, or None if it has no label."""
 
 Fetching = Future[Fetched]
 
-_PASSING = ("access", "timeout")
-"""What storage says that it may not say the next time."""
+_TRANSIENT = ("access", "timeout")
+"""Storage errors that may not occur on the next attempt."""
 
 _FETCHERS = 16
-_FIRST_GUESS_BYTES = 3_000_000  # of a photo's pixels, until some were seen
+_FIRST_GUESS_BYTES = 3_000_000  # of an image's pixels, until some are known
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """A photo of the plan with its pixels, or with why it has none."""
+class DecodedImage:
+    """An image of the plan with its pixels, or with the error that left it without."""
 
     listed: Listed
     image: Pixels | None = None  # (h, w, 3)
     label: Pixels | None = None  # (h, w)
     label_error: str | None = None
-    label_error_kind: str | None = None  # of storage; None too where the label's bytes are bad
+    label_error_kind: str | None = None  # of storage; None also if the label's bytes are invalid
     error_kind: str | None = None
     error: str | None = None
-    refused: bool = False  # by storage, for a reason that may pass
+    refused: bool = False  # by storage, for a transient reason
     fetched_bytes: int = 0
 
     @property
     def label_refused(self) -> bool:
-        """Whether storage gave the photo, and not its label, for a reason that may pass."""
-        return self.label_error_kind in _PASSING
+        """Whether storage delivered the image but refused its label, for a transient reason."""
+        return self.label_error_kind in _TRANSIENT
 
 
 class Loader:
-    """Loads the photos of one shard at a time or of several, from as many threads."""
+    """Loads images; several threads may load a shard each."""
 
-    def __init__(self, decoders: Decoders, decoder_count: int, *, max_object_bytes: int) -> None:
+    def __init__(self, decoders: DecoderPool, decoder_count: int, *, max_object_bytes: int) -> None:
         self._decoders = decoders
         self._decoder_count = decoder_count
         self._max_object_bytes = max_object_bytes
@@ -62,59 +62,59 @@ class Loader:
         self._decoding = ThreadPoolExecutor(2 * decoder_count, "decode")
 
     def close(self) -> None:
-        """Ends the threads; what is in flight is finished first."""
+        """Stop the threads once the work in flight is finished."""
         self._fetchers.shutdown(cancel_futures=True)
         self._decoding.shutdown(cancel_futures=True)
 
-    def stream(self, photos: Sequence[Listed]) -> Iterator[Loaded]:
-        """The photos with their pixels, in the order given; loading begins with the call."""
-        fetching = [(photo, self._fetchers.submit(self._fetch, photo)) for photo in photos]
-        ahead = _Ahead(fetching, self._decode_later, fewest=self._decoder_count)
+    def stream(self, images: Sequence[Listed]) -> Iterator[DecodedImage]:
+        """Return the images with their pixels, in the given order; loading starts at once."""
+        fetching = [(ref, self._fetchers.submit(self._fetch, ref)) for ref in images]
+        ahead = PrefetchQueue(fetching, self._decode_later, fewest=self._decoder_count)
         ahead.advance()
         return iter(ahead)
 
-    def _decode_later(self, photo: Listed, fetched: Fetching) -> Future[Loaded]:
-        return self._decoding.submit(self._decode, photo, fetched)
+    def _decode_later(self, ref: Listed, fetched: Fetching) -> Future[DecodedImage]:
+        return self._decoding.submit(self._decode, ref, fetched)
 
-    def _fetch(self, photo: Listed) -> Fetched:
-        """Raises StorageError where the photo cannot be read."""
-        if photo.bytes > self._max_object_bytes:
+    def _fetch(self, ref: Listed) -> Fetched:
+        """Return the bytes of image and label. Raises StorageError if the image cannot be read."""
+        if ref.bytes > self._max_object_bytes:
             return b"", None
-        image = storage.read(photo.uri, photo.etag)
-        if photo.label_uri is None:
+        image = storage.read(ref.uri, ref.etag)
+        if ref.label_uri is None:
             return image, None
-        if (photo.label_bytes or 0) > self._max_object_bytes:
-            limit = f"{photo.label_bytes} bytes are over the limit of {self._max_object_bytes}"
-            return image, DecodeError("too_large", f"label {photo.label_uri}: {limit}")
+        if (ref.label_bytes or 0) > self._max_object_bytes:
+            limit = f"{ref.label_bytes} bytes are over the limit of {self._max_object_bytes}"
+            return image, DecodeError("too_large", f"label {ref.label_uri}: {limit}")
         try:
-            return image, storage.read(photo.label_uri, photo.label_etag)
+            return image, storage.read(ref.label_uri, ref.label_etag)
         except storage.StorageError as error:
             return image, error
 
-    def _decode(self, photo: Listed, fetched: Fetching) -> Loaded:
-        if photo.bytes > self._max_object_bytes:
-            message = f"{photo.bytes} bytes are over the limit of {self._max_object_bytes}"
-            return Loaded(listed=photo, error_kind="too_large", error=message)
+    def _decode(self, ref: Listed, fetched: Fetching) -> DecodedImage:
+        if ref.bytes > self._max_object_bytes:
+            message = f"{ref.bytes} bytes are over the limit of {self._max_object_bytes}"
+            return DecodedImage(listed=ref, error_kind="too_large", error=message)
         fetched_bytes = 0
         try:
             data, label_data = fetched.result()
             fetched_bytes = len(data) + (len(label_data) if isinstance(label_data, bytes) else 0)
             image = self._decoders.image(data)
         except (storage.StorageError, DecodeError) as error:
-            return Loaded(
-                listed=photo,
+            return DecodedImage(
+                listed=ref,
                 error_kind=error.kind,
                 error=str(error),
-                refused=_kind_of_storage(error) in _PASSING,
+                refused=_storage_error_kind(error) in _TRANSIENT,
                 fetched_bytes=fetched_bytes,
             )
         label, label_error = self._label(label_data, (image.shape[0], image.shape[1]))
-        return Loaded(
-            listed=photo,
+        return DecodedImage(
+            listed=ref,
             image=image,
             label=label,
             label_error=label_error,
-            label_error_kind=_kind_of_storage(label_data),
+            label_error_kind=_storage_error_kind(label_data),
             fetched_bytes=fetched_bytes,
         )
 
@@ -129,28 +129,28 @@ class Loader:
             return None, str(error)
 
 
-class _Ahead:
-    """The photos of one shard: those being decoded, within the budget, and those that wait.
+class PrefetchQueue:
+    """The images of one shard: those being decoded, within the budget, and those waiting.
 
-    Whenever one is decoded or consumed, as many are sent after it as the budget allows; the
-    size of those in work is guessed as the largest one seen.
+    Whenever one is decoded or consumed, as many follow as the budget allows; the size of an
+    image that is being decoded is estimated as the largest one seen.
     """
 
     def __init__(
         self,
         waiting: Sequence[tuple[Listed, Fetching]],
-        decode: Callable[[Listed, Fetching], Future[Loaded]],
+        decode: Callable[[Listed, Fetching], Future[DecodedImage]],
         *,
         fewest: int,
     ) -> None:
         self._waiting = deque(waiting)
-        self._decoding: deque[Future[Loaded]] = deque()
+        self._decoding: deque[Future[DecodedImage]] = deque()
         self._decode = decode
-        self._fewest = fewest  # so many are held whatever their sizes
+        self._fewest = fewest  # this many are held whatever their sizes
         self._guess = _FIRST_GUESS_BYTES
         self._lock = threading.RLock()
 
-    def __iter__(self) -> Iterator[Loaded]:
+    def __iter__(self) -> Iterator[DecodedImage]:
         while True:
             self.advance()
             with self._lock:
@@ -160,7 +160,7 @@ class _Ahead:
             yield first.result()
 
     def advance(self, _: object = None) -> None:
-        """Sends photos to be decoded, as many as may be held."""
+        """Submit as many images for decoding as may be held."""
         with self._lock:
             while self._waiting and self._has_room():
                 future = self._decode(*self._waiting.popleft())
@@ -173,18 +173,18 @@ class _Ahead:
         in_work = len(self._decoding) - len(done)
         if len(self._decoding) < self._fewest:
             return True
-        # beyond twice the decoders they would only wait, their sizes not yet known
+        # more than twice the decoders would only wait, their sizes unknown
         held = sum(done) + (in_work + 1) * self._guess
         return in_work < 2 * self._fewest and held <= AHEAD_BYTES
 
 
-def _kind_of_storage(found: object) -> str | None:
+def _storage_error_kind(found: object) -> str | None:
     return found.kind if isinstance(found, storage.StorageError) else None
 
 
-def _has_pixels(each: Future[Loaded]) -> bool:
+def _has_pixels(each: Future[DecodedImage]) -> bool:
     return each.done() and not each.cancelled() and each.exception() is None
 
 
-def _size(loaded: Loaded) -> int:
+def _size(loaded: DecodedImage) -> int:
     return sum(pixels.nbytes for pixels in (loaded.image, loaded.label) if pixels is not None)

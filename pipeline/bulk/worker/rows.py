@@ -1,4 +1,4 @@
-"""A segmented photo, or one that could not be, as a row of the `images` table."""
+"""Rows of the `images` table: segmented images and images with errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pipeline import metrics
 from pipeline.bulk.planning.listing import Listed
-from pipeline.bulk.worker.load import Loaded
+from pipeline.bulk.worker.load import DecodedImage
 from pipeline.data import masks
 from pipeline.data.labels import Classes
 from pipeline.text import one_line
@@ -19,8 +19,8 @@ _MESSAGE_CHARACTERS = 500
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowMaker:
-    """Makes the rows of one run; the fingerprints are those of checkpoint and settings."""
+class RowBuilder:
+    """Builds the rows of one run; `model` and `settings` are fingerprints."""
 
     run_id: str
     model: str
@@ -30,11 +30,11 @@ class RowMaker:
     def ok(
         self,
         shard: int,
-        loaded: Loaded,
+        loaded: DecodedImage,
         mask: npt.NDArray[np.uint8],
         confidence: npt.NDArray[np.float32],
     ) -> dict[str, Any]:
-        """The row of a photo with its (h, w) mask and winning probabilities."""
+        """Return the row of an image, given its mask and winning probabilities, (h, w) each."""
         return {
             **self._common(shard, loaded.listed),
             "status": "ok",
@@ -47,7 +47,7 @@ class RowMaker:
         }
 
     def error(self, shard: int, listed: Listed, kind: str, message: str) -> dict[str, Any]:
-        """The row of a photo that has no mask, and why."""
+        """Return the row of an image that has no mask."""
         return {
             **self._common(shard, listed),
             "status": "error",
@@ -70,7 +70,7 @@ class RowMaker:
         confidence: npt.NDArray[np.float32],
         label: npt.NDArray[np.uint8] | None,
     ) -> list[dict[str, Any]]:
-        """A row for each class that is in the mask or in the label, by class id."""
+        """Return a row per class that is in the mask or in the label, ordered by class id."""
         k = self.classes.num_classes
         pixels = np.bincount(mask.ravel(), minlength=k)
         summed = np.bincount(mask.ravel(), weights=confidence.ravel(), minlength=k)

@@ -1,7 +1,8 @@
-"""Does storage refuse one photo, or everything? A photo that it gave before is asked for again.
+"""Tell a failing object from a failing storage, by probing other objects.
 
-And are photos that it does not find deleted, or gone with all that lay there? A listing tells.
-Labels are asked about in the same way, where they lie.
+When storage refuses an object, one that it delivered before is read again: if that is refused
+too, storage is at fault. When objects are not found, a listing tells whether they were deleted or
+the whole prefix or mount is gone. The same holds for labels and their location.
 """
 
 from __future__ import annotations
@@ -14,33 +15,33 @@ from pipeline.data.storage import Object, StorageError
 from pipeline.results.layout import RunLayout, is_only_new_lease, run_id_of
 
 _OTHERS = 3
-"""Objects of the listing that are tried by who was given none yet."""
+"""Objects to probe when this process has not read any successfully yet."""
 
 
-class Witness:
-    """Remembers an object that could be read, for `refusal`; `place` is where they lie.
+class StorageProbe:
+    """Probes of one location: a URI prefix of images or of labels.
 
-    `results` may lie below it: what is written there is none of them.
+    `results` may be nested under it; objects that runs wrote there are excluded.
     """
 
-    def __init__(self, place: str, results: str) -> None:
-        self._place = place
+    def __init__(self, location: str, results: str) -> None:
+        self._location = location
         self._results = results
-        self._given: Object | None = None
+        self._delivered: Object | None = None
 
-    def saw(self, item: Object) -> None:
-        """Storage gave this one."""
-        self._given = item
+    def remember(self, item: Object) -> None:
+        """Remember an object that storage delivered."""
+        self._delivered = item
 
-    def refusal(self, refused: Collection[str]) -> StorageError | None:
-        """What storage says where it refuses others than those `refused` too."""
+    def check_access(self, refused: Collection[str]) -> StorageError | None:
+        """Return storage's error if it refuses other objects than `refused` too, else None."""
         last = None
         try:
-            for item in self._asked(refused):
+            for item in self._probes(refused):
                 try:
                     storage.read(item.uri, item.etag)
                 except StorageError as error:
-                    if error.kind in ("vanished", "changed"):  # it answers, as a healthy one does
+                    if error.kind in ("vanished", "changed"):  # a healthy storage answers so too
                         return None
                     last = error
                 else:
@@ -49,15 +50,15 @@ class Witness:
             return error
         return last
 
-    def loss(self, gone: Collection[str]) -> StorageError | None:
-        """Why the objects `gone`, which storage does not find, are no deleted ones.
+    def check_exists(self, gone: Collection[str]) -> StorageError | None:
+        """Return an error if the objects `gone`, which storage does not find, were not deleted.
 
-        None where a listing shows others, and none of them.
+        They were deleted (None) if a listing shows other objects and does not show them.
         """
         try:
             for item in self._listed_among(gone):
                 if item.uri in gone:
-                    return StorageError("vanished", f"{item.uri} is listed, and yet not there")
+                    return StorageError("vanished", f"{item.uri} is listed but cannot be read")
             if any(item.uri not in gone for item in self._listed()):
                 return None
         except StorageError as error:
@@ -65,24 +66,24 @@ class Witness:
         return self._nothing_left()
 
     def _listed_among(self, gone: Collection[str]) -> Iterator[Object]:
-        """What a listing shows from the first of `gone` to the last."""
-        return storage.list_objects(self._place, between=(min(gone), max(gone)))
+        """List the range of keys from the first of `gone` to the last."""
+        return storage.list_objects(self._location, between=(min(gone), max(gone)))
 
     def _listed(self) -> Iterator[Object]:
-        items = storage.list_objects(self._place)
-        return (item for item in items if not self._is_ours(item.uri))
+        items = storage.list_objects(self._location)
+        return (item for item in items if not self._is_result(item.uri))
 
-    def _is_ours(self, uri: str) -> bool:
-        """Whether a run wrote it."""
+    def _is_result(self, uri: str) -> bool:
+        """Return whether a run wrote the object."""
         return run_id_of(self._results, uri) is not None or is_only_new_lease(self._results, uri)
 
     def _nothing_left(self) -> StorageError:
-        return StorageError("vanished", f"nothing else lies below {self._place} any more")
+        return StorageError("vanished", f"{self._location} holds no other objects any more")
 
-    def _asked(self, refused: Collection[str]) -> list[Object]:
-        """The one that storage gave, or the smallest of a page that it has not refused."""
-        if self._given is not None:
-            return [self._given]
+    def _probes(self, refused: Collection[str]) -> list[Object]:
+        """Return the object delivered last, or else the smallest ones of a page."""
+        if self._delivered is not None:
+            return [self._delivered]
         page = list(itertools.islice(self._listed(), storage.PAGE_OBJECTS))
         if not page:
             raise self._nothing_left()
@@ -90,10 +91,10 @@ class Witness:
         return list(itertools.islice(sorted(others, key=lambda item: item.size), _OTHERS))
 
 
-def refusal_here(layout: RunLayout, *places: str | None) -> StorageError | None:
-    """What storage says where it refuses this process too: to write results, or to read a place.
+def check_access_here(layout: RunLayout, *locations: str | None) -> StorageError | None:
+    """Return storage's error if this process cannot write results or read a location either.
 
-    A place that is None is none.
+    Locations that are None are skipped.
     """
     probe = f"{layout.singles}/probe"
     try:
@@ -101,5 +102,5 @@ def refusal_here(layout: RunLayout, *places: str | None) -> StorageError | None:
         storage.delete([probe], within=layout.results)
     except StorageError as error:
         return error
-    refusals = (Witness(place, layout.results).refusal(()) for place in places if place)
-    return next(filter(None, refusals), None)
+    probes = (StorageProbe(location, layout.results) for location in locations if location)
+    return next(filter(None, (each.check_access(()) for each in probes)), None)

@@ -16,13 +16,13 @@ from pipeline.bulk.planning.listing import Listed
 from pipeline.bulk.settings import Settings
 from pipeline.bulk.worker import storage_probe
 from pipeline.bulk.worker.failure_streaks import FAILURES_IN_A_ROW, CutOffError, SystemicError
-from pipeline.bulk.worker.segmenter import Segmenter, Work
+from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
 from pipeline.data import storage
 from pipeline.data.storage import StorageError
 
 SettingsFor = Callable[..., Settings]
 ListedBy = Callable[..., list[Listed]]
-WorkFor = Callable[..., Work]
+WorkFor = Callable[..., WorkerContext]
 PhotoOf = Callable[[int], tuple[str, bytes, bytes]]
 
 
@@ -51,7 +51,7 @@ def _refuse(
     monkeypatch.setattr(storage, "read", refusing)
 
 
-def _shards(work: Work) -> list[str]:
+def _shards(work: WorkerContext) -> list[str]:
     return [item.uri for item in storage.list_objects(work.layout.images)]
 
 
@@ -63,7 +63,9 @@ def test_storage_that_refuses_everything_stops_the_run_at_its_first_shard(
     with closing(Segmenter(work)) as segmenter:
         segmenter.segment(0, photos[:5])
         _refuse(monkeypatch, lambda _: True)
-        with pytest.raises(SystemicError, match=r"gives no photo any more: .*004\.jpg: .*denied"):
+        with pytest.raises(
+            SystemicError, match=r"delivers no images any more: .*004\.jpg: .*denied"
+        ):
             segmenter.segment(1, photos[5:10])
     assert len(_shards(work)) == 1
     with closing(Segmenter(work)) as begun_anew, pytest.raises(SystemicError, match="denied"):
@@ -98,7 +100,7 @@ def test_fifty_photos_in_a_row_that_fail_in_one_way_stop_the_run(
     with closing(Segmenter(work)) as segmenter:
         _refuse(monkeypatch, lambda uri: not uri.endswith("005.jpg"))
         before = [segmenter.segment(i, photos[20 * i : 20 * i + 20]) for i in range(2)]
-        with pytest.raises(SystemicError, match=r"50 photos in a row failed \(access\): .*denied"):
+        with pytest.raises(SystemicError, match=r"50 images in a row failed \(access\): .*denied"):
             segmenter.segment(2, photos[40:])
     assert [summary.errors["access"] for summary in before] == [19, 20]
     assert len(_shards(work)) == 2
@@ -223,11 +225,11 @@ def test_photos_that_are_gone_with_all_that_lay_there_stop_the_run_and_are_no_ro
     for ours in ("images/run=other/shard-000000.parquet", "leases/only-new-0123.json"):
         storage.write(f"{settings.images}/results/{ours}", b"ours")
     work = replace(work, layout=replace(work.layout, results=f"{settings.images}/results"))
-    nothing = rf"{FAILURES_IN_A_ROW if shard_images > 50 else 10} photos .*nothing else lies below"
+    nothing = rf"{FAILURES_IN_A_ROW if shard_images > 50 else 10} images .*holds no other objects"
     with closing(Segmenter(work)) as segmenter, pytest.raises(CutOffError, match=nothing):
         segmenter.segment(0, photos[:shard_images])
     assert _shards(work) == []
-    gone = storage_probe.refusal_here(work.layout, settings.images)  # what the driver is told
+    gone = storage_probe.check_access_here(work.layout, settings.images)  # what the driver is told
     assert gone is not None
     assert gone.kind == "vanished"
 
@@ -237,7 +239,7 @@ def test_photos_that_are_listed_and_yet_not_there_stop_the_run(
 ) -> None:
     settings, photos = many
     _refuse(monkeypatch, lambda _: True, kind="vanished")
-    stops = pytest.raises(CutOffError, match=r"50 photos in a row vanished: .* is listed")
+    stops = pytest.raises(CutOffError, match=r"50 images in a row vanished: .* is listed")
     with closing(Segmenter(work_for(settings))) as segmenter, stops:
         segmenter.segment(0, photos)
 
@@ -246,12 +248,14 @@ def test_a_photo_is_deleted_where_a_listing_shows_others_and_not_it(prefix: str)
     names = [f"{prefix}/photos/{name}.jpg" for name in ("a/1", "b/c/2", "b/d", "e/3")]
     for name in names[1:3]:
         storage.write(name, b"a photo")
-    asked = storage_probe.Witness(f"{prefix}/photos", f"{prefix}/results")
-    assert asked.loss({names[0], names[3]}) is None
+    asked = storage_probe.StorageProbe(f"{prefix}/photos", f"{prefix}/results")
+    assert asked.check_exists({names[0], names[3]}) is None
     for gone in (names[:2], names[2:], names):
-        assert f"{gone[0] if gone[0] != names[0] else names[1]} is listed" in str(asked.loss(gone))
+        assert f"{gone[0] if gone[0] != names[0] else names[1]} is listed" in str(
+            asked.check_exists(gone)
+        )
     storage.delete(names[1:3])
-    assert "nothing else lies below" in str(asked.loss(names[:1]))
+    assert "holds no other objects" in str(asked.check_exists(names[:1]))
 
 
 def test_photos_in_a_row_that_somebody_deleted_are_rows_where_others_are_still_listed(

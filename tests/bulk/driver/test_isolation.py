@@ -15,8 +15,8 @@ from pipeline.bulk.driver import isolation
 from pipeline.bulk.driver.actor_pool import Pool
 from pipeline.bulk.driver.isolation import ImageIsolator
 from pipeline.bulk.planning.listing import Listed
-from pipeline.bulk.worker.rows import RowMaker
-from pipeline.bulk.worker.segmenter import Work
+from pipeline.bulk.worker.rows import RowBuilder
+from pipeline.bulk.worker.segmenter import WorkerContext
 from pipeline.data import storage
 from pipeline.data.labels import VOC
 from pipeline.results import tables
@@ -26,11 +26,14 @@ Segmented = Callable[..., list[dict[str, Any]]]
 
 @pytest.fixture
 def segmented(
-    tmp_path: Any, settings_for: Any, work_for: Callable[..., Work], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Any,
+    settings_for: Any,
+    work_for: Callable[..., WorkerContext],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Segmented:
     """`segmented(names, deaths)`: a shard's rows; the words of its deaths are taken one by one."""
     work = work_for(settings_for(str(tmp_path)))
-    rows = RowMaker(run_id="test", model=work.model, settings=work.settings, classes=VOC)
+    rows = RowBuilder(run_id="test", model=work.model, settings=work.settings, classes=VOC)
     monkeypatch.setattr(ImageIsolator, "_started", lambda *_: "node")
     monkeypatch.setattr(isolation, "_is_alive", lambda node: node == "node")
 

@@ -16,7 +16,7 @@ import pytest
 from pipeline.bulk.planning.listing import Listed
 from pipeline.bulk.settings import Inference, Settings
 from pipeline.bulk.worker.failure_streaks import CutOffError, SystemicError
-from pipeline.bulk.worker.segmenter import Segmenter, Work
+from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
 from pipeline.data import storage
 from pipeline.data.storage import StorageError
 from pipeline.model import predict
@@ -79,7 +79,7 @@ def _rows(data: bytes) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("given_before", [True, False])
 def test_labels_that_are_all_refused_stop_the_run_before_their_photos_are_committed(
-    labelled: Labelled, work_for: Callable[..., Work], refuse: Refuse, given_before: bool
+    labelled: Labelled, work_for: Callable[..., WorkerContext], refuse: Refuse, given_before: bool
 ) -> None:
     settings, photos = labelled
     work = work_for(settings)
@@ -87,7 +87,9 @@ def test_labels_that_are_all_refused_stop_the_run_before_their_photos_are_commit
         if given_before:
             segmenter.rows_of(0, photos[:3])
         refuse(lambda *_: True)
-        with pytest.raises(CutOffError, match=r"gives no label any more: .*\.png: access denied"):
+        with pytest.raises(
+            CutOffError, match=r"delivers no labels any more: .*\.png: access denied"
+        ):
             segmenter.segment(1, photos[3:10])
         with pytest.raises(SystemicError, match=r"50 labels in a row failed \(access\): .*denied"):
             segmenter.segment(2, photos[3:])
@@ -96,7 +98,7 @@ def test_labels_that_are_all_refused_stop_the_run_before_their_photos_are_commit
 
 
 def test_a_label_that_is_refused_once_is_fetched_again_and_the_network_sees_its_photo_once(
-    labelled: Labelled, work_for: Callable[..., Work], refuse: Refuse, networked: list[int]
+    labelled: Labelled, work_for: Callable[..., WorkerContext], refuse: Refuse, networked: list[int]
 ) -> None:
     settings, photos = labelled
     with closing(Segmenter(work_for(settings))) as segmenter:
@@ -111,7 +113,7 @@ def test_a_label_that_is_refused_once_is_fetched_again_and_the_network_sees_its_
 
 
 def test_a_label_that_stays_refused_costs_its_photo_the_scores_and_no_second_look(
-    labelled: Labelled, work_for: Callable[..., Work], refuse: Refuse, networked: list[int]
+    labelled: Labelled, work_for: Callable[..., WorkerContext], refuse: Refuse, networked: list[int]
 ) -> None:
     settings, photos = labelled
     refuse(lambda uri, _: not uri.endswith("30.png"))
@@ -125,7 +127,7 @@ def test_a_label_that_stays_refused_costs_its_photo_the_scores_and_no_second_loo
 
 
 def test_a_label_over_the_size_limit_is_no_refusal(
-    labelled: Labelled, work_for: Callable[..., Work], refuse: Refuse
+    labelled: Labelled, work_for: Callable[..., WorkerContext], refuse: Refuse
 ) -> None:
     settings, photos = labelled
     large = [photo._replace(label_bytes=10**9) for photo in photos]
@@ -139,7 +141,7 @@ def test_a_label_over_the_size_limit_is_no_refusal(
 
 
 def test_labels_that_are_gone_with_all_that_lay_there_stop_the_run_and_deleted_ones_do_not(
-    labelled: Labelled, work_for: Callable[..., Work]
+    labelled: Labelled, work_for: Callable[..., WorkerContext]
 ) -> None:
     settings, photos = labelled
     storage.delete([str(photo.label_uri) for photo in photos[:55]])

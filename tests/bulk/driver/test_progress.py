@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from pipeline.bulk.driver.progress import Progress
-from pipeline.bulk.worker.summary import Summary
+from pipeline.bulk.worker.summary import ShardSummary
 
 
 class Clock:
@@ -18,8 +18,8 @@ class Clock:
         return self.now
 
 
-def _shard(images: int, **errors: int) -> Summary:
-    return Summary(shard=0, images=images, errors=Counter(errors), bytes_read=10 * images)
+def _shard(images: int, **errors: int) -> ShardSummary:
+    return ShardSummary(shard=0, images=images, errors=Counter(errors), bytes_read=10 * images)
 
 
 def test_nothing_is_known_before_the_first_shard() -> None:

@@ -16,8 +16,8 @@ from pipeline.bulk.driver.actor_pool import BatchLostError, Pool
 from pipeline.bulk.driver.reconcile import Reconciler
 from pipeline.bulk.planning import plan
 from pipeline.bulk.settings import Settings
-from pipeline.bulk.worker.segmenter import Work
-from pipeline.bulk.worker.summary import Summary
+from pipeline.bulk.worker.segmenter import WorkerContext
+from pipeline.bulk.worker.summary import ShardSummary
 from pipeline.data import storage
 from pipeline.runs.ray_connection import RunStoppedError
 
@@ -33,7 +33,7 @@ class _NoRay(Pool):
 def reconciled(
     tmp_path: Any,
     settings_for: Callable[..., Settings],
-    work_for: Callable[..., Work],
+    work_for: Callable[..., WorkerContext],
     fill: Callable[[str, int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[list[int]], list[tuple[int, bool]]]:
@@ -48,12 +48,14 @@ def reconciled(
     given: list[tuple[int, bool]] = []
 
     def reconcile(done: list[int]) -> list[tuple[int, bool]]:
-        def wave(_: Work, shards: pa.Table, *__: Any, one_at_a_time: bool) -> Iterator[Summary]:
+        def wave(
+            _: WorkerContext, shards: pa.Table, *__: Any, one_at_a_time: bool
+        ) -> Iterator[ShardSummary]:
             number = len(given)
             given.append((len(shards), one_at_a_time))
             for shard in shards["shard"].to_pylist()[: done[number]]:
                 storage.create(work.layout.shard(shard), b"")
-                yield Summary(shard=shard)
+                yield ShardSummary(shard=shard)
             if number + 1 < len(done):
                 raise BatchLostError("the actor died")
 
@@ -91,7 +93,7 @@ def test_such_waves_that_get_nothing_done_end_the_run(
 def one_row(
     tmp_path: Any,
     settings_for: Callable[..., Settings],
-    work_for: Callable[..., Work],
+    work_for: Callable[..., WorkerContext],
     fill: Callable[[str, int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[str, bool], Any]:
@@ -100,7 +102,7 @@ def one_row(
     work = work_for(settings_for(str(tmp_path)))
 
     def wave(fatal: str, cut_off: bool) -> Any:
-        row = {**asdict(Summary(shard=0)), "errors": "{}", "fatal": fatal, "cut_off": cut_off}
+        row = {**asdict(ShardSummary(shard=0)), "errors": "{}", "fatal": fatal, "cut_off": cut_off}
         monkeypatch.setattr(actor_pool, "StallWatchdog", lambda *_: Mock(watched=lambda _: [row]))
         monkeypatch.setattr("ray.data.from_items", Mock())
         pool = _NoRay(min_actors=1, max_actors=1, cpus=1, gpus=0)

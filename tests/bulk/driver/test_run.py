@@ -28,8 +28,8 @@ from pipeline.bulk.driver.watchdog import StallWatchdog, running_actors
 from pipeline.bulk.planning import plan
 from pipeline.bulk.planning.listing import Listed
 from pipeline.bulk.settings import Inference, Settings
-from pipeline.bulk.worker.rows import RowMaker
-from pipeline.bulk.worker.segmenter import Segmenter, Work
+from pipeline.bulk.worker.rows import RowBuilder
+from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
 from pipeline.data import storage
 from pipeline.data.labels import VOC
 from pipeline.results.layout import RunLayout
@@ -60,7 +60,7 @@ def rows_of(settings: Settings) -> list[dict[str, Any]]:
     return rows
 
 
-def looped(settings: Settings, work: Work) -> list[dict[str, Any]]:
+def looped(settings: Settings, work: WorkerContext) -> list[dict[str, Any]]:
     """The rows of a plain loop over the run's plan, without Ray."""
     assert settings.run_id is not None
     layout = RunLayout(results=settings.results, run_id=settings.run_id)
@@ -235,7 +235,7 @@ def test_only_the_photo_that_kills_its_process_alone_is_condemned(
     work = work_for(settings)
     ray.cloudpickle.register_pickle_by_value(__import__(__name__))
     monkeypatch.setattr(isolation, "IsolatedWorker", _DiesOfSome)
-    rows = RowMaker(run_id="test", model=work.model, settings=work.settings, classes=VOC)
+    rows = RowBuilder(run_id="test", model=work.model, settings=work.settings, classes=VOC)
     stage = ImageIsolator(work, Pool(min_actors=1, max_actors=1, cpus=1, gpus=0), rows)
     summary = stage.segment(0, listed(settings))
     stage.close()
@@ -292,7 +292,7 @@ def test_what_is_gone_stops_the_run_which_is_continued_once_it_is_back(
         if place.exists():
             place.rename(elsewhere)
 
-    with pytest.raises(RunStoppedError, match=f"50 {folder} in a row vanished: nothing else lies"):
+    with pytest.raises(RunStoppedError, match="50 .*s in a row vanished: .* no other"):
         run(settings, unmount)
     assert not list(storage.list_objects(layout.images))
     elsewhere.rename(place)
@@ -357,7 +357,7 @@ def test_a_photos_row_that_is_broken_is_said_in_one_line(
     fill(str(tmp_path), 1)
     work = work_for(settings_for(str(tmp_path)))
     storage.write(work.layout.single(3, 0), b"PAR1 half a r")
-    rows = RowMaker(run_id="test", model=work.model, settings=work.settings, classes=VOC)
+    rows = RowBuilder(run_id="test", model=work.model, settings=work.settings, classes=VOC)
     stage = ImageIsolator(work, Pool(min_actors=1, max_actors=1, cpus=1, gpus=0), rows)
     photo = Listed(f"{tmp_path}/photos/1.jpg", "e", 1, None, None)
     with pytest.raises(RunStoppedError, match=r"000003/00000\.parquet is broken .*: delete it"):

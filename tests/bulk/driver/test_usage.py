@@ -7,7 +7,7 @@ import pytest
 from pipeline.bulk.driver import usage
 from pipeline.bulk.driver.progress import Progress
 from pipeline.bulk.driver.usage import ResourceUsage, UsageLog
-from pipeline.bulk.worker.summary import Summary
+from pipeline.bulk.worker.summary import ShardSummary
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout
 
@@ -16,7 +16,7 @@ def _progress(*shards: tuple[str, float, int]) -> Progress:
     """Of one image for each (actor, its age in seconds, bytes read)."""
     progress = Progress(images=100, images_before=0)
     for actor, seconds, read in shards:
-        progress.add(Summary(shard=0, images=1, actor=actor, actor_s=seconds, bytes_read=read))
+        progress.add(ShardSummary(shard=0, images=1, actor=actor, actor_s=seconds, bytes_read=read))
     return progress
 
 

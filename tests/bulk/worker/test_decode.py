@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.bulk.worker.decode import DecodeError, Decoders, Limits
+from pipeline.bulk.worker.decode import DecodeError, DecodeLimits, DecoderPool
 from pipeline.data import images
 from pipeline.data.labels import VOC
 
@@ -18,19 +18,21 @@ PhotoOf = Callable[[int], tuple[str, bytes, bytes]]
 
 
 @pytest.fixture(scope="module")
-def decoders() -> Iterator[Decoders]:
-    made = Decoders(2, Limits(max_pixels=20_000), VOC)
+def decoders() -> Iterator[DecoderPool]:
+    made = DecoderPool(2, DecodeLimits(max_pixels=20_000), VOC)
     yield made
     made.close()
 
 
-def test_pixels_equal_those_decoded_in_this_process(decoders: Decoders, photo_of: PhotoOf) -> None:
+def test_pixels_equal_those_decoded_in_this_process(
+    decoders: DecoderPool, photo_of: PhotoOf
+) -> None:
     for number in range(12):
         _, data, _ = photo_of(number)
         np.testing.assert_array_equal(decoders.image(data), images.decode(data))
 
 
-def test_label_ids_equal_what_pillow_stored(decoders: Decoders, photo_of: PhotoOf) -> None:
+def test_label_ids_equal_what_pillow_stored(decoders: DecoderPool, photo_of: PhotoOf) -> None:
     for number in range(6):
         _, _, data = photo_of(number)
         with Image.open(io.BytesIO(data)) as label:
@@ -39,7 +41,7 @@ def test_label_ids_equal_what_pillow_stored(decoders: Decoders, photo_of: PhotoO
 
 
 def test_what_is_no_photo_has_the_kind_that_decoding_here_gives(
-    decoders: Decoders, photo_of: PhotoOf
+    decoders: DecoderPool, photo_of: PhotoOf
 ) -> None:
     whole = photo_of(1)[1]
     for data in (b"", b"a letter", whole[: len(whole) // 2], b"%PDF-1.4", whole[:20]):
@@ -55,7 +57,7 @@ def test_what_is_no_photo_has_the_kind_that_decoding_here_gives(
     assert large.value.kind == "too_large"
 
 
-def test_every_error_of_a_label_is_of_kind_label(decoders: Decoders, photo_of: PhotoOf) -> None:
+def test_every_error_of_a_label_is_of_kind_label(decoders: DecoderPool, photo_of: PhotoOf) -> None:
     _, photo, label = photo_of(1)
     for data, size in ((label, (5, 7)), (b"", (5, 7)), (photo, (128, 96)), (label[:60], (128, 96))):
         with pytest.raises(DecodeError) as wrong:
@@ -64,7 +66,7 @@ def test_every_error_of_a_label_is_of_kind_label(decoders: Decoders, photo_of: P
         assert "\n" not in str(wrong.value)
 
 
-def test_many_threads_share_few_children(decoders: Decoders, photo_of: PhotoOf) -> None:
+def test_many_threads_share_few_children(decoders: DecoderPool, photo_of: PhotoOf) -> None:
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda i: decoders.image(photo_of(i)[1]), range(50)))
     for number, pixels in enumerate(found):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.bulk.worker.decode import DecodeError, Decoders, Limits
+from pipeline.bulk.worker.decode import DecodeError, DecodeLimits, DecoderPool
 from pipeline.data.labels import VOC
 
 
@@ -35,15 +35,15 @@ def slow() -> bytes:
 
 
 @pytest.fixture(scope="module")
-def decoders() -> Iterator[Decoders]:
-    made = Decoders(2, Limits(max_pixels=50_000_000), VOC)
+def decoders() -> Iterator[DecoderPool]:
+    made = DecoderPool(2, DecodeLimits(max_pixels=50_000_000), VOC)
     yield made
     made.close()
 
 
-def _made(**limits: float) -> Decoders:
+def _made(**limits: float) -> DecoderPool:
     """One warm child within these limits."""
-    made = Decoders(1, Limits(**{"max_pixels": 50_000_000, **limits}), VOC)  # type: ignore[arg-type]
+    made = DecoderPool(1, DecodeLimits(**{"max_pixels": 50_000_000, **limits}), VOC)  # type: ignore[arg-type]
     try:
         made.image(SMALL)
     except DecodeError:
@@ -167,7 +167,7 @@ def test_a_photo_that_wants_too_much_memory_is_out_of_memory(slow: bytes, large:
         made.close()
 
 
-def test_descriptors_do_not_leak(decoders: Decoders) -> None:
+def test_descriptors_do_not_leak(decoders: DecoderPool) -> None:
     for data in (SMALL, b"a letter"):
         decoders.image(SMALL)
         before = _descriptors()
@@ -196,7 +196,7 @@ def test_replaced_children_leave_no_descriptors_and_no_processes() -> None:
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)  # not even as zombies
 
 
-def test_many_small_photos_in_memory_hold_few_descriptors(decoders: Decoders) -> None:
+def test_many_small_photos_in_memory_hold_few_descriptors(decoders: DecoderPool) -> None:
     before = _descriptors()
     held = [decoders.image(SMALL) for _ in range(300)]  # a soft limit of 1024 is usual
     assert _descriptors() < before + 100
@@ -206,7 +206,7 @@ def test_many_small_photos_in_memory_hold_few_descriptors(decoders: Decoders) ->
 _PARENT = """
 import io, sys, threading
 from PIL import Image
-from pipeline.bulk.worker.decode import Decoders, Limits
+from pipeline.bulk.worker.decode import DecodeLimits, DecoderPool
 from pipeline.data.labels import VOC
 
 def png(width, height):
@@ -218,7 +218,7 @@ def work(data):
     while True:
         made.image(data)
 
-made = Decoders(2, Limits(max_pixels=90_000_000, deadline_s=200), VOC)
+made = DecoderPool(2, DecodeLimits(max_pixels=90_000_000, deadline_s=200), VOC)
 for _ in made.pids():  # they take turns, so that each has started
     made.image(png(7, 5))
 if sys.argv[1] == "busy":

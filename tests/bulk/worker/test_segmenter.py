@@ -18,8 +18,8 @@ from PIL import Image
 
 from pipeline.bulk.planning.listing import Listed
 from pipeline.bulk.settings import Inference, Settings
-from pipeline.bulk.worker.segmenter import Segmenter, Work
-from pipeline.bulk.worker.summary import Summary
+from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
+from pipeline.bulk.worker.summary import ShardSummary
 from pipeline.data import storage
 from pipeline.data.labels import VOC
 from pipeline.model import optimize, predict, weights
@@ -27,18 +27,18 @@ from pipeline.results import tables
 
 SettingsFor = Callable[..., Settings]
 ListedBy = Callable[..., list[Listed]]
-WorkFor = Callable[..., Work]
+WorkFor = Callable[..., WorkerContext]
 Fill = Callable[[str, int], None]
 Rows = list[dict[str, Any]]
 
 
 @contextmanager
-def _segmenter(work: Work) -> Iterator[Segmenter]:
+def _segmenter(work: WorkerContext) -> Iterator[Segmenter]:
     with closing(Segmenter(work)) as segmenter:
         yield segmenter
 
 
-def _rows(work: Work, photos: list[Listed]) -> Rows:
+def _rows(work: WorkerContext, photos: list[Listed]) -> Rows:
     with _segmenter(work) as segmenter:
         data, _ = segmenter.rows_of(3, photos)
     rows: Rows = pq.read_table(io.BytesIO(data)).to_pylist()
@@ -156,7 +156,7 @@ def test_a_broken_photo_is_a_row_with_its_kind_and_one_line_that_says_why(
         assert message in rows[name]["label_error"]
         assert rows[name]["status"] == "ok"
         assert {each["tp"] for each in rows[name]["classes"]} == {None}
-    assert summary == Summary(
+    assert summary == ShardSummary(
         shard=0,
         images=len(photos),
         errors=Counter(errors.values()),

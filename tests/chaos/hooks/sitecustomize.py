@@ -24,7 +24,10 @@ STAGES = {
     "load": ("pipeline.model.weights", "load"),
     "plan": ("pipeline.bulk.planning.plan", "make"),
     "fetch": ("pipeline.bulk.worker.load", "Loader._fetch"),
-    "decode": ("pipeline.bulk.worker.decode", "Decoders.image"),  # the actor, waiting for its child
+    "decode": (
+        "pipeline.bulk.worker.decode",
+        "DecoderPool.image",
+    ),  # the actor, waiting for its child
     "decoder": ("pipeline.data.images", "decode"),  # the child itself
     "infer": ("pipeline.model.predict", "segment"),
     "create": ("pipeline.data.storage", "create"),
