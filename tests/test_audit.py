@@ -21,6 +21,7 @@ BAD: dict[str, Any] = {
 UNKNOWN: dict[str, Any] = {"name": "unknown", "skip_reason": "not found"}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("dependencies", "exceptions", "code", "says"),
     [

@@ -33,6 +33,7 @@ def count(label, mask, **options):
     )
 
 
+@pytest.mark.slow
 @given(label_and_mask())
 def test_confusion_agrees_with_counting_pixels_one_by_one(pair):
     expected = [[0] * K for _ in range(K)]

@@ -27,10 +27,12 @@ def ended(by: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
+@pytest.mark.process
 def test_a_library_that_crashes_at_the_end_would_take_the_exit_code() -> None:
     assert ended("sys.exit(0)").returncode < 0
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("code", [0, 1])
 def test_the_exit_code_is_the_jobs_and_nothing_said_or_tidied_up_is_lost(
     code: int,

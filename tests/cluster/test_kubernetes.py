@@ -60,6 +60,7 @@ def _clusters(manifests: list[Resource]) -> dict[str, dict[str, Any]]:
     return found
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_kustomize_itself_renders_the_same(overlay: str) -> None:
     kubectl = shutil.which("kubectl")

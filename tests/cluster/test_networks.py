@@ -14,6 +14,8 @@ import pytest
 from cluster import local
 from cluster.networks import Loopback, Namespaces, has_namespaces
 
+pytestmark = pytest.mark.process
+
 HELLO = "import socket; print(socket.create_connection(('{}', {}), timeout=2).recv(9).decode())"
 
 

@@ -89,6 +89,7 @@ def test_random_bytes_are_a_picture_or_a_typed_error() -> None:
     assert {"not_an_image", "corrupt", "truncated", "unsupported", "empty"} <= found
 
 
+@pytest.mark.slow
 def test_jpegs_with_flipped_bits_are_a_picture_or_a_typed_error() -> None:
     found = set()
     for seed in range(COUNT):

@@ -35,6 +35,7 @@ def arguments(*more):
     return ["--size", "33", "--backbones", "resnet50", "--output-strides", "16", *more]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_every_row_is_measured_or_says_why_not_and_both_forms_tell_the_same(tmp_path, capsys):
     out = tmp_path / "out.json"

@@ -71,6 +71,7 @@ def test_a_run_that_is_not_there_or_in_use_is_one_line_and_exit_1(
     assert said.count("\n") == 1
 
 
+@pytest.mark.process
 def test_what_is_waited_for_is_said(tmp_path: Path) -> None:
     write_run(str(tmp_path), "a", finished=False)
     silent = {"run_id": "a", "host": "node7", "pid": 42}

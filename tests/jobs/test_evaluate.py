@@ -163,6 +163,7 @@ def test_a_photo_that_cannot_be_read_is_named_and_there_is_no_score(
     assert "JPEGImages/1.jpg" in last
 
 
+@pytest.mark.process
 def test_one_process_needs_no_ray() -> None:
     code = "import sys, jobs.evaluate; assert 'ray' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=DEMO.parents[1])

@@ -135,6 +135,7 @@ def test_a_long_table_says_that_there_is_more(results: str, capsysbinary: Captur
     assert " 1000 │" not in out
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("form", ["table", "csv", "json"])
 def test_a_terminal_is_never_sent_a_raw_control_character(results: str, form: str) -> None:
     code, out, err = in_terminal([results, "SELECT error FROM images", "--format", form])
@@ -142,6 +143,7 @@ def test_a_terminal_is_never_sent_a_raw_control_character(results: str, form: st
     assert not {c for c in out if ord(c) < 32 or 0x7F <= ord(c) < 0xA0} - {"\n", "\r"}
 
 
+@pytest.mark.process
 def test_parquet_is_refused_by_a_terminal(results: str) -> None:
     code, out, err = in_terminal([results, "SELECT 1", "--format", "parquet"])
     assert (code, out) == (2, "")
@@ -165,6 +167,7 @@ def in_terminal(argv: list[str]) -> tuple[int, str, str]:
     return process.returncode, out.decode(), err
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("how", [["-m", "jobs.query"], [str(ROOT / "jobs" / "query.py")]])
 def test_a_reader_that_leaves_early_is_no_error(results: str, how: list[str]) -> None:
     sql = "SELECT range AS n FROM range(1000000)"
@@ -279,6 +282,7 @@ def test_ctrl_c_ends_every_part_of_a_question_at_once_and_in_one_line(
     assert capsysbinary.readouterr() == (b"", b"interrupted\n")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("more", [(), ("--output", "/dev/stdout")])
 @pytest.mark.parametrize("format", ["csv", "parquet"])
 def test_ctrl_c_ends_a_query_whose_reader_has_stopped_reading(

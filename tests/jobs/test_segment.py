@@ -80,6 +80,7 @@ def test_iou_of_a_run_equals_counting_the_pixels_of_masks_and_labels(
     assert iou == pytest.approx(both / either, abs=1e-12)
 
 
+@pytest.mark.process
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     prefix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

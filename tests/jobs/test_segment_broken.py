@@ -61,6 +61,7 @@ def failed(prefix: str, capsys: Capture) -> str:
     return last
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("name", "way_out"),
     [
@@ -90,6 +91,7 @@ def test_a_file_of_the_run_that_is_cut_off_is_named_with_a_way_out(
         assert main(arguments(str(tmp_path))) == 0
 
 
+@pytest.mark.process
 def test_a_shard_that_is_cut_off_is_named(tmp_path: Path, capsys: Capture) -> None:
     layout = segmented(str(tmp_path))
     storage.write(layout.shard(0), storage.read(layout.shard(0))[:100])

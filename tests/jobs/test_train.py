@@ -251,6 +251,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert re.search(r"^about .*: 6 steps of \d+\.\d\d s", out, re.MULTILINE)
 
 
+@pytest.mark.process
 def test_the_flags_of_a_dry_run_are_for_a_shell_and_give_its_experiment_to_another_recipe(
     tmp_path: Path,
 ) -> None:

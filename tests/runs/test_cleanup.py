@@ -156,6 +156,7 @@ def test_an_unfinished_run_whose_lease_does_not_change_while_watched_is_deleted(
     assert f"watching for {STALE_S:g} s whether it still lives" in caplog.text
 
 
+@pytest.mark.process
 def test_where_there_is_no_lease_or_its_process_is_known_to_be_dead_nobody_waits(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -90,6 +90,7 @@ def test_a_lease_is_given_back_when_its_driver_fails(uri: str) -> None:
     assert not storage.exists(uri)
 
 
+@pytest.mark.process
 def test_the_lease_of_a_dead_process_is_taken_at_once(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +104,7 @@ def test_the_lease_of_a_dead_process_is_taken_at_once(
     assert not storage.exists(uri)
 
 
+@pytest.mark.process
 def test_a_lease_is_cleared_where_its_holder_is_known_to_be_dead(uri: str) -> None:
     lease.clear_stale(uri)  # there is none
     _of_a_silent_host(uri)
@@ -155,6 +157,7 @@ def test_a_lease_that_someone_deleted_is_put_back(uri: str) -> None:
         assert not held.lost.is_set()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("left_behind", [_of_a_dead_process, _of_a_silent_host])
 def test_of_many_who_want_a_stale_lease_one_gets_it(tmp_path: Path, left_behind: object) -> None:
     uri = str(tmp_path / "leases" / "run=r.json")

@@ -20,6 +20,8 @@ from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
 from pipeline.data import storage
 from pipeline.data.storage import StorageError
 
+pytestmark = pytest.mark.process
+
 SettingsFor = Callable[..., Settings]
 ListedBy = Callable[..., list[Listed]]
 WorkFor = Callable[..., WorkerContext]

@@ -83,6 +83,7 @@ def _keys(rows: Rows) -> list[tuple[int, float, str]]:
     return sorted(keys, key=lambda key: (key[0], -key[1], key[2].encode()))
 
 
+@pytest.mark.slow
 def test_a_run_whose_driver_was_killed_among_the_parts_is_ended_with_other_threads(
     finish_of: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

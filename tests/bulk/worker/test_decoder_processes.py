@@ -18,6 +18,8 @@ from PIL import Image
 from pipeline.bulk.worker.decode import DecodeError, DecodeLimits, DecoderPool
 from pipeline.data.labels import VOC
 
+pytestmark = pytest.mark.process
+
 
 def _png(height: int, width: int) -> bytes:
     buffer = io.BytesIO()

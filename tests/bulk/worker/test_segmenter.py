@@ -25,6 +25,8 @@ from pipeline.data.labels import VOC
 from pipeline.model import optimize, predict, weights
 from pipeline.results import tables
 
+pytestmark = pytest.mark.process
+
 SettingsFor = Callable[..., Settings]
 ListedBy = Callable[..., list[Listed]]
 WorkFor = Callable[..., WorkerContext]

@@ -19,6 +19,8 @@ from tests.train import tiny
 from tests.train.crashes import CrashingListener, WorkerCrash, assert_same_end, newest
 from tests.train.tiny import RecordingListener
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_exported_network_is_the_average_and_the_best_has_the_best_score(
     root: Path, uninterrupted: Path

@@ -18,6 +18,8 @@ from tests.train import tiny
 from tests.train.crashes import CrashingListener, WorkerCrash, assert_same_end, newest
 from tests.train.tiny import RecordingListener
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_run_that_crashed_and_resumed_ends_bit_identical(
     root: Path, tmp_path: Path, uninterrupted: Path

@@ -23,6 +23,8 @@ from tests.train import tiny
 from tests.train.crashes import newest
 from tests.train.tiny import RecordingListener
 
+pytestmark = pytest.mark.slow
+
 
 def worker(group: ProcessGroup, spec: WorkerSpec) -> RecordingListener:
     listener = RecordingListener()
