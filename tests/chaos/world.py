@@ -31,6 +31,7 @@ from tests import plain_loop
 from tests.chaos.kills import Killer, hooked
 from tests.chaos.nodes import Nodes
 from tests.proxy import Proxy
+from tests.slowdown import slowdown
 
 ROOT = Path(__file__).parents[2]
 BUCKET = "s3://photos"
@@ -82,7 +83,7 @@ class World:
     def __init__(self, folder: Path, put: Callable[[str], None]) -> None:
         self.folder = folder
         # seconds that others cost a run, for each second it takes on free cores
-        self.crowd = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+        self.crowd = slowdown()
         self._runs: list[Run] = []
         self._ports = free_ports()
         self._server = ExitStack()
