@@ -6,6 +6,7 @@ class that is in neither label nor mask has no IoU: None, not 0, 1 or NaN.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,12 +81,6 @@ class ClassCounts:
                 raise ValueError(f"{name} holds {values.min()}; counts must be at least 0")
 
     @classmethod
-    def zeros(cls, num_classes: int) -> ClassCounts:
-        """Return zero counts, the start of a sum."""
-        zero = np.zeros(num_classes, dtype=np.int64)
-        return cls(tp=zero, fp=zero, fn=zero)
-
-    @classmethod
     def from_confusion(cls, confusion: Int64Array) -> ClassCounts:
         """Return the counts of a confusion matrix (k, k), rows = label. Raises ValueError."""
         if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
@@ -108,9 +103,11 @@ class ClassCounts:
             for tp, union in zip(self.tp.tolist(), unions.tolist(), strict=True)
         )
 
-    def mean_iou(self) -> float | None:
-        """Return the mean over the classes that have an IoU, None if there are none."""
-        known = [iou for iou in self.iou() if iou is not None]
+    def mean_iou(self, classes: Sequence[int] | None = None) -> float | None:
+        """Return the mean over those of `classes` (default: all) that have an IoU, or None."""
+        ious = self.iou()
+        chosen = ious if classes is None else [ious[i] for i in classes]
+        known = [iou for iou in chosen if iou is not None]
         return sum(known) / len(known) if known else None
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.data.labels import Classes
-from pipeline.evaluation.bootstrap import bootstrap_interval, mean_iou
+from pipeline.evaluation.bootstrap import bootstrap_interval
 from pipeline.evaluation.evaluator import EvalResult
 
 _NONE = "-"
@@ -43,7 +43,7 @@ class Scores:
             ious=counts.iou(),
             miou=counts.mean_iou(),
             interval=bootstrap_interval(photos),
-            over=mean_iou(counts, over) if over else None,
+            over=counts.mean_iou(over) if over else None,
             over_interval=bootstrap_interval(photos, classes=over) if over else None,
             pixel_accuracy=seen.evaluation.pixel_accuracy,
         )

@@ -22,14 +22,6 @@ def image_counts(confusion: Int64Array) -> Int64Array:
     return np.stack([counts.tp, counts.fp, counts.fn])
 
 
-def mean_iou(counts: ClassCounts, classes: Sequence[int] | None = None) -> float | None:
-    """Return the mean IoU over `classes` (ids; all by default) that have one; None if none has."""
-    ious = counts.iou()
-    chosen = ious if classes is None else [ious[i] for i in classes]
-    known = [iou for iou in chosen if iou is not None]
-    return sum(known) / len(known) if known else None
-
-
 def bootstrap_interval(
     images: Int64Array,
     *,
@@ -41,7 +33,7 @@ def bootstrap_interval(
     """Return the percentile interval (low, high) of the mean IoU at confidence `level`.
 
     `images` are counts (n, 3, k), `classes` the ids that the mean is over (all by default). Each
-    sample draws n images with replacement and computes `mean_iou`. Returns None if no sample has
+    sample draws n images with replacement and computes the mean IoU. Returns None if no sample has
     an IoU. Raises ValueError on an empty set, another shape, or an argument out of range.
     """
     _check(images, level, samples)

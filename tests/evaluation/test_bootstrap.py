@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pipeline.evaluation.bootstrap import bootstrap_interval, image_counts, mean_iou
+from pipeline.evaluation.bootstrap import bootstrap_interval, image_counts
 from pipeline.metrics import ClassCounts
 
 
@@ -66,9 +66,9 @@ def test_counts_of_an_image_and_their_mean_over_some_classes() -> None:
     tp, fp, fn = image_counts(confusion)
     assert (tp.tolist(), fp.tolist(), fn.tolist()) == ([5, 3, 0], [2, 1, 0], [1, 2, 0])
     counts = ClassCounts(tp=tp, fp=fp, fn=fn)
-    assert mean_iou(counts) == pytest.approx((5 / 8 + 3 / 6) / 2)
-    assert mean_iou(counts, [1, 2]) == pytest.approx(3 / 6)
-    assert mean_iou(counts, [2]) is None
+    assert counts.mean_iou() == pytest.approx((5 / 8 + 3 / 6) / 2)
+    assert counts.mean_iou([1, 2]) == pytest.approx(3 / 6)
+    assert counts.mean_iou([2]) is None
 
 
 def test_invalid_arguments_are_refused() -> None:
