@@ -292,7 +292,7 @@ def test_what_is_gone_stops_the_run_which_is_continued_once_it_is_back(
         if place.exists():
             place.rename(elsewhere)
 
-    with pytest.raises(RunStoppedError, match="50 .*s in a row vanished: .* no other"):
+    with pytest.raises(RunStoppedError, match=r"50 .*s in a row vanished: .* no other"):
         run(settings, unmount)
     assert not list(storage.list_objects(layout.images))
     elsewhere.rename(place)
