@@ -1,4 +1,4 @@
-"""What only a GPU can show; without one these tests are skipped, and say so."""
+"""Tests that need a GPU, which are skipped without one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def exact_products() -> Iterator[None]:
-    """fp32 is fp32: not the ten bits of mantissa that a GPU's convolutions take by default."""
+def no_tf32() -> Iterator[None]:
+    """Compute fp32 convolutions in fp32; by default a GPU uses TF32, with a 10-bit mantissa."""
     if not torch.cuda.is_available():
-        pytest.skip("torch finds no GPU here")
+        pytest.skip("torch finds no GPU on this machine")
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     yield

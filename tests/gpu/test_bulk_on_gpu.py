@@ -1,4 +1,4 @@
-"""A bulk run whose actor has a GPU: every photo, and nearly every pixel, as on the CPU."""
+"""A bulk run on a GPU: the same images, and nearly the same masks, as on the CPU."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def masks_of(results: Path) -> dict[str, np.ndarray]:
     return {uri: masks.decode(mask) for uri, mask in rows}
 
 
-def test_a_run_on_a_gpu_is_the_run_on_the_cpu(tmp_path: Path) -> None:
-    photos = tmp_path / "photos"
-    photos.mkdir()
+def test_a_run_on_a_gpu_gives_nearly_the_masks_of_a_run_on_the_cpu(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
     for number in range(24):
         name, data, _ = photo(number)
-        (photos / Path(name).name).write_bytes(data)
-    (photos / "broken.jpg").write_bytes(b"no photo")
+        (images / Path(name).name).write_bytes(data)
+    (images / "broken.jpg").write_bytes(b"not an image")
     found = {}
     for device, gpus in (("cpu", "0"), ("gpu", "1")):
-        given = ["--images", str(photos), "--results", str(tmp_path / device), "--run-id", "a"]
-        given += ["--checkpoint", str(CHECKPOINT), "--shard-images", "8"]
-        given += ["--gpus-per-actor", gpus, "--cpus-per-actor", "1"]
-        assert main(given) == 0
+        flags = ["--images", str(images), "--results", str(tmp_path / device), "--run-id", "a"]
+        flags += ["--checkpoint", str(CHECKPOINT), "--shard-images", "8"]
+        flags += ["--gpus-per-actor", gpus, "--cpus-per-actor", "1"]
+        assert main(flags) == 0
         found[device] = masks_of(tmp_path / device)
     assert found["gpu"].keys() == found["cpu"].keys()
     assert len(found["gpu"]) == 24

@@ -1,4 +1,4 @@
-"""The network on a GPU against itself on the CPU: logits, masks, and memory that does not do."""
+"""The network on a GPU against the CPU: logits, masks, and running out of memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CONFIGS = {
 
 
 def network(config: ModelConfig) -> DeepLabV3:
-    """Weights by chance whose logits are of the size of one."""
+    """Return a network with random weights whose logits are about 1."""
     torch.manual_seed(4)
     model = DeepLabV3(config)
     for layer in model.modules():
@@ -49,7 +49,7 @@ def network(config: ModelConfig) -> DeepLabV3:
 
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.inference_mode()
-def test_logits_are_those_of_the_cpu_at_any_output_stride(name: str) -> None:
+def test_logits_equal_the_cpus_at_any_output_stride(name: str) -> None:
     model = network(CONFIGS[name])
     image = torch.randn(2, 3, 65, 97)
     exact = optimize.optimize_for_inference(model, "cuda", precision="fp32")
@@ -61,8 +61,8 @@ def test_logits_are_those_of_the_cpu_at_any_output_stride(name: str) -> None:
         assert (found - expected).norm() <= 1e-4 * expected.norm()
 
 
-def photo(height: int, width: int) -> np.ndarray:
-    """Soft blobs of colour, and a little noise."""
+def random_image(height: int, width: int) -> np.ndarray:
+    """Return soft blobs of color with a little noise."""
     generator = np.random.default_rng(height)
     small = torch.from_numpy(generator.uniform(0, 255, (1, 3, 7, 9)))
     soft = nn.functional.interpolate(small, (height, width), mode="bicubic")[0].permute(1, 2, 0)
@@ -72,7 +72,7 @@ def photo(height: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("name", ["voc-mobilenetv2", "tfzoo-voc-mobilenetv2"])
-def test_masks_of_the_checkpoints_that_ship_are_those_of_the_cpu(name: str, flip: bool) -> None:
+def test_masks_of_the_demos_checkpoints_nearly_equal_the_cpus(name: str, flip: bool) -> None:
     model, _ = weights.load(str(DEMO / f"{name}.safetensors"))
     plain = optimize.optimize_for_inference(model.eval(), "cpu", precision="fp32")
     fast = optimize.optimize_for_inference(model.eval(), "cuda")
@@ -80,16 +80,16 @@ def test_masks_of_the_checkpoints_that_ship_are_those_of_the_cpu(name: str, flip
     how = {"scales": (0.75, 1.0, 1.5) if flip else (1.0,), "flip": flip}
     for data in photos().values():
         image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB").resize((320, 240)))[None]
-        expected, sure = predict.segment(plain, image, **how)
-        found, as_sure = predict.segment(fast, image, **how)
-        # in bf16 pixels along borders change: on VOC 0.4 % of all, 4 % of the worst photo
+        expected, confidence = predict.segment(plain, image, **how)
+        found, found_confidence = predict.segment(fast, image, **how)
+        # bf16 changes pixels along borders: on VOC 0.4 % of all, and 4 % of the worst image
         assert (expected == found).float().mean() > 0.95
-        assert (sure.float() - as_sure.float()).abs().mean() < 0.02
+        assert (confidence.float() - found_confidence.float()).abs().mean() < 0.02
 
 
 @pytest.fixture
 def little_memory() -> Iterator[None]:
-    """A GPU of which this process may take a gigabyte."""
+    """Limit this process to a gigabyte of GPU memory."""
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, 1e9 / total))
@@ -99,16 +99,16 @@ def little_memory() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("little_memory")
-def test_photos_that_do_not_fit_together_go_alone_and_one_that_does_not_fit_is_none() -> None:
+def test_out_of_memory_retries_images_alone_and_gives_none_if_one_does_not_fit() -> None:
     model, _ = weights.load(str(DEMO / "tfzoo-voc-mobilenetv2.safetensors"))
     segmenter = InferenceModel(model.eval(), Inference(window_above=10**9), gpu=True)
-    [alone] = segmenter.segment([photo(500, 600)])
+    [alone] = segmenter.segment([random_image(500, 600)])
     assert alone is not None
-    together = segmenter.segment([photo(500, 600)] * 12)
+    together = segmenter.segment([random_image(500, 600)] * 12)
     assert len(together) == 12
     for each in together:
         assert each is not None
         assert (each[0] == alone[0]).mean() > 0.99
-    assert segmenter.segment([photo(5000, 6000)]) == [None]
-    [after] = segmenter.segment([photo(500, 600)])  # and the next one fits again
+    assert segmenter.segment([random_image(5000, 6000)]) == [None]
+    [after] = segmenter.segment([random_image(500, 600)])  # the next one fits again
     assert after is not None

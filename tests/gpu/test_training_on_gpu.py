@@ -1,4 +1,4 @@
-"""Training on a GPU against the CPU: the same steps, what a checkpoint keeps, shared statistics."""
+"""Training on a GPU against the CPU: steps, checkpoints, synchronized batch statistics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.gpu
 
 
 def on_gpu(group: ProcessGroup) -> ProcessGroup:
-    """The same worker, on the GPU."""
+    """Return the same worker on the GPU."""
     return replace(group, device=torch.device("cuda", 0))
 
 
@@ -34,12 +34,12 @@ CASES = {
     "hard pixels": Case(optimizer={"hard_share": 0.3}),
     "class weights": Case(class_weights=(0.5, 2.0, 1.0, 7.0)),
     "an auxiliary head": Case(model=tiny.RESNET),
-    "normalisation trained": Case(optimizer={"freeze_bn": False}),
+    "batch norm trained": Case(optimizer={"freeze_bn": False}),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_four_steps_are_those_of_the_cpu(name: str) -> None:
+def test_four_steps_equal_those_on_the_cpu(name: str) -> None:
     case = CASES[name]
     expected_losses, expected = trained(ProcessGroup(), case)
     losses, found = trained(on_gpu(ProcessGroup()), case)
@@ -56,7 +56,7 @@ def detached(found: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tenso
 def trained_on_gpu(
     group: ProcessGroup, case: Case
 ) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The losses, weights and buffers of a worker; all workers share one GPU."""
+    """Return losses, weights and buffers of a worker; all workers share one GPU."""
     state, trainer = create(case, on_gpu(group))
     losses = []
     for number in range(case.config.max_steps):
@@ -66,7 +66,7 @@ def trained_on_gpu(
     return losses, detached(model.named_parameters()), detached(model.named_buffers())
 
 
-def test_two_workers_share_the_statistics_of_batch_normalisation(tmp_path: Path) -> None:
+def test_two_workers_synchronize_their_batch_statistics(tmp_path: Path) -> None:
     case = Case(optimizer={"freeze_bn": False, "max_steps": 2})
     expected_losses, expected, statistics = trained_on_gpu(ProcessGroup(), case)
     start = create(case, ProcessGroup())[0].model
@@ -78,18 +78,18 @@ def test_two_workers_share_the_statistics_of_batch_normalisation(tmp_path: Path)
 
 
 def run(task: WorkerSpec) -> list[float]:
-    """The run's losses, on the GPU."""
-    heard = RecordingListener()
-    loop.train(task, on_gpu(ProcessGroup()), heard)
-    assert heard.failures == []
-    return [row.loss for row in heard.rows]
+    """Train on the GPU and return the losses."""
+    listener = RecordingListener()
+    loop.train(task, on_gpu(ProcessGroup()), listener)
+    assert listener.failures == []
+    return [row.loss for row in listener.rows]
 
 
-def test_a_run_in_bf16_learns_and_its_checkpoint_scores_the_same_on_the_cpu(tmp_path: Path) -> None:
+def test_a_bf16_run_learns_and_its_checkpoint_scores_the_same_on_the_cpu(tmp_path: Path) -> None:
     tiny.write_dataset(tmp_path / "set")
-    what = tiny.experiment(bf16=True, max_steps=60, base_lr=0.05, ema_decay=0.9)
-    what = replace(what, evaluation=replace(what.evaluation, eval_every=30))
-    task = tiny.worker_spec(tmp_path / "set", tmp_path / "out", what, checkpoint_every=30)
+    config = tiny.experiment(bf16=True, max_steps=60, base_lr=0.05, ema_decay=0.9)
+    config = replace(config, evaluation=replace(config.evaluation, eval_every=30))
+    task = tiny.worker_spec(tmp_path / "set", tmp_path / "out", config, checkpoint_every=30)
     losses = run(task)
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     last = checkpoints.latest(str(tmp_path / "out"))
@@ -100,19 +100,19 @@ def test_a_run_in_bf16_learns_and_its_checkpoint_scores_the_same_on_the_cpu(tmp_
     assert on_cpu == pytest.approx(last.history.scores[-1].miou, abs=0.01)
 
 
-def test_what_a_checkpoint_restores_goes_on_as_if_nothing_had_happened() -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one() -> None:
     case = Case(optimizer={"freeze_bn": False})
     states = []
     kept = b""
-    for begin in (0, 2):
+    for first in (0, 2):
         state, trainer = create(case, on_gpu(ProcessGroup()))
         if kept:
             load(state, read(kept, "the checkpoint"))
-        for number in range(begin, 4):
+        for number in range(first, 4):
             trainer.step(*drawn(number))
             if state.step == 2:
                 kept = snapshot(state, {}).to_bytes()
         states.append(state)
-    undisturbed, again = (detached(each.model.named_parameters()) for each in states)
-    assert_close(again, undisturbed, create(case, ProcessGroup())[0].model, share=1e-6)
+    uninterrupted, resumed = (detached(each.model.named_parameters()) for each in states)
+    assert_close(resumed, uninterrupted, create(case, ProcessGroup())[0].model, share=1e-6)
     assert [each.step for each in states] == [4, 4]
