@@ -1,4 +1,4 @@
-"""Parquet files of a listing as DuckDB reads them: locally or remote, each name meaning itself."""
+"""Lets DuckDB read exactly the Parquet files of a listing, local or remote, by literal names."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from pipeline.data import storage
 
 _OFFLINE = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
 
-_KEPT_FOOTERS = 2000
-"""Files up to which DuckDB keeps their footers between queries: each takes it 55 KB of memory."""
+_CACHED_FOOTERS = 2000
+"""Number of files up to which DuckDB caches footers between queries, at 55 KB per footer."""
 
-_TOGETHER = 1000
-"""Files of one query of `gather`: a query takes about 9 KB a file, and a thread's buffers."""
+_FILES_PER_QUERY = 1000
+"""Files per query of `load_table`: a query needs about 9 KB per file, and buffers per thread."""
 
 _READ_AHEAD_BYTES = 2**20
-"""Of remote files: neighbouring columns come with one request, skipped row groups do not."""
+"""Of remote files: adjacent columns come with one request, skipped row groups are not read."""
 
 
 def connect(
@@ -37,9 +37,10 @@ def connect(
     memory_limit: str | None = None,
     database: str = ":memory:",
 ) -> duckdb.DuckDBPyConnection:
-    """A DuckDB, in memory or in a local file, that can read these files below `results`.
+    """Return a DuckDB, in memory or in a local file, that can read these files under `results`.
 
-    It fetches nothing else. Beyond `memory_limit` ("2GB") queries spill to the temporary folder.
+    It never installs extensions. Beyond `memory_limit` (such as "2GB") queries spill to the
+    temporary folder.
     """
     settings: dict[str, str | bool | int | float | list[str]] = {
         **_OFFLINE,
@@ -48,8 +49,8 @@ def connect(
     }
     con = duckdb.connect(database, config=settings)
     files = list(files)
-    keep = str(len(files) <= _KEPT_FOOTERS).lower()
-    con.execute(f"SET TimeZone = 'UTC'; SET parquet_metadata_cache = {keep}")
+    cached = str(len(files) <= _CACHED_FOOTERS).lower()
+    con.execute(f"SET TimeZone = 'UTC'; SET parquet_metadata_cache = {cached}")
     if files:
         _register(con, results, files)
     return con
@@ -62,19 +63,19 @@ def load_table(
     results: str,
     files: Iterable[storage.Object],
 ) -> None:
-    """Fills a new table of a connection without files with the schema's columns of all their rows.
+    """Create a table with the schema's columns of all rows of the files.
 
-    It reads some files at a time, so that memory does not grow with their number.
-    Raises StorageError where one cannot be read.
+    `con` is a connection without files. Files are read in groups, so memory does not grow with
+    their number. Raises StorageError if one cannot be read.
     """
-    con.execute("SET parquet_metadata_cache = false")  # footers are read once
+    con.execute("SET parquet_metadata_cache = false")  # each footer is read only once
     con.execute(f"CREATE TABLE {table} AS {select_statement(con, schema, ())}")
-    listed, left = _register(con, results, ()), iter(files)
-    while some := list(itertools.islice(left, _TOGETHER)):
-        if listed is not None:
-            listed.hold(some)
+    filesystem, remaining = _register(con, results, ()), iter(files)
+    while group := list(itertools.islice(remaining, _FILES_PER_QUERY)):
+        if filesystem is not None:
+            filesystem.set_files(group)
         with storage_errors(results):
-            con.execute(f"INSERT INTO {table} {select_statement(con, schema, some)}")
+            con.execute(f"INSERT INTO {table} {select_statement(con, schema, group)}")
 
 
 def select_statement(
@@ -82,24 +83,24 @@ def select_statement(
     schema: pa.Schema,
     files: Iterable[storage.Object],
     *,
-    grown: bool = False,
+    allow_missing: bool = False,
 ) -> str:
-    """A SELECT of the schema's columns of all rows of the files, be there any or none.
+    """Return a SELECT of the schema's columns from all rows of the files; there may be none.
 
-    With `grown`, files of earlier versions may lack columns, which are null then; all footers are
-    read for that.
+    With `allow_missing`, columns missing from files of earlier versions are null; this reads all
+    footers.
     """
     listed = ", ".join(quote(escape_glob(item.uri)) for item in files)
     columns = ", ".join(schema.names)
-    if listed and not grown:
+    if listed and not allow_missing:
         return f"SELECT {columns} FROM read_parquet([{listed}], hive_partitioning = false)"
     types = con.from_arrow(schema.empty_table()).types
     nulls = zip(types, schema.names, strict=True)
-    none = f"SELECT {', '.join(f'NULL::{kind} AS {name}' for kind, name in nulls)} WHERE false"
+    empty = f"SELECT {', '.join(f'NULL::{kind} AS {name}' for kind, name in nulls)} WHERE false"
     if not listed:
-        return none
+        return empty
     rows = f"read_parquet([{listed}], hive_partitioning = false, union_by_name = true)"
-    return f"SELECT {columns} FROM ({none} UNION ALL BY NAME FROM {rows})"
+    return f"SELECT {columns} FROM ({empty} UNION ALL BY NAME FROM {rows})"
 
 
 @contextlib.contextmanager
@@ -146,7 +147,7 @@ def quote(text: str) -> str:
 
 
 def escape_glob(uri: str) -> str:
-    """The local path as a DuckDB pattern that it alone matches; remote names are no patterns."""
+    """Return a DuckDB glob pattern that matches only this local path; remote URIs are literal."""
     if uri.startswith("/"):
         return re.sub(r"[\[*?]", r"[\g<0>]", uri)
     return uri
@@ -154,21 +155,21 @@ def escape_glob(uri: str) -> str:
 
 def _register(
     con: duckdb.DuckDBPyConnection, results: str, files: Iterable[storage.Object]
-) -> _Listed | None:
-    """Lets the connection read these files, where they are remote."""
+) -> _ListedFileSystem | None:
+    """Register a filesystem for these files if they are remote, and return it."""
     if (remote := storage.filesystem(results)) is None:
         return None
-    listed = _Listed(remote)
-    listed.hold(files)
-    con.register_filesystem(listed)
-    return listed
+    filesystem = _ListedFileSystem(remote)
+    filesystem.set_files(files)
+    con.register_filesystem(filesystem)
+    return filesystem
 
 
-class _Listed(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec ships no types
-    """The files of one listing, read through `remote`, each name meaning itself.
+class _ListedFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec ships no types
+    """The files of one listing, read through `remote`; names are literal, not patterns.
 
-    DuckDB asks for size and date of each file several times a query; by itself the remote
-    filesystem would send a request each time (7 a file), and would take names for patterns.
+    DuckDB asks for the size and date of a file several times per query. The remote filesystem
+    would send a request each time (7 per file); here the listing answers.
     """
 
     cachable = False
@@ -179,8 +180,8 @@ class _Listed(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec ships 
         self._remote = remote
         self._sizes: dict[str, int] = {}
 
-    def hold(self, files: Iterable[storage.Object]) -> None:
-        """From now on these are its files, and no others."""
+    def set_files(self, files: Iterable[storage.Object]) -> None:
+        """Replace the files of this filesystem."""
         self._sizes = {item.uri: item.size for item in files}
 
     def glob(self, path: str, **_: object) -> list[str]:
@@ -192,10 +193,10 @@ class _Listed(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec ships 
         return {"name": path, "size": self._sizes[path], "type": "file"}
 
     def modified(self, path: str) -> datetime:
-        return datetime.fromtimestamp(0, UTC)  # never: a result's file is written once
+        return datetime.fromtimestamp(0, UTC)  # constant: files of results are never modified
 
     def open(self, path: str, mode: str = "rb", **_: object) -> Any:
         found = self.info(path)
         file = self._remote.open(path, mode, block_size=_READ_AHEAD_BYTES, size=found["size"])
-        file.details = found  # or it would ask
+        file.details = found  # otherwise it would send a request
         return file

@@ -120,7 +120,7 @@ def _views(con: duckdb.DuckDBPyConnection, snapshot: _Snapshot) -> dict[str, str
     return {
         "images": images,
         "classes": f"{finished} UNION ALL {unfinished}" if snapshot.unfinished else finished,
-        "runs": files.select_statement(con, tables.RUNS, snapshot.records, grown=True),
+        "runs": files.select_statement(con, tables.RUNS, snapshot.records, allow_missing=True),
         "latest": _latest(snapshot.started),
         "iou": _IOU,
     }

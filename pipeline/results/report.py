@@ -116,7 +116,7 @@ def newest_run(results: str) -> str:
     finished = query.run_records(results)
     con = files.connect(results, finished)
     try:
-        rows = files.select_statement(con, tables.RUNS, finished, grown=True)
+        rows = files.select_statement(con, tables.RUNS, finished, allow_missing=True)
         found = con.execute(
             f"SELECT run_id FROM ({rows}) WHERE images > 0 ORDER BY started_at DESC LIMIT 1"
         ).fetchone()

@@ -311,6 +311,6 @@ def test_ctrl_c_while_a_bucket_is_read_stays_a_keyboard_interrupt(
     def pressed(*_: object, **__: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files._Listed, "open", pressed)
+    monkeypatch.setattr(files._ListedFileSystem, "open", pressed)
     with pytest.raises(KeyboardInterrupt):
         made(s3_prefix)

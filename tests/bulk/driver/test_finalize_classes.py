@@ -185,7 +185,7 @@ def test_columns_that_are_all_null_keep_their_types(finish_of: Made, tmp_path: P
 def test_files_are_gathered_some_at_a_time(
     finish_of: Made, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_TOGETHER", 4)  # of 9 files
+    monkeypatch.setattr(files, "_FILES_PER_QUERY", 4)  # of 9 files
     rows = rows_of(90)
     finishing, layout = finish_of(prefix, rows)
     finishing.write_classes()
