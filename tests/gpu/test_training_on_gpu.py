@@ -18,7 +18,7 @@ from pipeline.train.worker.state import load, read, snapshot
 from pipeline.train.worker.task import WorkerSpec
 from tests.train import tiny
 from tests.train.tiny import RecordingListener
-from tests.train.worker.test_step import Case, assert_close, create, drawn, trained
+from tests.train.worker.test_step import Case, assert_close, create_trainer, random_batch, run_steps
 
 pytestmark = pytest.mark.gpu
 
@@ -41,11 +41,11 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_four_steps_equal_those_on_the_cpu(name: str) -> None:
     case = CASES[name]
-    expected_losses, expected = trained(ProcessGroup(), case)
-    losses, found = trained(on_gpu(ProcessGroup()), case)
+    expected_losses, expected = run_steps(ProcessGroup(), case)
+    losses, found = run_steps(on_gpu(ProcessGroup()), case)
     assert losses == pytest.approx(expected_losses, rel=1e-6)
     assert_close(
-        detached(found.items()), expected, create(case, ProcessGroup())[0].model, share=1e-6
+        detached(found.items()), expected, create_trainer(case, ProcessGroup())[0].model, share=1e-6
     )
 
 
@@ -57,10 +57,10 @@ def trained_on_gpu(
     group: ProcessGroup, case: Case
 ) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return losses, weights and buffers of a worker; all workers share one GPU."""
-    state, trainer = create(case, on_gpu(group))
+    state, trainer = create_trainer(case, on_gpu(group))
     losses = []
     for number in range(case.config.max_steps):
-        images, labels = (each[group.rank :: group.world_size] for each in drawn(number))
+        images, labels = (each[group.rank :: group.world_size] for each in random_batch(number))
         losses.append(trainer.step(images, labels).loss)
     model = state.model
     return losses, detached(model.named_parameters()), detached(model.named_buffers())
@@ -69,7 +69,7 @@ def trained_on_gpu(
 def test_two_workers_synchronize_their_batch_statistics(tmp_path: Path) -> None:
     case = Case(optimizer={"freeze_bn": False, "max_steps": 2})
     expected_losses, expected, statistics = trained_on_gpu(ProcessGroup(), case)
-    start = create(case, ProcessGroup())[0].model
+    start = create_trainer(case, ProcessGroup())[0].model
     for losses, found, buffers in tiny.run_workers(2, tmp_path, trained_on_gpu, case):
         assert losses == pytest.approx(expected_losses, rel=1e-6)
         assert_close(found, expected, start, share=1e-5)
@@ -105,14 +105,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one() -> None:
     states = []
     kept = b""
     for first in (0, 2):
-        state, trainer = create(case, on_gpu(ProcessGroup()))
+        state, trainer = create_trainer(case, on_gpu(ProcessGroup()))
         if kept:
             load(state, read(kept, "the checkpoint"))
         for number in range(first, 4):
-            trainer.step(*drawn(number))
+            trainer.step(*random_batch(number))
             if state.step == 2:
                 kept = snapshot(state, {}).to_bytes()
         states.append(state)
     uninterrupted, resumed = (detached(each.model.named_parameters()) for each in states)
-    assert_close(resumed, uninterrupted, create(case, ProcessGroup())[0].model, share=1e-6)
+    assert_close(resumed, uninterrupted, create_trainer(case, ProcessGroup())[0].model, share=1e-6)
     assert [each.step for each in states] == [4, 4]

@@ -1,7 +1,7 @@
 """The training loop of one worker, from the start of a run or its newest checkpoint to the end.
 
-Workers stop together: before each step, and after each evaluation, a sum over all of them says
-whether one has failed, so that no worker blocks waiting for one that has.
+Workers stop together: before each step, and after each evaluation, a sum over all workers shows
+whether one has failed, so that none blocks waiting for it.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class _TrainingRun:
         return False
 
     def _after_step(self) -> bool:
-        """Evaluate, report and save as far as each is due; return False if a worker failed."""
+        """Evaluate, report and save, each if it is due; return False if a worker failed."""
         step, spec = self._state.step, self._spec
         last = step == spec.experiment.optimizer.max_steps
         every = spec.experiment.evaluation.eval_every

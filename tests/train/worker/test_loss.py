@@ -12,7 +12,7 @@ from pipeline.train.worker.loss import PixelLoss
 K, IGNORE = 4, 9
 
 
-def drawn(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def random_batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Return logits (5, k, 5, 7) in fp64 and labels; all pixels of image 1 are ignored."""
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(5, K, 5, 7, generator=generator, dtype=torch.float64)
@@ -22,7 +22,7 @@ def drawn(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return logits, labels.to(torch.uint8)
 
 
-def counted(
+def reference_loss(
     logits: torch.Tensor, labels: torch.Tensor, class_weights: list[float], hard_share: float
 ) -> tuple[float, float]:
     """Return the summed loss and the weight, computed pixel by pixel."""
@@ -51,28 +51,28 @@ def test_sum_and_weight_equal_a_loop_over_pixels(
     class_weights: list[float], hard_share: float
 ) -> None:
     for seed in range(3):
-        logits, labels = drawn(seed)
+        logits, labels = random_batch(seed)
         loss = PixelLoss(
             K,
             ignore_index=IGNORE,
             class_weights=torch.tensor(class_weights),
             hard_share=hard_share,
         ).double()
-        total, weight = counted(logits, labels, class_weights, hard_share)
+        total, weight = reference_loss(logits, labels, class_weights, hard_share)
         assert float(loss(logits, labels)) == pytest.approx(total, rel=1e-12)
         assert float(loss.weight(labels)) == pytest.approx(weight, rel=1e-6)
         assert loss.weight(labels).dtype == torch.float64
 
 
 def test_without_class_weights_every_valid_pixel_counts_once() -> None:
-    _, labels = drawn()
+    _, labels = random_batch()
     loss = PixelLoss(K, ignore_index=IGNORE)
     assert int(loss.weight(labels)) == int((labels != IGNORE).sum())
 
 
 @pytest.mark.parametrize("hard_share", [1.0, 0.3])
 def test_the_parts_of_any_split_of_a_batch_add_up(hard_share: float) -> None:
-    logits, labels = drawn()
+    logits, labels = random_batch()
     loss = PixelLoss(K, ignore_index=IGNORE, hard_share=hard_share).double()
     for size in (1, 2, 3):
         parts = list(zip(logits.split(size), labels.split(size), strict=True))
@@ -97,7 +97,7 @@ def test_without_valid_pixels_loss_and_gradients_are_zero(
 
 
 def test_only_hard_pixels_have_a_gradient() -> None:
-    logits, labels = drawn()
+    logits, labels = random_batch()
     logits.requires_grad_()
     PixelLoss(K, ignore_index=IGNORE, hard_share=0.25)(logits, labels).backward()
     assert logits.grad is not None
@@ -110,7 +110,7 @@ def test_only_hard_pixels_have_a_gradient() -> None:
 
 
 def test_half_precision_logits_are_summed_in_fp32() -> None:
-    logits, labels = drawn()
+    logits, labels = random_batch()
     halves = logits.bfloat16()
     loss = PixelLoss(K, ignore_index=IGNORE)
     assert loss(halves, labels).dtype == torch.float32

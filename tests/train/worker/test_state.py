@@ -25,7 +25,7 @@ CONFIG = OptimizerConfig(max_steps=9, base_lr=0.01, ema_decay=0.5, bn_momentum=0
 PROVENANCE = {"world": 1, "threads": 1}
 
 
-def create(config: OptimizerConfig = CONFIG) -> tuple[TrainingState, Trainer]:
+def create_trainer(config: OptimizerConfig = CONFIG) -> tuple[TrainingState, Trainer]:
     model = tiny.network().to(memory_format=torch.channels_last)
     training = TrainingState(
         model=model, optimizer=build_optimizer(model, config), average=build_average(model, config)
@@ -63,7 +63,7 @@ def small_snapshot() -> Snapshot:
 
 
 def test_training_does_not_change_an_earlier_snapshot() -> None:
-    training, trainer = create()
+    training, trainer = create_trainer()
     run(trainer, training, 1)
     snapshot = state.snapshot(training, PROVENANCE)
     before = content(snapshot)
@@ -75,19 +75,19 @@ def test_training_does_not_change_an_earlier_snapshot() -> None:
     )
     run(trainer, training, 1)
     assert content(snapshot) == before
-    other, other_trainer = create()
+    other, other_trainer = create_trainer()
     state.load(other, snapshot)
     run(other_trainer, other, 1)
     assert content(snapshot) == before
 
 
 def test_steps_after_loading_a_file_are_bit_identical() -> None:
-    uninterrupted, trainer = create()
+    uninterrupted, trainer = create_trainer()
     run(trainer, uninterrupted, 4)
-    first, trainer = create()
+    first, trainer = create_trainer()
     run(trainer, first, 2)
     data = state.snapshot(first, PROVENANCE).to_bytes()
-    second, trainer = create()
+    second, trainer = create_trainer()
     run(trainer, second, 1)  # any other state
     state.load(second, state.read(data, "a file"))
     assert second.step == 2
@@ -153,14 +153,14 @@ def test_a_flipped_bit_is_detected_or_changes_nothing() -> None:
 def test_other_files_and_states_of_other_networks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"x\.bin is not a training checkpoint"):
         state.read(weights.to_bytes(tiny.network(), tiny.CLASSES), "x.bin")
-    training, _ = create()
+    training, _ = create_trainer()
     with pytest.raises(CheckpointError, match="belongs to another network"):
         state.load(training, small_snapshot())
 
 
 def test_loading_it_as_a_network_is_refused_with_a_hint(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
-    path.write_bytes(state.snapshot(create()[0], PROVENANCE).to_bytes())
+    path.write_bytes(state.snapshot(create_trainer()[0], PROVENANCE).to_bytes())
     for load in (
         lambda: weights.load(str(path)),
         lambda: initial_model(replace(tiny.experiment(), init=str(path)), print),

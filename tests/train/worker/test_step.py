@@ -1,8 +1,8 @@
 """Training steps, compared with plain PyTorch, and across workers and micro-batches.
 
 Arithmetic is compared in fp64. In fp32 the order of sums depends on the CPU, and a pixel that
-rounding moves across a kink of ReLU6 changes gradients by percents. One case is in fp32, without
-kinks, with a bound that follows from rounding.
+rounding moves across a kink of ReLU6 changes gradients by several percent. One case is in fp32,
+without kinks, with a bound that follows from rounding.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Case:
         return OptimizerConfig(**{**values, **self.optimizer})
 
 
-def drawn(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def random_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return seven images, and labels whose numbers of ignored pixels differ.
 
-    Images 1, 3, 4 and 5 are ignored entirely, so the second of two or three workers has no valid
-    pixel. No pixel of the third batch is valid.
+    All pixels of images 1, 3, 4 and 5 are ignored, so the second of two or three workers has no
+    valid pixel. No pixel of the third batch is valid.
     """
     generator = torch.Generator().manual_seed(step)
     images = torch.randint(0, 256, (7, 33, 37, 3), generator=generator, dtype=torch.uint8)
@@ -67,7 +67,7 @@ def drawn(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images, labels
 
 
-def create(case: Case, group: ProcessGroup) -> tuple[TrainingState, Trainer]:
+def create_trainer(case: Case, group: ProcessGroup) -> tuple[TrainingState, Trainer]:
     model = tiny.network(ModelConfig(**{**vars(case.model), "dropout": 0.0}))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):  # also in the auxiliary head
@@ -86,12 +86,12 @@ def create(case: Case, group: ProcessGroup) -> tuple[TrainingState, Trainer]:
     return state, Trainer(state, loss, config, group, seed=3)
 
 
-def trained(group: ProcessGroup, case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
+def run_steps(group: ProcessGroup, case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Return the losses of four steps on one worker, and its weights afterwards."""
-    state, trainer = create(case, group)
+    state, trainer = create_trainer(case, group)
     losses = []
     for step in range(STEPS):
-        images, labels = (part[group.rank :: group.world_size] for part in drawn(step))
+        images, labels = (part[group.rank :: group.world_size] for part in random_batch(step))
         losses.append(trainer.step(images, labels).loss)
     return losses, {key: value.detach() for key, value in state.model.named_parameters()}
 
@@ -117,8 +117,11 @@ def assert_close(
 
 
 def plain_pytorch(case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Return the same from plain PyTorch: its mean loss, and SGD by hand. Plain cases only."""
-    state, _ = create(case, ProcessGroup())
+    """Return what `run_steps` does, by plain PyTorch: its mean loss, and SGD written out.
+
+    Of a case's options it supports class weights only.
+    """
+    state, _ = create_trainer(case, ProcessGroup())
     model, config = state.model.eval(), case.config  # eval: frozen statistics, no dropout
     dtype = next(model.parameters()).dtype
     parameters = dict(model.named_parameters())
@@ -130,7 +133,7 @@ def plain_pytorch(case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
     weight = None if case.class_weights is None else torch.tensor(case.class_weights, dtype=dtype)
     losses = []
     for step in range(STEPS):
-        images, labels = drawn(step)
+        images, labels = random_batch(step)
         logits = model((images.permute(0, 3, 1, 2).to(dtype) / 255 - mean) / std)
         loss = functional.cross_entropy(logits, labels.long(), weight=weight, ignore_index=255)
         if not (labels != 255).any():
@@ -147,26 +150,24 @@ def plain_pytorch(case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("class_weights", [None, (0.5, 2.0, 1.0, 7.0)])
-def test_four_steps_equal_plain_pytorch(
-    class_weights: tuple[float, ...] | None,
-) -> None:
+def test_four_steps_equal_plain_pytorch(class_weights: tuple[float, ...] | None) -> None:
     case = Case(class_weights=class_weights)
-    losses, found = trained(ProcessGroup(), case)
+    losses, found = run_steps(ProcessGroup(), case)
     expected_losses, expected = plain_pytorch(case)
     assert losses == pytest.approx(expected_losses, rel=1e-9)
     assert losses[2] == 0
-    assert_close(found, expected, create(case, ProcessGroup())[0].model)
+    assert_close(found, expected, create_trainer(case, ProcessGroup())[0].model)
 
 
 def test_fp32_steps_of_three_workers_differ_from_fp64_only_by_rounding(tmp_path: Path) -> None:
     exact = Case(kinks=False)
     expected_losses, expected = plain_pytorch(exact)
-    start = create(exact, ProcessGroup())[0].model
+    start = create_trainer(exact, ProcessGroup())[0].model
     # A gradient is a sum over n pixels, which loses at most n * eps of its size, and each step
     # rounds the weights it stores.
     eps = torch.finfo(torch.float32).eps
-    pixels = drawn(0)[1].numel()
-    for losses, found in tiny.run_workers(3, tmp_path, trained, Case(kinks=False, double=False)):
+    pixels = random_batch(0)[1].numel()
+    for losses, found in tiny.run_workers(3, tmp_path, run_steps, Case(kinks=False, double=False)):
         assert losses == pytest.approx(expected_losses, rel=pixels * eps)
         assert_close(found, expected, start, share=pixels * eps, stored=STEPS * eps)
 
@@ -190,9 +191,9 @@ def test_several_workers_equal_one_with_the_same_global_batch(name: str, tmp_pat
         optimizer={**case.optimizer, "micro_batch": None},
         class_weights=case.class_weights,
     )
-    expected_losses, expected = trained(ProcessGroup(), alone)
-    start = create(alone, ProcessGroup())[0].model
-    workers = tiny.run_workers(case.world_size, tmp_path, trained, case)
+    expected_losses, expected = run_steps(ProcessGroup(), alone)
+    start = create_trainer(alone, ProcessGroup())[0].model
+    workers = tiny.run_workers(case.world_size, tmp_path, run_steps, case)
     for losses, found in workers:
         assert losses == pytest.approx(expected_losses, rel=1e-9)
         assert_close(found, expected, start)
@@ -202,11 +203,11 @@ def test_several_workers_equal_one_with_the_same_global_batch(name: str, tmp_pat
 
 def test_micro_batches_equal_the_whole_batch() -> None:
     whole = Case()
-    expected_losses, expected = trained(ProcessGroup(), whole)
+    expected_losses, expected = run_steps(ProcessGroup(), whole)
     for size in (1, 2, 3):
-        losses, found = trained(ProcessGroup(), Case(optimizer={"micro_batch": size}))
+        losses, found = run_steps(ProcessGroup(), Case(optimizer={"micro_batch": size}))
         assert losses == pytest.approx(expected_losses, rel=1e-9)
-        assert_close(found, expected, create(whole, ProcessGroup())[0].model)
+        assert_close(found, expected, create_trainer(whole, ProcessGroup())[0].model)
 
 
 def test_downsampled_labels_are_those_of_the_pixels_under_the_features() -> None:
@@ -214,7 +215,7 @@ def test_downsampled_labels_are_those_of_the_pixels_under_the_features() -> None
     for decoder, stride in ((False, 16), (True, 4)):
         config = ModelConfig(**{**vars(tiny.MOBILENET), "decoder": decoder})
         case = Case(model=config, optimizer={"upsample_logits": False})
-        state, _ = create(case, ProcessGroup())
+        state, _ = create_trainer(case, ProcessGroup())
         objective = Objective(state.model, PixelLoss(4, ignore_index=255), case.config)
         targets = objective.targets(labels)
         image = torch.zeros(1, 3, 33, 37, dtype=torch.float64)
@@ -224,12 +225,12 @@ def test_downsampled_labels_are_those_of_the_pixels_under_the_features() -> None
 
 def test_batch_norm_statistics_change_unless_frozen() -> None:
     for frozen in (True, False):
-        state, trainer = create(Case(optimizer={"freeze_bn": frozen}), ProcessGroup())
+        state, trainer = create_trainer(Case(optimizer={"freeze_bn": frozen}), ProcessGroup())
         norms = [m for m in state.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
         before = [norm.running_mean.clone() for norm in norms]
         state.model.train()  # as an evaluation may leave it
         for step in range(2):
-            trainer.step(*drawn(step))
+            trainer.step(*random_batch(step))
             assert all(norm.training != frozen for norm in norms)
             assert state.model.training
         same = [torch.equal(norm.running_mean, b) for norm, b in zip(norms, before, strict=True)]
@@ -238,10 +239,10 @@ def test_batch_norm_statistics_change_unless_frozen() -> None:
 
 def test_the_moving_average_is_of_weights_and_statistics_after_each_step() -> None:
     case = Case(optimizer={"ema_decay": 0.75, "freeze_bn": False})
-    state, trainer = create(case, ProcessGroup())
+    state, trainer = create_trainer(case, ProcessGroup())
     expected = None
     for step in range(3):
-        trainer.step(*drawn(step))
+        trainer.step(*random_batch(step))
         now = {k: v.clone() for k, v in state.model.state_dict().items() if v.is_floating_point()}
         expected = expected or now
         expected = {k: 0.75 * expected[k] + 0.25 * now[k] for k in now}
@@ -253,12 +254,12 @@ def test_the_moving_average_is_of_weights_and_statistics_after_each_step() -> No
 
 def test_dropout_depends_only_on_seed_step_and_worker() -> None:
     def loss(*, step: int = 0, rank: int = 0) -> float:
-        state, trainer = create(Case(), ProcessGroup())
+        state, trainer = create_trainer(Case(), ProcessGroup())
         state.model.classifier[0].project[-1].p = 0.5
         state.step = step
         trainer._group = ProcessGroup(rank=rank)  # as another worker
         torch.manual_seed(17)  # any earlier random state
-        return trainer.step(*drawn(0)).loss
+        return trainer.step(*random_batch(0)).loss
 
     first = loss()
     assert loss() == first
@@ -268,9 +269,9 @@ def test_dropout_depends_only_on_seed_step_and_worker() -> None:
 
 def test_a_step_returns_its_learning_rate_and_the_head_has_a_multiple() -> None:
     case = Case()
-    state, trainer = create(case, ProcessGroup())
+    state, trainer = create_trainer(case, ProcessGroup())
     for step in range(STEPS):
-        lr = trainer.step(*drawn(2)).lr
+        lr = trainer.step(*random_batch(2)).lr
         assert lr == poly(step, base_lr=5e-4, max_steps=STEPS, power=0.9)
         rates = {round(group["lr"] / lr, 6) for group in state.optimizer.param_groups}
         assert rates == {1.0, 3.0}
