@@ -97,9 +97,7 @@ def thing(segmentation: Any, **values: Any) -> bytes:
         [[1, 1, 4, 1, 4, 1e30]],
         [[1, 1, 4, 1, 4, float("inf")]],
         [[1, 1, 4, float("nan"), 4, 4]],
-        [
-            [-20_000, 1, 40_000, 4] * 20
-        ],  # pycocotools allocates memory for every pixel of the outline
+        [[-20_000, 1, 40_000, 4] * 20],  # pycocotools allocates memory for each pixel of it
         [1, 1, 4, 1, 4, 4],
         [["a", "b", "c", "d", "e", "f"]],
         None,

@@ -73,7 +73,7 @@ def test_a_mask_is_encoded_as_a_gray_png_of_class_ids():
     assert unpack_gray(masks.encode(mask)) == mask.tolist()
 
 
-def test_a_transposed_mask_is_encoded_in_its_own_order():
+def test_a_mask_that_is_not_contiguous_in_memory_survives_encoding():
     mask = np.arange(35, dtype=np.uint8).reshape(5, 7).T[::-1]
     np.testing.assert_array_equal(masks.decode(masks.encode(mask)), mask)
 
