@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from pipeline.cli.arguments import parse
-from pipeline.cli.exit import run_interactive
+from pipeline.cli.exit import hard_exit, run_interactive
 from pipeline.data import storage
 from pipeline.results.layout import check_run_id
 from pipeline.runs import cleanup, lease
@@ -74,4 +73,4 @@ def _lines(arguments: Arguments, found: Sequence[storage.Object]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    hard_exit(main())

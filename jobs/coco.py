@@ -10,14 +10,13 @@ The same command after a change of the annotations changes the labels that it co
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.bulk.driver.progress import Progress
 from pipeline.bulk.worker.summary import ShardSummary
 from pipeline.cli.arguments import parse
-from pipeline.cli.exit import last_line, run_job
+from pipeline.cli.exit import hard_exit, last_line, run_job
 from pipeline.cli.progress import Display
 from pipeline.cli.sanitize import visible
 from pipeline.data import coco_labels, storage
@@ -75,4 +74,4 @@ def _draw(arguments: Arguments) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    hard_exit(main())

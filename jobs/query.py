@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ import pyarrow as pa
 import tyro
 
 from pipeline.cli.arguments import parse
-from pipeline.cli.exit import discard_output, hard_exit, run_interactive
-from pipeline.cli.interruptible import BackgroundCall
+from pipeline.cli.exit import hard_exit, run_interactive, unfinished
 from pipeline.cli.output_formats import WRITERS, write_parquet
 from pipeline.data import storage
+from pipeline.results import files
 from pipeline.results.query import connect
 
 _BATCH_ROWS = 1000
@@ -55,8 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the answer; 0, or 1 where it failed, or 2 where the arguments are wrong."""
     return run_interactive(
         lambda: _arguments(argv),
-        _print_answer,
+        _answer,
         expected=(duckdb.Error, OSError, ValueError, pa.ArrowException),
+        on_signal=files.interrupt_queries,
     )
 
 
@@ -67,55 +67,14 @@ def _arguments(argv: Sequence[str] | None) -> Arguments:
     return arguments
 
 
-def _print_answer(arguments: Arguments) -> None:
-    try:
-        with BackgroundCall() as beside:
-            _answer(arguments, beside)
-    except KeyboardInterrupt:
-        discard_output(sys.stdout)
-        raise
-    except BrokenPipeError:  # who reads has seen enough
-        discard_output(sys.stdout)
-
-
-def _answer(arguments: Arguments, beside: BackgroundCall) -> None:
-    con, spilled = beside.wait_for(lambda: _connected(arguments.results))
-    try:
-        reader = beside.wait_for(lambda: _asked(con, arguments.sql), con.interrupt)
-        if reader is not None:
-            _write(arguments, _interruptible(con, reader, beside))
-    except KeyboardInterrupt:  # the connection may be in use still, and then cannot be closed
-        shutil.rmtree(spilled, ignore_errors=True)
-        raise
-    except Exception:
-        con.close()
-        raise
-    con.close()
-
-
-def _connected(results: str) -> tuple[duckdb.DuckDBPyConnection, str]:
-    """A connection, and the folder to which it spills what does not fit into memory."""
-    con = connect(results)
-    con.execute("SET python_enable_replacements = false")  # our variables are no tables
-    [[spilled]] = con.execute("SELECT current_setting('temp_directory')").fetchall()
-    return con, spilled
-
-
-def _asked(con: duckdb.DuckDBPyConnection, sql: str) -> pa.RecordBatchReader | None:
-    result = con.sql(sql)
-    return None if result is None else result.to_arrow_reader(_BATCH_ROWS)
-
-
-def _interruptible(
-    con: duckdb.DuckDBPyConnection, reader: pa.RecordBatchReader, beside: BackgroundCall
-) -> pa.RecordBatchReader:
-    """The reader, each of whose batches can be waited for in vain."""
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        while (batch := beside.wait_for(lambda: next(reader, None), con.interrupt)) is not None:
-            yield batch
-
-    return pa.RecordBatchReader.from_batches(reader.schema, batches())
+def _answer(arguments: Arguments) -> None:
+    with connect(arguments.results) as con:
+        con.execute("SET python_enable_replacements = false")  # our variables are not tables
+        result = con.sql(arguments.sql)
+        if result is None:
+            return
+        with contextlib.suppress(BrokenPipeError):  # the reader has seen enough
+            _write(arguments, result.to_arrow_reader(_BATCH_ROWS))
 
 
 def _write(arguments: Arguments, reader: pa.RecordBatchReader) -> None:
@@ -136,14 +95,11 @@ def _opened(output: Path | None) -> Iterator[BinaryIO]:
         yield sys.stdout.buffer
     elif output.exists() and not output.is_file():  # /dev/stdout, a named pipe
         with output.open("wb") as file:
-            try:
-                yield file
-            except (BrokenPipeError, KeyboardInterrupt):
-                discard_output(file)
-                raise
+            yield file
     else:
         target = output.resolve()
         temporary = target.with_name(f".{target.name[:100]}.{os.getpid()}.tmp")
+        unfinished.append(str(temporary))
         try:
             with temporary.open("wb") as file:
                 yield file

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -13,11 +12,11 @@ import pyarrow as pa
 import tyro
 
 from pipeline.cli.arguments import parse
-from pipeline.cli.exit import run_interactive
+from pipeline.cli.exit import hard_exit, run_interactive
 from pipeline.cli.progress import size
 from pipeline.cli.sanitize import visible
 from pipeline.data import storage
-from pipeline.results import page, report
+from pipeline.results import files, page, report
 from pipeline.results.layout import check_run_id
 
 MAX_PHOTOS = 500
@@ -58,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lambda: parse(Arguments, argv, description=__doc__),
         _write,
         expected=(OSError, LookupError, ValueError, duckdb.Error, pa.ArrowException),
+        on_signal=files.interrupt_queries,
     )
 
 
@@ -69,4 +69,4 @@ def _write(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    hard_exit(main())

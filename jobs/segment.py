@@ -18,6 +18,7 @@ from pipeline.cli.arguments import parse
 from pipeline.cli.exit import hard_exit, last_line, run_job
 from pipeline.cli.progress import Display, duration, size
 from pipeline.data.storage import StorageError
+from pipeline.results import files
 from pipeline.runs import lease, ray_connection
 from pipeline.runs.ray_connection import RunStoppedError
 
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lambda: _segment(parse(Settings, argv, description=__doc__)),
         expected=(StorageError, RunStoppedError, lease.HeldError),
         interrupted="interrupted; the same command continues the run",
+        on_signal=files.interrupt_queries,
     )
 
 

@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -23,11 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.cli.exit import discard_output
 from pipeline.cli.sanitize import json_text, visible
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 _TABLE_ROWS = 1000
 
@@ -39,27 +35,9 @@ def write_parquet(reader: pa.RecordBatchReader, file: BinaryIO) -> None:
         field.with_name(name)
         for field, name in zip(reader.schema, _distinct(reader.schema.names), strict=True)
     )
-    with pq.ParquetWriter(_UntilStopped(file), schema, compression="zstd") as writer:
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for batch in reader:
             writer.write_batch(pa.RecordBatch.from_arrays(batch.columns, schema=schema))
-
-
-class _UntilStopped(io.BufferedIOBase):
-    """A file until a write to it is interrupted: Parquet's writer goes on even then, with a row
-    group's end and a footer, for which nobody may have room."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Buffer) -> int:
-        try:
-            return self._file.write(data)
-        except (BrokenPipeError, KeyboardInterrupt):
-            discard_output(self._file)
-            raise
 
 
 def _table(reader: pa.RecordBatchReader, to_terminal: bool) -> Iterator[str]:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any
+from weakref import WeakSet
 
 import duckdb
 import fsspec
@@ -25,6 +26,8 @@ _CACHED_FOOTERS = 2000
 
 _FILES_PER_QUERY = 1000
 """Files per query of `load_table`: a query needs about 9 KB per file, and buffers per thread."""
+
+_connections: WeakSet[duckdb.DuckDBPyConnection] = WeakSet()
 
 _READ_AHEAD_BYTES = 2**20
 """Of remote files: adjacent columns come with one request, skipped row groups are not read."""
@@ -48,12 +51,23 @@ def connect(
         **({"memory_limit": memory_limit} if memory_limit else {}),
     }
     con = duckdb.connect(database, config=settings)
+    _connections.add(con)
     files = list(files)
     cached = str(len(files) <= _CACHED_FOOTERS).lower()
     con.execute(f"SET TimeZone = 'UTC'; SET parquet_metadata_cache = {cached}")
     if files:
         _register(con, results, files)
     return con
+
+
+def interrupt_queries() -> None:
+    """Make the running queries of all connections raise an error soon; for signal handlers.
+
+    DuckDB by itself finishes what its threads are at before it raises, which can take minutes.
+    """
+    for con in list(_connections):
+        with contextlib.suppress(duckdb.Error):  # it is closed
+            con.interrupt()
 
 
 def load_table(
@@ -109,8 +123,6 @@ def storage_errors(results: str) -> Iterator[None]:
     try:
         yield
     except duckdb.Error as error:
-        if _is_interruption(error):
-            raise KeyboardInterrupt from None
         raise storage.StorageError(
             "access",
             f"what lies below {results} could not be read: {_gist(error)}; "
@@ -118,27 +130,11 @@ def storage_errors(results: str) -> Iterator[None]:
         ) from error
 
 
-def _is_interruption(error: Exception) -> bool:
-    """Whether Ctrl-C came while DuckDB worked, or while it had a remote filesystem read."""
-    return _gist(error).startswith(("Query interrupted", "KeyboardInterrupt"))
-
-
 def _gist(error: Exception) -> str:
     """The error without the query's text, and of one of Python's without the traceback."""
     lines = str(error).partition("\n\nLINE ")[0].strip().splitlines()
     traced = lines and lines[0].startswith("Traceback")
     return (lines[-1] if traced else " ".join(lines)).rstrip(".")
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """An interruption that DuckDB turned into an error of its own is one again."""
-    try:
-        yield
-    except (RuntimeError, duckdb.Error) as error:
-        if _is_interruption(error):
-            raise KeyboardInterrupt from None
-        raise
 
 
 def quote(text: str) -> str:

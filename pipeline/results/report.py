@@ -68,7 +68,6 @@ class Report:
     groups: tuple[GalleryGroup, ...]
 
 
-@files.interruptible()
 def build_report(results: str, run_id: str, *, images: int) -> Report:
     """Return the report of a run, with up to `images` images per gallery group.
 

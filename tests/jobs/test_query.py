@@ -14,13 +14,13 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import query
 from jobs.query import main
 from pipeline.results.query import connect
 from tests.results.synthetic_runs import image_row, write_run
@@ -226,6 +226,7 @@ def test_bad_arguments_are_one_line_and_exit_2(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.s3
 def test_results_on_s3_are_asked_alike(s3_prefix: str, capsysbinary: Capture) -> None:
     write_run(s3_prefix, "a")
     sql = "SELECT run_id, count(*) AS n FROM latest GROUP BY ALL"
@@ -233,111 +234,113 @@ def test_results_on_s3_are_asked_alike(s3_prefix: str, capsysbinary: Capture) ->
     assert json.loads(out) == [{"run_id": "a", "n": 10}]
 
 
-LONG = "SELECT count(*) FROM range(300000000000) t(i) WHERE i % 7 = 3"
-"""A question of minutes."""
+SLOW = "SELECT i FROM range(300000000000) t(i) WHERE hash(i) = 42"
+"""A query of minutes whose answer is nearly empty."""
+
+SPILLING = (
+    "SET memory_limit = '120MB'; SET threads = 2; CREATE TEMP TABLE t AS "
+    "SELECT i, hash(i) a, hash(i + 1) b FROM range(12000000) t(i)"
+)
 
 
+class Query:
+    """A query in a process of its own, with a folder for what it spills."""
+
+    def __init__(self, tmp_path: Path, *argv: str, patch: str = "") -> None:
+        self.spilled = tmp_path / "spilled"
+        self.spilled.mkdir()
+        code = f"import sys, time; from jobs import query; {patch}\n"
+        code += f"query.hard_exit(query.main({list(argv)!r}))"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, "TMPDIR": str(self.spilled)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # a shell starts background jobs, and so tests, with SIGINT ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+
+    def wait_for_its_folder(self) -> None:
+        """Wait until the query is about to start."""
+        while not list(self.spilled.iterdir()):
+            assert self.process.poll() is None
+            time.sleep(0.05)
+
+    def check_that_ctrl_c_ends_it(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+        assert self.process.wait(timeout=30) == 1  # by itself it would work for minutes
+        assert self.process.stderr is not None
+        assert self.process.stderr.read() == b"interrupted\n"
+        assert list(self.spilled.iterdir()) == []
+
+
+@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "before_s", "sql"),
+    ("patch", "sql"),
     [
-        ("connect", 60, LONG),  # storage that does not answer
-        ("_asked", 0, LONG),
-        ("_asked", 1, LONG),  # DuckDB forgets an interruption before its work
-        ("_opened", 0, "FROM runs"),  # a pipe that nobody reads yet
+        ("query.connect = lambda _: time.sleep(60)", "FROM runs"),  # storage that does not answer
+        ("", SLOW),
+        ("", "SELECT count(*) FROM range(300000000000) t(i) WHERE i % 7 = 3"),
+        ("", "SET threads = 1; SELECT sum(hash(a)) FROM range(300000000000) t(a)"),
+        ("", SPILLING.replace("12000000", "900000000")),
     ],
 )
-def test_ctrl_c_ends_every_part_of_a_question_at_once_and_in_one_line(
-    name: str,
-    before_s: float,
-    sql: str,
-    results: str,
-    tmp_path: Path,
-    capsysbinary: Capture,
-    monkeypatch: pytest.MonkeyPatch,
+def test_ctrl_c_ends_every_part_of_a_query_and_leaves_nothing(
+    patch: str, sql: str, results: str, tmp_path: Path
 ) -> None:
-    begun, goes_on = threading.Event(), getattr(query, name)
+    (tmp_path / "out").mkdir()
+    output = str(tmp_path / "out" / "a.csv")
+    query = Query(tmp_path, results, sql, "--format", "csv", "--output", output, patch=patch)
+    query.wait_for_its_folder()
+    time.sleep(2)
+    query.check_that_ctrl_c_ends_it()
+    assert list((tmp_path / "out").iterdir()) == []
 
-    def noted(*how: Any) -> Any:
-        begun.set()
-        time.sleep(before_s)
-        return goes_on(*how)
 
-    def ctrl_c() -> None:
-        begun.wait()
-        time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGINT)
-
+@pytest.mark.process
+def test_ctrl_c_ends_a_query_that_waits_for_a_reader(results: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    monkeypatch.setattr(query, name, noted)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    typed = threading.Thread(target=ctrl_c)
-    typed.start()
-    started = time.monotonic()
-    try:
-        assert main([results, sql, "--output", str(tmp_path / "pipe")]) == 1
-    finally:
-        typed.join()
-        signal.signal(signal.SIGINT, before)
-    assert time.monotonic() - started < 30  # and not a minute or more
-    assert capsysbinary.readouterr() == (b"", b"interrupted\n")
+    query = Query(tmp_path, results, "FROM runs", "--output", str(tmp_path / "pipe"))
+    query.wait_for_its_folder()
+    time.sleep(1)
+    query.check_that_ctrl_c_ends_it()
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("more", [(), ("--output", "/dev/stdout")])
 @pytest.mark.parametrize("format", ["csv", "parquet"])
 def test_ctrl_c_ends_a_query_whose_reader_has_stopped_reading(
-    results: str, format: str, more: tuple[str, ...]
+    results: str, tmp_path: Path, format: str, more: tuple[str, ...]
 ) -> None:
     sql = "SELECT i, hash(i) FROM range(30000000) t(i)"
-    command = [sys.executable, "-m", "jobs.query", results, sql, "--format", format, *more]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        # who starts tests in the background has them ignore it
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    assert process.stdout.read(1)
+    query = Query(tmp_path, results, sql, "--format", format, *more)
+    assert query.process.stdout is not None
+    assert query.process.stdout.read(1)
     time.sleep(0.5)  # and the pipe is full
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 1  # nobody reads: by itself it would never end
-    assert process.stderr.read() == b"interrupted\n"
+    query.check_that_ctrl_c_ends_it()
 
 
-def test_ctrl_c_while_a_file_is_written_leaves_none(
-    results: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def pressed(*_: object) -> Any:
-        yield "half of it"
-        raise KeyboardInterrupt
-
-    monkeypatch.setitem(query.WRITERS, "csv", pressed)  # type: ignore[attr-defined]
-    (tmp_path / "out").mkdir()
-    output = str(tmp_path / "out" / "a.csv")
-    assert main([results, "FROM runs", "--format", "csv", "--output", output]) == 1
-    assert list((tmp_path / "out").iterdir()) == []
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["", "; SELECT error('late') FROM t"])
-def test_what_a_question_spilled_goes_with_it(
+def test_spilled_files_are_deleted_with_the_query(
     end: str, results: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "spilled").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spilled"))
-    sql = "SET memory_limit = '120MB'; SET threads = 2; CREATE TEMP TABLE t AS "
-    sql += "SELECT i, hash(i) a, hash(i + 1) b FROM range(12000000) t(i)"
-    watched, seen = query._asked, []
+    seen: list[Path] = []
+    ended = threading.Event()
 
-    def asked(*how: Any) -> Any:
+    def watch() -> None:
+        while not ended.wait(0.05):
+            seen.extend((tmp_path / "spilled").rglob("duckdb*/*"))
+
+    with ThreadPoolExecutor() as watching:
+        watching.submit(watch)
         try:
-            return watched(*how)
+            assert main([results, SPILLING + end, "--output", str(tmp_path / "out")]) == bool(end)
         finally:
-            seen.extend((tmp_path / "spilled").rglob("*"))
-
-    monkeypatch.setattr(query, "_asked", asked)
-    assert main([results, sql + end, "--output", str(tmp_path / "out")]) == bool(end)
+            ended.set()
     assert seen
     assert list((tmp_path / "spilled").iterdir()) == []

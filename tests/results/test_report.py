@@ -9,7 +9,7 @@ from dataclasses import replace
 from hashlib import md5
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline.data import masks, storage
 from pipeline.data.labels import VOC
-from pipeline.results import files, page, report
+from pipeline.results import page, report
 from pipeline.results.report import BINS, Report
 from tests.results.synthetic_runs import Row, image_row, write_run
 
@@ -300,17 +300,3 @@ def test_the_newest_run_is_the_last_started_of_the_finished_ones(prefix: str) ->
         report.build_report(results, "z", images=1)
     with pytest.raises(ValueError, match=r"run id '../a': must be"):
         report.build_report(results, "../a", images=1)
-
-
-@pytest.mark.s3
-def test_ctrl_c_while_a_bucket_is_read_stays_a_keyboard_interrupt(
-    s3_prefix: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    results_of(s3_prefix)
-
-    def pressed(*_: object, **__: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(files._ListedFileSystem, "open", pressed)
-    with pytest.raises(KeyboardInterrupt):
-        made(s3_prefix)

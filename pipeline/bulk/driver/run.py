@@ -29,7 +29,6 @@ from pipeline.bulk.settings import Settings
 from pipeline.bulk.worker.rows import RowBuilder
 from pipeline.bulk.worker.summary import ShardSummary
 from pipeline.data import storage
-from pipeline.results import files
 from pipeline.results.layout import RunLayout, only_new_lease
 from pipeline.runs import lease, ray_connection
 from pipeline.runs.ray_connection import RunStoppedError
@@ -55,7 +54,6 @@ class BulkResult:
     no_estimate: str = ""  # why there is none
 
 
-@files.interruptible()
 def run(settings: Settings, watch: ProgressCallback) -> BulkResult:
     """Does what the settings ask, or what is left of it.
 

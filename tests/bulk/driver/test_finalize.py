@@ -7,6 +7,7 @@ import os
 import signal
 import tempfile
 import threading
+import time
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,10 +16,12 @@ from typing import Any
 import pytest
 
 from pipeline.bulk.driver.finalize import Outcome, RunFinalizer
+from pipeline.cli.exit import run_job
 from pipeline.data import storage
 from pipeline.data.labels import VOC
 from pipeline.results import files, tables
 from pipeline.results.layout import RunLayout
+from pipeline.runs import lease
 from tests.bulk.finishing import (
     Made,
     class_parts,
@@ -150,13 +153,32 @@ def test_nothing_is_left_on_local_disk(tmp_path: Path, monkeypatch: pytest.Monke
     assert os.listdir(tmp_path / "temporary") == []
 
 
-@files.interruptible()
-def _interrupted_query() -> None:
-    with files.connect("/nowhere") as con:
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-        con.execute("select count(*) from (from range(60000000) order by hash(range))")
+def test_ctrl_c_while_duckdb_works_releases_the_lease_and_says_how_to_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = str(tmp_path / "lease.json")
 
+    def end_of_a_run() -> str:
+        with lease.hold(uri, "a"), files.connect("/nowhere") as con, files.storage_errors("/x"):
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+            con.execute("select count(*) from (from range(600000000) order by hash(range))")
+        return "not reached"
 
-def test_an_interruption_of_a_query_is_one_of_the_run() -> None:
-    with pytest.raises(KeyboardInterrupt):
-        _interrupted_query()
+    resume = "interrupted; the same command continues the run"
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    started = time.monotonic()
+    try:
+        code = run_job(
+            "segment",
+            end_of_a_run,
+            expected=(OSError,),
+            interrupted=resume,
+            on_signal=files.interrupt_queries,
+        )
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert code == 1
+    assert time.monotonic() - started < 30  # the query takes minutes
+    assert capsys.readouterr().out == f'segment failed exit=1 reason="{resume}"\n'
+    assert not storage.exists(uri)
