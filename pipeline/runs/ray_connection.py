@@ -1,4 +1,4 @@
-"""The Ray that a run uses: the one of RAY_ADDRESS, or one of its own on this machine."""
+"""The Ray that a run uses: the cluster at RAY_ADDRESS, or a local one that it starts."""
 
 from __future__ import annotations
 
@@ -14,120 +14,105 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray._private import ray_constants
 
-_REACHABLE_S = 5.0
+from pipeline.runs import ray_compat
+
+_CONNECT_TIMEOUT_S = 5.0
 
 logger = logging.getLogger(__name__)
 
 
 class RunStoppedError(RuntimeError):
-    """The run cannot go on now; what is done stays, and the same command continues it."""
+    """The run cannot continue now; what is done is kept, and the same command resumes it."""
 
 
 def has_cluster() -> bool:
-    """Whether there is a Ray to join, rather than one to start."""
+    """Return whether there is a cluster to connect to, rather than a local Ray to start."""
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def connect(*, workers: int, cpus: int, gpus: float, quiet: bool = False) -> None:
-    """Joins the Ray of RAY_ADDRESS, or starts one here that holds `workers` of `cpus` each.
+    """Connect to the Ray at RAY_ADDRESS, or start a local one for `workers` of `cpus` each.
 
-    What its workers print is printed here too, unless `quiet`, and that it has no room for them.
-
-    Raises RunStoppedError where none answers, or none starts.
+    Unless `quiet`, the workers' output is printed here, and a warning is logged if no node can hold
+    a worker. Raises RunStoppedError if Ray cannot be reached, or does not start.
     """
     if ray.is_initialized():
         return
-    ours = signal.getsignal(signal.SIGTERM)
+    sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        # the workers, and one that someone may add by hand; Ray's own tasks need one more
-        _init(wanted=workers * cpus + 1, quiet=quiet)
+        # one CPU more for Ray's own tasks
+        _init(cpus=workers * cpus + 1, quiet=quiet)
     except ConnectionError as error:
-        raise RunStoppedError(f"no Ray answers at RAY_ADDRESS: {error}") from error
+        raise RunStoppedError(f"cannot reach Ray at RAY_ADDRESS: {error}") from error
     except Exception as error:
-        if "timed out during startup" not in str(error):  # Ray has no type of its own for it
+        if ray_compat.STARTUP_TIMEOUT not in str(error):
             raise
         raise RunStoppedError(
-            "Ray did not start on this machine within 30 s: is it busy with something else?"
+            "Ray did not start on this machine within 30 s; it may be busy: try again later"
         ) from error
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, ours)  # Ray's own ends the process without a word
+            signal.signal(signal.SIGTERM, sigterm)  # Ray's handler ends the process silently
     if not quiet:
-        _warn_where_nothing_fits(cpus, gpus)
+        _warn_if_nothing_fits(cpus, gpus)
 
 
 @contextmanager
 def disconnect_on_exit() -> Iterator[None]:
-    """A Ray that the block joins or starts is left at its end: it prints nothing afterwards.
+    """Shut down, after the block, a Ray that was connected or started in it.
 
-    Not where the block is interrupted: who does that may wait for a few seconds only.
+    Then Ray prints nothing more. After an interrupt this is skipped: it may take seconds.
     """
-    mine = not ray.is_initialized()
+    is_ours = not ray.is_initialized()
     try:
         yield
     except KeyboardInterrupt:
-        mine = False
+        is_ours = False
         raise
     finally:
-        if mine and ray.is_initialized():
-            with contextlib.suppress(KeyboardInterrupt):  # what is done is done
+        if is_ours and ray.is_initialized():
+            with contextlib.suppress(KeyboardInterrupt):  # the results are complete
                 ray.shutdown()
 
 
-def _init(wanted: int, quiet: bool) -> None:
+def _init(cpus: int, quiet: bool) -> None:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": not quiet}
     if has_cluster():
         _check_reachable(os.environ["RAY_ADDRESS"])
         ray.init(**options)
         return
-    with _loopback():
+    with ray_compat.loopback_only():
         ray.init(
             address="local",
-            num_cpus=max(wanted, os.cpu_count() or 1),
+            num_cpus=max(cpus, os.cpu_count() or 1),
             include_dashboard=False,
             **options,
         )
 
 
-@contextmanager
-def _loopback() -> Iterator[None]:
-    """A Ray that is started here listens to this machine alone, not on all of its addresses.
-
-    Ray does so by itself where it can have no cluster (Windows, macOS), and has no argument for
-    it: it takes 127.0.0.1 for a wish to be reached from elsewhere.
-    """
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
 def _check_reachable(address: str) -> None:
-    """Raises ConnectionError where nobody listens: Ray itself would try for minutes."""
+    """Raise ConnectionError if nothing listens at the address: Ray would retry for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         try:
-            socket.create_connection((host, int(port)), timeout=_REACHABLE_S).close()
+            socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
         except OSError as error:
             raise ConnectionError(f"{address}: {error}") from error
 
 
-def _warn_where_nothing_fits(cpus: int, gpus: float) -> None:
+def _warn_if_nothing_fits(cpus: int, gpus: float) -> None:
     nodes = [each["Resources"] for each in ray.nodes()]  # type: ignore[no-untyped-call]
     if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
         logger.warning(
-            "no node has %d CPUs and %g GPUs for a worker; waiting for the cluster to grow",
+            "no node has %d CPUs and %g GPUs for a worker; waiting for the cluster to scale up",
             cpus,
             gpus,
         )
 
 
 def worker_slots(cpus: int, gpus: float) -> int:
-    """How many workers of that size the nodes that are there hold, were nothing else on them."""
+    """Return how many workers of this size fit on the existing nodes if nothing else runs there."""
     nodes = [each["Resources"] for each in ray.nodes() if each["Alive"]]  # type: ignore[no-untyped-call]
     return sum(
         int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else math.inf))

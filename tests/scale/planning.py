@@ -91,7 +91,7 @@ def _resume(layout: Any) -> None:
     progress = preflight.build_progress(known, layout)
     work = Mock(layout=layout)
     reconciler = reconcile.Reconciler(work, Mock(max_actors=1), Mock(), progress.add)
-    reconciler._board = Mock()
+    reconciler._progress_actor = Mock()
     for part in known.parts:
         reconciler.complete(part)
 

@@ -1,15 +1,14 @@
-"""Shards stream through one stage of actors: Ray Data, a wave at a time.
+"""Runs a batch of shards through a pool of actors: one Ray data set per batch.
 
-One row is one shard, and one row a block, so that nothing can split or merge shards; a row's
-result is a small summary. What is expected to go wrong is in the summary; a process that dies
-takes its shards with it (they are missing afterwards, and the caller runs them again), and
-everything else is a bug that ends the run.
+One row is one shard, and a block holds one row, so that nothing splits or merges shards. A row
+becomes a small summary. Expected failures are part of the summary. A process that crashes loses
+its shards, and the caller retries those that have no file. Everything else is a bug and stops the
+run.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import secrets
 import time
 import traceback
@@ -21,47 +20,55 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy
 from ray.util.annotations import RayDeprecationWarning
 
 from pipeline.bulk.driver.progress_actor import ProgressReporter
-from pipeline.bulk.driver.watchdog import StallWatchdog, WatchCallback
+from pipeline.bulk.driver.watchdog import StallWatchdog, WatchdogCallback
 from pipeline.bulk.planning.listing import Listed
 from pipeline.bulk.worker import storage_probe
 from pipeline.bulk.worker.failure_streaks import CutOffError, SystemicError
 from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
 from pipeline.bulk.worker.summary import ShardSummary
 from pipeline.data.storage import StorageError
-from pipeline.runs import ray_connection
+from pipeline.runs import ray_compat, ray_connection
 from pipeline.runs.ray_connection import RunStoppedError
 from pipeline.runs.timeouts import StallTimer
 from pipeline.text import first_line
 
 _CONCURRENT_SHARDS = 2  # one is fetched and decoded while the other is in the network
-_SHARDS_IN_FLIGHT = 3  # and one more waits at the actor
-_BUSY = 1.0
-"""Shards in flight over those that the pool can work on, from which it grows; they are at most
-_SHARDS_IN_FLIGHT / _CONCURRENT_SHARDS, or 1 one at a time: at Ray's own 1.75 it would never."""
-_INIT_DEATHS = 3
-"""Actors in a row that die while they start and are replaced: a node may go just then."""
+_SHARDS_IN_FLIGHT = 3  # and one more is queued at the actor
+
+_UPSCALING_THRESHOLD = 1.0
+"""Pool utilization above which Ray Data adds an actor.
+
+Utilization is at most _SHARDS_IN_FLIGHT / _CONCURRENT_SHARDS = 1.5, and 1 with one shard at a time:
+with Ray's default of 1.75 the pool would never grow.
+"""
+
+_MAX_FAILED_STARTS = 3
+"""Actors in a row that may crash while starting; a node may be lost at that moment."""
+
+_MIN_LOST_SHARDS = 20
+"""Shards that a batch may lose with their actors before it is abandoned, or 1 % if more."""
 
 _LOST = (
     ray.exceptions.RayActorError,
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.NodeDiedError,
     ray.exceptions.ObjectLostError,
-    ray.exceptions.OutOfMemoryError,  # Ray itself killed the process, to save its node
+    ray.exceptions.OutOfMemoryError,  # Ray killed the process to protect its node
 )
-"""What Ray says of shards that died with a process or a node."""
+"""Ray's errors for shards that were lost with a process or a node."""
 
 
 class BatchLostError(RuntimeError):
-    """The rest of the wave was not tried: too many processes died, or one is cut off."""
+    """A batch was abandoned: too many processes crashed, or one cannot reach storage."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """How many actors there are, and what each of them takes."""
+    """The number of actors, and the resources of each."""
 
     min_actors: int
     max_actors: int
@@ -71,7 +78,7 @@ class Pool:
     stall_timeout_s: float = 1800.0
 
     def connect(self) -> None:
-        """Joins or starts a Ray that is large enough. Raises RunStoppedError."""
+        """Connect to a Ray, or start one that is large enough. Raises RunStoppedError."""
         ray_connection.connect(workers=self.max_actors, cpus=self.cpus, gpus=self.gpus)
 
     def stall_timer(self, details: Callable[[], str] = str) -> StallTimer:
@@ -86,126 +93,139 @@ class Pool:
 
 
 def images_of(images: list[dict[str, Any]]) -> list[Listed]:
-    """The photos in a plan row's list."""
+    """Return the images in a plan row's list."""
     return [Listed(**image) for image in images]
 
 
 class ShardWorker:
-    """The actor: a segmenter, and its words to the driver. No exception leaves it."""
+    """The actor: a segmenter whose failures become part of its summaries. It raises nothing."""
 
-    def __init__(self, work: WorkerContext, board: Any) -> None:
-        self._board = board
-        self._name, self._began = secrets.token_hex(8), time.monotonic()
+    def __init__(self, context: WorkerContext, progress_actor: Any) -> None:
+        self._progress_actor = progress_actor
+        self._name, self._started = secrets.token_hex(8), time.monotonic()
         self._fatal: str | None = None
         self._cut_off = False
         try:
-            self._segmenter = Segmenter(work)
+            self._segmenter = Segmenter(context)
         except (SystemicError, StorageError, ValueError) as error:
-            self._fatal = f"the segmenter does not start: {error}"
+            self._fatal = f"cannot start the segmenter: {error}"
             self._cut_off = isinstance(error, StorageError)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """A batch of one shard -> its summary."""
+        """Segment the one shard in `batch`, and return its summary as a row."""
         [row] = batch.to_pylist()
         return pa.Table.from_pylist([self._segment(row["shard"], images_of(row["images"]))])
 
-    def _segment(self, shard: int, photos: list[Listed]) -> dict[str, Any]:
+    def _segment(self, shard: int, images: list[Listed]) -> dict[str, Any]:
         summary, fatal, cut_off = ShardSummary(shard=shard), self._fatal, self._cut_off
         if fatal is None:
-            self._board.tell.remote(shard, 0)
+            self._progress_actor.report.remote(shard, 0)
             try:
-                summary = self._segmenter.segment(
-                    shard, photos, ProgressReporter(self._board, shard)
-                )
+                report = ProgressReporter(self._progress_actor, shard)
+                summary = self._segmenter.segment(shard, images, report)
             except (SystemicError, StorageError) as error:
                 fatal, cut_off = str(error), isinstance(error, CutOffError | StorageError)
-            except Exception as error:  # a bug: said to the driver, which ends the run
+            except Exception as error:  # a bug: the driver logs it and stops the run
                 fatal = f"a bug, {type(error).__name__}: {error}\n{traceback.format_exc()}"
-        summary.actor, summary.actor_s = self._name, time.monotonic() - self._began
-        packed = asdict(replace(summary, errors=Counter()))
-        said = {"fatal": fatal or "", "cut_off": cut_off}
-        return {**packed, "errors": json.dumps(summary.errors), **said}
+        summary.actor, summary.actor_s = self._name, time.monotonic() - self._started
+        return pack(summary, fatal=fatal or "", cut_off=cut_off)
+
+
+def pack(summary: ShardSummary, *, fatal: str = "", cut_off: bool = False) -> dict[str, Any]:
+    """Return a summary as a row of scalars; `fatal` is an error that the driver handles.
+
+    `cut_off` is True if the cause may be that this process alone cannot reach storage.
+    """
+    values = asdict(replace(summary, errors=Counter()))
+    return {**values, "errors": json.dumps(summary.errors), "fatal": fatal, "cut_off": cut_off}
+
+
+def unpack(row: dict[str, Any], context: WorkerContext) -> ShardSummary:
+    """Return the summary in a row of `pack`.
+
+    Raises RunStoppedError for a fatal error, and BatchLostError if it is that the process could not
+    reach storage, and this one can.
+    """
+    values = dict(row)
+    fatal, cut_off = values.pop("fatal"), values.pop("cut_off")
+    if fatal and cut_off and not _refusal_here(context):
+        raise BatchLostError(f"a node cannot reach storage: {fatal}")
+    if fatal:
+        raise RunStoppedError(fatal)
+    return ShardSummary(**{**values, "errors": Counter(json.loads(values["errors"]))})
 
 
 def run_batch(
-    work: WorkerContext,
+    context: WorkerContext,
     shards: pa.Table,
     pool: Pool,
-    board: Any,
+    progress_actor: Any,
     *,
     one_at_a_time: bool = False,
 ) -> Generator[ShardSummary, None, None]:
-    """Sends the shards through the pool; the summaries of those that come back, as they come.
+    """Segment a batch of shards, and yield the summaries of those that are done, in any order.
 
-    `board` is the handle of a `Board`. With `one_at_a_time` nothing is queued on an actor behind
-    another shard, so that a death costs no other shard.
-    Raises BatchLostError, and RunStoppedError for what no other wave would do better.
+    With `one_at_a_time` no shard is queued at an actor behind another one, so that a crash loses
+    one shard only.
+    Raises BatchLostError if the batch was abandoned, and RunStoppedError if retrying cannot help.
     """
-    count = len(shards)
-    _set_context(count)
-    in_flight = 1 if one_at_a_time else _SHARDS_IN_FLIGHT
-    # max_restarts and max_task_retries have no other place yet
-    warnings.simplefilter("ignore", RayDeprecationWarning)
-    watchdog = StallWatchdog(pool.stall_timer, board)
-    # a block a row, made here: from_arrow would ask the cluster's CPUs about each of them
-    summaries = ray.data.from_items(shards.to_pylist(), override_num_blocks=count).map_batches(
-        ShardWorker,
-        fn_constructor_args=(work, board),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(
-            min_size=min(pool.min_actors, count),
-            max_size=min(pool.max_actors, count),
-            max_tasks_in_flight_per_actor=in_flight,
-            max_concurrent_calls_per_actor=min(in_flight, _CONCURRENT_SHARDS),
-            enable_true_multi_threading=True,
-        ),
-        num_cpus=pool.cpus,
-        num_gpus=pool.gpus or None,
-        max_restarts=-1,
-        max_task_retries=0,
-    )
-    try:
-        for row in watchdog.watched(summaries):
-            fatal, cut_off = row.pop("fatal"), row.pop("cut_off")
-            if fatal and cut_off and not _refusal_here(work):
-                raise BatchLostError(f"a node is cut off from storage: {fatal}")
-            if fatal:
-                raise RunStoppedError(fatal)
-            board.forget.remote(row["shard"])
-            yield ShardSummary(**{**row, "errors": Counter(json.loads(row["errors"]))})
-    except _LOST as error:
-        lost = first_line(error)
-        _let_go(error)
-    except ray.exceptions.RayError as error:
-        raise RunStoppedError(f"Ray gave up: {first_line(error)}") from error
-    else:
-        return
+    watchdog = StallWatchdog(pool.stall_timer, progress_actor)
+    with ray_compat.batch_context(
+        callback=WatchdogCallback,
+        upscaling_threshold=_UPSCALING_THRESHOLD,
+        max_failed_starts=_MAX_FAILED_STARTS,
+        max_lost_blocks=max(_MIN_LOST_SHARDS, len(shards) // 100),
+    ):
+        dataset = _dataset(context, shards, pool, progress_actor, 1 if one_at_a_time else None)
+        try:
+            for row in watchdog.iter_rows(dataset):
+                summary = unpack(row, context)
+                progress_actor.remove.remote(summary.shard)
+                yield summary
+        except _LOST as error:
+            lost = first_line(error)
+            _release_frames(error)
+        except ray.exceptions.RayError as error:
+            raise RunStoppedError(f"Ray failed: {first_line(error)}") from error
+        else:
+            return
     raise BatchLostError(lost)
 
 
-def _refusal_here(work: WorkerContext) -> StorageError | None:
-    return storage_probe.check_access_here(work.layout, work.images, work.labels)
+def _dataset(
+    context: WorkerContext, shards: pa.Table, pool: Pool, progress_actor: Any, in_flight: int | None
+) -> Any:
+    """Return the data set of the shards' summaries; nothing is executed yet."""
+    count, in_flight = len(shards), in_flight or _SHARDS_IN_FLIGHT
+    with warnings.catch_warnings():
+        # there is no other way yet to pass max_restarts and max_task_retries
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        # a block per row, made here: from_arrow would start a task for each of them
+        return ray.data.from_items(shards.to_pylist(), override_num_blocks=count).map_batches(
+            ShardWorker,
+            fn_constructor_args=(context, progress_actor),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(
+                min_size=min(pool.min_actors, count),
+                max_size=min(pool.max_actors, count),
+                max_tasks_in_flight_per_actor=in_flight,
+                max_concurrent_calls_per_actor=min(in_flight, _CONCURRENT_SHARDS),
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus or None,
+            max_restarts=-1,
+            max_task_retries=0,
+        )
 
 
-def _let_go(error: BaseException | None) -> None:
-    """Clears what the error's frames hold: the wave's actors, which else keep their CPUs."""
+def _refusal_here(context: WorkerContext) -> StorageError | None:
+    return storage_probe.check_access_here(context.layout, context.images, context.labels)
+
+
+def _release_frames(error: BaseException | None) -> None:
+    """Clear the frames of an error: they hold the batch's actors, which would keep their CPUs."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
-
-
-def _set_context(shards: int) -> None:
-    context = DataContext.get_current()
-    context.execution_no_progress_timeout_s = -1  # it would end a run that waits for a node
-    context.max_consecutive_actor_init_deaths = _INIT_DEATHS
-    context.autoscaling_config.actor_pool_util_upscaling_threshold = _BUSY
-    context.custom_execution_callback_classes = [WatchCallback]
-    context.max_errored_blocks = max(20, shards // 100)
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    for name in ("ray.data", "ray.data._internal.execution.streaming_executor"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # what ends a wave, or a shard, is said once, by who runs it, and is no fault of Ray's to report
-    for name in ("ray.data.exceptions", "ray.data._internal.execution.streaming_executor_state"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)

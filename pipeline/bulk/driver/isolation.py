@@ -1,8 +1,9 @@
-"""Shards whose process died, photo by photo: who kills its process alone, twice, is condemned.
+"""Isolates images whose worker crashed.
 
-Each photo is the only thing on its actor, so a death names it exactly; a death with its node is
-nobody's fault and does not count. A photo's row is kept under `singles/`, outside of what readers
-glob, until the shard's one file is made of them: an interrupted shard is not begun again.
+An image that crashes its worker `MAX_CRASHES` times while running alone is recorded as an error.
+It is the only work of its actor, so a crash identifies it; a crash together with the node does not
+count. The row of each image is kept under `singles/`, which readers do not glob, until the shard's
+file is made of them, so that an interrupted shard continues where it stopped.
 """
 
 from __future__ import annotations
@@ -29,136 +30,142 @@ from pipeline.runs.ray_connection import RunStoppedError
 from pipeline.text import last_line
 
 MAX_CRASHES = 2
-"""Deaths of a process with the photo alone on it that condemn the photo."""
-
-_DIED = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
-"""What Ray says of a process that died; the latter where Ray itself killed it, for memory."""
+"""Crashes of a worker with only this image in context, after which the image is an error."""
 
 MAX_ATTEMPTS = 10
-"""Processes that are started for one photo at most, those that nodes took with them included."""
+"""Workers that are started for one image at most, including those lost with their node."""
 
 IMAGE_TIMEOUT_S = 900.0
-"""Seconds for one photo alone, the model's loading included."""
+"""Seconds for one image, including loading the model."""
+
+_CRASHED = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
+"""Ray's errors for a worker that crashed; the second if Ray killed it to free memory."""
 
 logger = logging.getLogger(__name__)
 
 
 class IsolatedWorker:
-    """The actor: a segmenter that is given one photo at a time."""
+    """The actor: a segmenter that processes one image at a time."""
 
-    def __init__(self, work: WorkerContext) -> None:
-        self._work = work
+    def __init__(self, context: WorkerContext) -> None:
+        self._context = context
 
     def start(self) -> str:
-        """Makes the segmenter; the id of the node that this process runs on."""
-        self._segmenter = Segmenter(self._work)
+        """Load the model, and return the id of this process's node."""
+        self._segmenter = Segmenter(self._context)
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
-    def file_of(self, shard: int, photo: Listed) -> bytes:
-        """A Parquet file of the photo's row."""
-        return self._segmenter.rows_of(shard, [photo])[0]
+    def segment(self, shard: int, image: Listed) -> bytes:
+        """Return a Parquet file of the image's row."""
+        return self._segmenter.rows_of(shard, [image])[0]
 
 
 class ImageIsolator:
-    """Segments shards photo by photo, and creates their files."""
+    """Segments shards one image at a time, and creates their files."""
 
-    def __init__(self, work: WorkerContext, pool: Pool, rows: RowBuilder) -> None:
-        self._work = work
+    def __init__(self, context: WorkerContext, pool: Pool, rows: RowBuilder) -> None:
+        self._context = context
         self._pool = pool
         self._rows = rows
         self._schema = tables.with_footer(tables.IMAGES, rows.classes)
-        self._actor: Any = None
-        self._node: str | None = None  # None until the actor's segmenter stands
-        self._stage = ray.remote(IsolatedWorker).options(
+        self._worker: Any = None
+        self._node: str | None = None  # None until the worker has started
+        self._worker_class = ray.remote(IsolatedWorker).options(
             num_cpus=pool.cpus, num_gpus=pool.gpus, max_restarts=0, max_task_retries=0
         )
 
     def close(self) -> None:
-        """Ends the actor."""
-        if self._actor is not None:
-            ray.kill(self._actor)
-            self._actor = None
+        """Stop the worker."""
+        if self._worker is not None:
+            ray.kill(self._worker)
+            self._worker = None
 
-    def segment(self, shard: int, photos: Sequence[Listed]) -> ShardSummary:
-        """Creates the shard's file of its photos' rows, each segmented alone."""
+    def segment(self, shard: int, images: Sequence[Listed]) -> ShardSummary:
+        """Create the shard's file from rows of images that were each segmented alone.
+
+        Raises RunStoppedError if no worker can be kept running.
+        """
         started = time.monotonic()
-        table = pa.concat_tables(self._single(shard, i, photo) for i, photo in enumerate(photos))
+        table = pa.concat_tables(self._row(shard, i, image) for i, image in enumerate(images))
         data = tables.table_to_parquet(table.cast(self._schema))
-        summary = ShardSummary(shard=shard, images=len(photos), actor=f"alone with {shard}")
+        summary = ShardSummary(shard=shard, images=len(images), actor=f"isolated shard {shard}")
         summary.errors.update(kind for kind in table["error_kind"].to_pylist() if kind)
-        summary.committed = storage.create(self._work.layout.shard(shard), data)
+        summary.committed = storage.create(self._context.layout.shard(shard), data)
         summary.actor_s = time.monotonic() - started
-        singles = range(len(photos))
-        layout = self._work.layout
-        storage.delete([layout.single(shard, i) for i in singles], within=layout.results)
+        layout = self._context.layout
+        singles = [layout.single(shard, i) for i in range(len(images))]
+        storage.delete(singles, within=layout.results)
         return summary
 
-    def _single(self, shard: int, position: int, photo: Listed) -> pa.Table:
-        """The photo's row, kept until the shard has its file. Raises RunStoppedError."""
-        uri = self._work.layout.single(shard, position)
+    def _row(self, shard: int, position: int, image: Listed) -> pa.Table:
+        """Return the image's row, stored until the shard has its file."""
+        uri = self._context.layout.single(shard, position)
         if storage.exists(uri):
-            again = "delete it, and the same command segments the photo again"
-            return read_artifact(uri, _table, hint=again)
-        data = self._file_of(shard, photo)
+            hint = "delete it, and run the same command again to segment the image again"
+            return read_artifact(uri, _read_table, hint=hint)
+        data = self._segment(shard, image)
         storage.create(uri, data)
-        return _table(data)
+        return _read_table(data)
 
-    def _file_of(self, shard: int, photo: Listed) -> bytes:
-        deaths = 0
+    def _segment(self, shard: int, image: Listed) -> bytes:
+        """Return a Parquet file of the image's row."""
+        crashes = 0
         for _ in range(MAX_ATTEMPTS):
             try:
-                if self._actor is None:
-                    self._actor = self._stage.remote(self._work)
-                    self._node = self._started(self._actor.start.remote())
-                data: bytes = ray.get(
-                    self._actor.file_of.remote(shard, photo), timeout=IMAGE_TIMEOUT_S
-                )
+                if self._worker is None:
+                    self._worker = self._worker_class.remote(self._context)
+                    self._node = self._wait_for(self._worker.start.remote())
+                result = self._worker.segment.remote(shard, image)
+                data: bytes = ray.get(result, timeout=IMAGE_TIMEOUT_S)
             except ray.exceptions.GetTimeoutError:
                 self.close()
-                return self._condemned(
-                    shard, photo, "timeout", f"no mask within {IMAGE_TIMEOUT_S:g} s"
-                )
-            except _DIED as error:
-                deaths += self._died_of(photo, error)
-                if deaths == MAX_CRASHES:
-                    return self._condemned(shard, photo, *_cause(error))
-            except ray.exceptions.RayError as error:  # a bug, or a fault of the system
+                message = f"no mask within {IMAGE_TIMEOUT_S:g} s"
+                return self._error(shard, image, "timeout", message)
+            except _CRASHED as error:
+                crashes += self._is_crash_of(image, error)
+                if crashes == MAX_CRASHES:
+                    return self._error(shard, image, *_cause(error))
+            except ray.exceptions.RayError as error:  # a bug, or a failure of the system
                 raise RunStoppedError(last_line(error)) from error
             else:
                 return data
-        raise RunStoppedError(f"no process lives long enough to segment {photo.uri}")
+        raise RunStoppedError(
+            f"no worker ran long enough to segment {image.uri} in {MAX_ATTEMPTS} attempts; "
+            "check the cluster's nodes, and run the same command again"
+        )
 
-    def _started(self, starting: Any) -> str:
-        """The node on which the actor started; there may be none for it yet."""
+    def _wait_for(self, started: Any) -> str:
+        """Return the node of the worker; the cluster may have to grow for it first."""
         timer = self._pool.stall_timer()
-        while not ray.wait([starting], timeout=1.0)[0]:
+        while not ray.wait([started], timeout=1.0)[0]:
             timer.check(running=0)
-        node: str = ray.get(starting)
+        node: str = ray.get(started)
         return node
 
-    def _died_of(self, photo: Listed, error: Exception) -> bool:
-        """Whether the death was the photo's doing; the next try starts another process."""
-        self._actor, node, self._node = None, self._node, None
+    def _is_crash_of(self, image: Listed, error: Exception) -> bool:
+        """Return whether the image caused the crash; the next attempt starts another worker."""
+        self._worker, node, self._node = None, self._node, None
         if node is None or not _is_alive(node):
             return False
-        logger.warning("the process died with %r alone on it: %s", photo.uri, error)
+        logger.warning("a worker crashed with only %r in context: %s", image.uri, error)
         return True
 
-    def _condemned(self, shard: int, photo: Listed, kind: str, message: str) -> bytes:
-        return tables.rows_to_parquet([self._rows.error(shard, photo, kind, message)], self._schema)
+    def _error(self, shard: int, image: Listed, kind: str, message: str) -> bytes:
+        return tables.rows_to_parquet([self._rows.error(shard, image, kind, message)], self._schema)
 
 
-def _table(data: bytes) -> pa.Table:
+def _read_table(data: bytes) -> pa.Table:
     return pq.read_table(io.BytesIO(data))
 
 
 def _cause(error: Exception) -> tuple[str, str]:
-    """The kind of error, and words, of a photo with which the process died so."""
+    """Return the error kind and message of an image whose worker crashed with `error`."""
+    alone = "with no other image in work"
     if isinstance(error, ray.exceptions.OutOfMemoryError):
-        message = f"its process was killed {MAX_CRASHES} times to save the node's memory"
-        return "out_of_memory", f"{message}, with nothing else on it"
-    return "worker_died", f"its process died {MAX_CRASHES} times with nothing else on it"
+        message = f"its worker was killed {MAX_CRASHES} times to free the node's memory"
+        return "out_of_memory", f"{message}, {alone}"
+    return "worker_died", f"its worker crashed {MAX_CRASHES} times {alone}"
 
 
 def _is_alive(node: str) -> bool:

@@ -1,4 +1,4 @@
-"""The actor that workers report their progress to, and the driver reads it from."""
+"""Progress of the shards in work: an actor that workers report to and the driver polls."""
 
 from __future__ import annotations
 
@@ -7,50 +7,55 @@ from typing import Any
 
 import ray
 
-_TELL_EVERY_S = 2.0
+_REPORT_EVERY_S = 2.0
 
 
 class ProgressActor:
-    """An actor that knows how many photos of each shard are through, for who watches the run."""
+    """An actor that knows how many images of each unfinished shard are done."""
 
     def __init__(self) -> None:
-        self._through: dict[int, int] = {}
-        self._told = 0
+        self._images: dict[int, int] = {}
+        self._reports = 0
 
-    def tell(self, shard: int, photos: int) -> None:
-        self._through[shard] = photos
-        self._told += 1
+    def report(self, shard: int, images: int) -> None:
+        """Store how many images of the shard are done."""
+        self._images[shard] = images
+        self._reports += 1
 
-    def forget(self, shard: int) -> None:
-        self._through.pop(shard, None)
+    def remove(self, shard: int) -> None:
+        """Forget a shard, which is finished."""
+        self._images.pop(shard, None)
 
-    def told(self) -> int:
-        """A number that changes whenever a shard begins or gets on."""
-        return self._told
+    def reports(self) -> int:
+        """Return the number of reports so far: it grows whenever a shard starts or progresses."""
+        return self._reports
 
     def shards(self) -> list[int]:
-        """Those that began and are not forgotten."""
-        return sorted(self._through)
+        """Return the numbers of the shards in work."""
+        return sorted(self._images)
 
-    def photos(self) -> int:
-        """Photos of shards that are not forgotten."""
-        return sum(self._through.values())
+    def images(self) -> int:
+        """Return the number of images that are done in shards in work."""
+        return sum(self._images.values())
 
 
 def start_progress_actor() -> Any:
-    """The handle of a board; it is started again where its node goes, and knows nothing then."""
+    """Start a `ProgressActor` and return its handle.
+
+    If its node is lost, Ray restarts it elsewhere, empty.
+    """
     return ray.remote(ProgressActor).options(num_cpus=0, max_restarts=-1).remote()
 
 
 class ProgressReporter:
-    """Tells the board about one shard, not too often."""
+    """Reports the progress of one shard, at most every `_REPORT_EVERY_S`."""
 
-    def __init__(self, board: Any, shard: int) -> None:
-        self._board = board
+    def __init__(self, progress_actor: Any, shard: int) -> None:
+        self._progress_actor = progress_actor
         self._shard = shard
-        self._next = time.monotonic() + _TELL_EVERY_S
+        self._next = time.monotonic() + _REPORT_EVERY_S
 
-    def __call__(self, photos: int) -> None:
+    def __call__(self, images: int) -> None:
         if time.monotonic() >= self._next:
-            self._next = time.monotonic() + _TELL_EVERY_S
-            self._board.tell.remote(self._shard, photos)
+            self._next = time.monotonic() + _REPORT_EVERY_S
+            self._progress_actor.report.remote(self._shard, images)

@@ -1,10 +1,9 @@
-"""A part of the plan is done until nothing is missing, whatever dies.
+"""Retries the shards of one plan part until all of them are committed, even if workers crash.
 
-Waves first; what came back from no process goes again with nothing queued beside it; and what
-then still kills its process goes photo by photo. A wave that is abandoned because too many
-processes died, or one is cut off from storage, is begun again as long as each gets shards done;
-one that gets none done is followed by waves in which a death costs one shard alone. The results'
-listing, not anyone's word, says what is missing.
+First all missing shards run as one batch. Shards that were lost with a process run again, one at a
+time per actor; those that then still crash their worker are processed image by image. An abandoned
+batch (too many crashes, or a node that cannot reach storage) is retried as long as each attempt
+completes some shards. What is missing is known from a listing of the results, not from reports.
 """
 
 from __future__ import annotations
@@ -34,88 +33,98 @@ logger = logging.getLogger(__name__)
 
 
 def shards_done(layout: RunLayout, part: Part) -> set[int]:
-    """The numbers of the part's shards whose file exists, by a listing of these alone."""
+    """Return the numbers of the part's shards that have a file, listing only the part's range."""
     names = sorted(layout.shard(number) for number in part.numbers)
     found = storage.list_objects(layout.images, between=(names[0], names[-1]))
     return set(part.numbers).intersection(shard_number(item.uri) for item in found)
 
 
 class Reconciler:
-    """Does parts of one plan; `count` is told of every shard that is done, and may stop it."""
+    """Completes the parts of one plan.
+
+    `count` is called with the summary of every shard that is done; what it raises stops the run.
+    """
 
     def __init__(
         self,
-        work: WorkerContext,
+        context: WorkerContext,
         pool: Pool,
         rows: RowBuilder,
         count: Callable[[ShardSummary], None],
     ) -> None:
-        self._work = work
+        self._context = context
         self._pool = pool
         self._rows = rows
         self._count = count
-        self._board: Any = None
+        self._progress_actor: Any = None
 
-    def photos_in_work(self) -> int:
-        """Photos that are through, of shards that are not done."""
-        try:
-            return 0 if self._board is None else ray.get(self._board.photos.remote(), timeout=1)
-        except ray.exceptions.RayError:  # only a display is poorer
+    def images_in_work(self) -> int:
+        """Return the number of images that are done in unfinished shards; 0 if unknown."""
+        if self._progress_actor is None:
             return 0
+        try:
+            images: int = ray.get(self._progress_actor.images.remote(), timeout=1)
+        except ray.exceptions.RayError:  # this is for display only
+            return 0
+        return images
 
     def complete(self, part: Part) -> None:
-        """Does the part's shards until none is missing. Raises RunStoppedError."""
+        """Process the part's shards until none is missing. Raises RunStoppedError."""
         if missing := self._missing(part):
-            shards = plan.read_part(self._work.layout, part)
+            shards = plan.read_part(self._context.layout, part)
             self._pool.connect()
-            self._board = self._board or progress_actor.start_progress_actor()
+            self._progress_actor = self._progress_actor or progress_actor.start_progress_actor()
             if self._pool.max_actors > 1 and len(missing) == part.shards and not part.first_shard:
-                # one shard by one actor, before the pool grows: what fails at once costs little
-                self._wave(shards.slice(0, 1), replace(self._pool, min_actors=1, max_actors=1))
+                # one shard on one actor first: what fails at once is found before the pool grows
+                self._run_batch(shards.slice(0, 1), replace(self._pool, min_actors=1, max_actors=1))
             self._reconcile(part, shards)
 
     def _reconcile(self, part: Part, shards: pa.Table) -> None:
         for one_at_a_time in (False, True):
             missing = self._missing(part)
             if missing and one_at_a_time:
-                logger.warning("%d shards came back from no process; again", len(missing))
+                logger.warning("%d shards were lost with their process; retrying", len(missing))
             while missing and (lost := self._lost(shards.take(missing), one_at_a_time)):
                 before, missing = missing, self._missing(part)
                 if len(missing) == len(before):
                     if one_at_a_time:
-                        raise RunStoppedError(f"processes get no shard done: {lost}")
-                    break  # each death took those along that were in work beside it
-                logger.warning("%s; %d shards are missing, again", lost, len(missing))
+                        raise RunStoppedError(
+                            f"workers keep failing without completing any shard: {lost}"
+                        )
+                    break  # each crash also loses the shards beside it
+                logger.warning("%s; retrying the %d shards that are missing", lost, len(missing))
         if missing := self._missing(part):
-            logger.warning("%d shards kill their process; photo by photo now", len(missing))
-            self._photo_by_photo(shards.take(missing))
+            logger.warning(
+                "%d shards crash their worker; processing them one image at a time", len(missing)
+            )
+            self._isolate(shards.take(missing))
 
     def _lost(self, shards: pa.Table, one_at_a_time: bool) -> str | None:
-        """Why the wave was abandoned, None where it was not.
+        """Run a batch, and return why it was abandoned, or None.
 
-        Words, not the error: that would hold the wave, and its actors, while the next one runs.
+        A message, not the error: the error would hold the batch and its actors during the next one.
         """
         try:
-            self._wave(shards, self._pool, one_at_a_time=one_at_a_time)
+            self._run_batch(shards, self._pool, one_at_a_time=one_at_a_time)
         except BatchLostError as error:
             return str(error)
         return None
 
     def _missing(self, part: Part) -> list[int]:
-        """Positions in the part of the shards that have no file."""
-        done = shards_done(self._work.layout, part)
+        """Return the positions in the part of the shards that have no file."""
+        done = shards_done(self._context.layout, part)
         return [i for i, number in enumerate(part.numbers) if number not in done]
 
-    def _wave(self, shards: pa.Table, pool: Pool, *, one_at_a_time: bool = False) -> None:
+    def _run_batch(self, shards: pa.Table, pool: Pool, *, one_at_a_time: bool = False) -> None:
         summaries = actor_pool.run_batch(
-            self._work, shards, pool, self._board, one_at_a_time=one_at_a_time
+            self._context, shards, pool, self._progress_actor, one_at_a_time=one_at_a_time
         )
-        # closed at once when something is raised here, so that the actors stop
+        # closed at once when `count` raises, so that the actors stop
         with contextlib.closing(summaries):
             for summary in summaries:
                 self._count(summary)
 
-    def _photo_by_photo(self, shards: pa.Table) -> None:
-        with contextlib.closing(ImageIsolator(self._work, self._pool, self._rows)) as alone:
+    def _isolate(self, shards: pa.Table) -> None:
+        with contextlib.closing(ImageIsolator(self._context, self._pool, self._rows)) as isolator:
             for row in shards.to_pylist():
-                self._count(alone.segment(row["shard"], images_of(row["images"])))
+                self._count(isolator.segment(row["shard"], images_of(row["images"])))

@@ -1,4 +1,4 @@
-"""Who watches a wave: a board that shards report to, and a dog that looks whether one gets on."""
+"""Stall detection for one batch of shards, inside Ray Data's own execution loop."""
 
 from __future__ import annotations
 
@@ -8,68 +8,72 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 
+from pipeline.runs.ray_compat import ExecutionCallback, running_actors
 from pipeline.runs.timeouts import StallTimer
 
-_LOOK_EVERY_S = 1.0
-_BOARD_TIMEOUT_S = 5.0
+_CHECK_EVERY_S = 1.0
+_REPLY_TIMEOUT_S = 5.0
+_MAX_SHARDS_NAMED = 10
 
 
 class StallWatchdog:
-    """Looks whether a wave gets on, between the steps of its execution."""
+    """Checks between the steps of an execution that actors run and make progress.
 
-    _ours: StallWatchdog | None = None  # whose wave begins
+    `stall_timer` makes the timer from a function that describes a stall.
+    """
 
-    def __init__(self, stall_timer: Callable[[Callable[[], str]], StallTimer], board: Any) -> None:
-        self._board = board
+    _starting: StallWatchdog | None = None  # taken by the callback of the next execution
+
+    def __init__(
+        self, stall_timer: Callable[[Callable[[], str]], StallTimer], progress_actor: Any
+    ) -> None:
+        self._progress_actor = progress_actor
         self._stall_timer = stall_timer(self._shards_in_work)
         self._next = 0.0
-        self._asked: Any = None
-        self._told = self._done = 0
+        self._pending: Any = None  # a call of the progress actor
+        self._reports = self._rows = 0
 
-    def watched(self, summaries: Any) -> Iterator[dict[str, Any]]:
-        """The data set's rows; raises RunStoppedError where none comes for too long."""
-        StallWatchdog._ours = self
-        for row in summaries.iter_rows():
-            self._done += 1
+    def iter_rows(self, dataset: Any) -> Iterator[dict[str, Any]]:
+        """Execute the data set and yield its rows. Raises RunStoppedError if it stalls."""
+        StallWatchdog._starting = self
+        for row in dataset.iter_rows():
+            self._rows += 1
             yield row
 
-    def look(self, executor: Any) -> None:
-        """Is called by Ray Data's own loop, many times a second; what it raises ends the wave."""
+    def check(self, executor: Any) -> None:
+        """Check the timeouts; called many times a second. What it raises ends the execution."""
         if time.monotonic() >= self._next:
-            self._next = time.monotonic() + _LOOK_EVERY_S
-            self._ask_board()
-            self._stall_timer.check(running_actors(executor), self._told + self._done)
+            self._next = time.monotonic() + _CHECK_EVERY_S
+            self._poll()
+            self._stall_timer.check(running_actors(executor), self._reports + self._rows)
 
-    def _ask_board(self) -> None:
-        """Takes the board's answer to the last question, and asks again; waits for nothing."""
-        if self._asked is not None and not ray.wait([self._asked], timeout=0)[0]:
+    def _poll(self) -> None:
+        """Read the reply to the last call, if there is one, and call again without blocking."""
+        if self._pending is not None and not ray.wait([self._pending], timeout=0)[0]:
             return
-        with contextlib.suppress(ray.exceptions.RayError):  # it died, and is started again
-            if self._asked is not None:
-                self._told = ray.get(self._asked)
-        self._asked = self._board.told.remote()
+        with contextlib.suppress(ray.exceptions.RayError):  # the actor is being restarted
+            if self._pending is not None:
+                self._reports = ray.get(self._pending)
+        self._pending = self._progress_actor.reports.remote()
 
     def _shards_in_work(self) -> str:
         with contextlib.suppress(ray.exceptions.RayError):
-            shards = ray.get(self._board.shards.remote(), timeout=_BOARD_TIMEOUT_S)
-            return f"; in work: shard {', '.join(map(str, shards[:10]))}" if shards else ""
+            shards = ray.get(self._progress_actor.shards.remote(), timeout=_REPLY_TIMEOUT_S)
+            named = ", ".join(map(str, shards[:_MAX_SHARDS_NAMED]))
+            return f"; shards in work: {named}" if shards else ""
         return ""
 
 
-class WatchCallback(ExecutionCallback):
-    """What Ray Data makes and calls for each wave; it travels to the actors by name alone."""
+class WatchdogCallback(ExecutionCallback):
+    """Passes the steps of an execution to the `StallWatchdog` that started it.
+
+    Ray Data makes an instance per execution, in the driver, and pickles the class by name.
+    """
 
     def __init__(self) -> None:
-        self._watchdog, StallWatchdog._ours = StallWatchdog._ours, None
+        self._watchdog, StallWatchdog._starting = StallWatchdog._starting, None
 
     def on_execution_step(self, executor: Any) -> None:
         if self._watchdog is not None:
-            self._watchdog.look(executor)
-
-
-def running_actors(executor: Any) -> int:
-    """Actors of the wave that are ready; those that wait for a node or load are not."""
-    operators = (each for each in executor._topology if hasattr(each, "get_actor_info"))
-    return sum(each.get_actor_info().running for each in operators)
+            self._watchdog.check(executor)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,10 @@ import pytest
 import ray
 
 from cluster.local import with_descendants
-from pipeline.bulk.driver import isolation
 from pipeline.bulk.driver.actor_pool import Pool, images_of
 from pipeline.bulk.driver.isolation import ImageIsolator
 from pipeline.bulk.driver.run import BulkResult, run
-from pipeline.bulk.driver.watchdog import StallWatchdog, running_actors
+from pipeline.bulk.driver.watchdog import StallWatchdog
 from pipeline.bulk.planning import plan
 from pipeline.bulk.planning.listing import Listed
 from pipeline.bulk.settings import Inference, Settings
@@ -33,7 +31,7 @@ from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
 from pipeline.data import storage
 from pipeline.data.labels import VOC
 from pipeline.results.layout import RunLayout
-from pipeline.runs import lease
+from pipeline.runs import lease, ray_compat
 from pipeline.runs.ray_connection import RunStoppedError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]
@@ -166,15 +164,15 @@ def test_a_wave_that_is_lost_lets_its_actors_go_before_the_next_one_needs_their_
     settings = settings_for(
         str(tmp_path), shard_images=1, cpus_per_actor=2, actors=(2, 2), inference=slow
     )
-    look, lost = StallWatchdog.look, []
+    check, lost = StallWatchdog.check, []
 
     def loses_one(watchdog: StallWatchdog, executor: Any) -> None:
-        look(watchdog, executor)
-        if watchdog._done and running_actors(executor) == 2 and not lost:
+        check(watchdog, executor)
+        if watchdog._rows and ray_compat.running_actors(executor) == 2 and not lost:
             lost.append(True)
             raise ray.exceptions.ActorDiedError
 
-    monkeypatch.setattr(StallWatchdog, "look", loses_one)
+    monkeypatch.setattr(StallWatchdog, "check", loses_one)
     run(settings, quiet)
     assert lost
     assert rows_of(settings) == looped(settings, work_for(settings))
@@ -187,13 +185,13 @@ def test_a_pool_grows_from_its_least_to_its_most_actors(
     slow = Inference(scales=(3.0, 4.0))
     settings = settings_for(str(tmp_path), shard_images=1, actors=(1, 3), inference=slow)
     seen: list[int] = []
-    look = StallWatchdog.look
+    check = StallWatchdog.check
 
     def noted(watchdog: StallWatchdog, executor: Any) -> None:
-        look(watchdog, executor)
-        seen.append(running_actors(executor))
+        check(watchdog, executor)
+        seen.append(ray_compat.running_actors(executor))
 
-    monkeypatch.setattr(StallWatchdog, "look", noted)
+    monkeypatch.setattr(StallWatchdog, "check", noted)
     run(settings, quiet)
     grown = [n for n in seen[seen.index(0, seen.index(1)) :] if n]  # after the first shard's one
     # two may have come between two looks, and the last ones go when their work is done
@@ -206,44 +204,9 @@ def _actor_processes() -> list[int]:
     for process in with_descendants(os.getpid()):
         with contextlib.suppress(OSError):
             title = Path(f"/proc/{process}/cmdline").read_bytes()
-            if title.startswith(b"ray::") and b"MapBatches(Stage)" in title:
+            if title.startswith(b"ray::") and b"MapBatches(ShardWorker)" in title:
                 found.append(process)
     return found
-
-
-class _DiesOfSome(isolation.IsolatedWorker):
-    """Dies as a segfault would of any photo whose name says so."""
-
-    def file_of(self, shard: int, photo: Listed) -> bytes:
-        if "deadly" in photo.uri:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().file_of(shard, photo)
-
-
-def test_only_the_photo_that_kills_its_process_alone_is_condemned(
-    tmp_path: Path,
-    fill: Any,
-    photo_of: Any,
-    settings_for: Any,
-    work_for: Any,
-    listed: Callable[..., list[Listed]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    fill(str(tmp_path), 3)
-    storage.write(f"{tmp_path}/photos/1/0001-deadly.jpg", photo_of(1)[1])
-    settings = settings_for(str(tmp_path))
-    work = work_for(settings)
-    ray.cloudpickle.register_pickle_by_value(__import__(__name__))
-    monkeypatch.setattr(isolation, "IsolatedWorker", _DiesOfSome)
-    rows = RowBuilder(run_id="test", model=work.model, settings=work.settings, classes=VOC)
-    stage = ImageIsolator(work, Pool(min_actors=1, max_actors=1, cpus=1, gpus=0), rows)
-    summary = stage.segment(0, listed(settings))
-    stage.close()
-    found = {Path(row["uri"]).name: row["error_kind"] for row in rows_of(settings)}
-    assert found.pop("0001-deadly.jpg") == "worker_died"
-    assert set(found.values()) == {None}
-    assert summary.errors == {"worker_died": 1}
-    assert not list(storage.list_objects(work.layout.singles))
 
 
 def test_too_many_errors_stop_the_run_and_a_larger_fraction_ends_it(
@@ -252,7 +215,7 @@ def test_too_many_errors_stop_the_run_and_a_larger_fraction_ends_it(
     fill(str(tmp_path), 4)
     fill_broken(str(tmp_path))
     _put_letters(str(tmp_path), 8)
-    stops = r"11 of 17 photos are errors \(mostly not_an_image\), over --max-error-fraction"
+    stops = r"11 of 17 images are errors \(mostly not_an_image\), over --max-error-fraction"
     with pytest.raises(RunStoppedError, match=stops):
         run(settings_for(str(tmp_path), max_error_fraction=0.2), quiet)
     settings = settings_for(str(tmp_path), max_error_fraction=0.7)
@@ -347,7 +310,7 @@ def test_a_broken_plan_is_said_in_one_line(tmp_path: Path, fill: Any, settings_f
     settings = settings_for(str(tmp_path))
     layout = RunLayout(results=settings.results, run_id="test")
     storage.write(f"{layout.plan}/plan.json", b"{}")
-    with pytest.raises(RunStoppedError, match=r"plan\.json is broken .* no plan of this version"):
+    with pytest.raises(RunStoppedError, match=r"plan\.json is corrupt .* no plan of this version"):
         run(settings, quiet)
 
 
@@ -360,5 +323,5 @@ def test_a_photos_row_that_is_broken_is_said_in_one_line(
     rows = RowBuilder(run_id="test", model=work.model, settings=work.settings, classes=VOC)
     stage = ImageIsolator(work, Pool(min_actors=1, max_actors=1, cpus=1, gpus=0), rows)
     photo = Listed(f"{tmp_path}/photos/1.jpg", "e", 1, None, None)
-    with pytest.raises(RunStoppedError, match=r"000003/00000\.parquet is broken .*: delete it"):
+    with pytest.raises(RunStoppedError, match=r"000003/00000\.parquet is corrupt .*: delete it"):
         stage.segment(3, [photo])
