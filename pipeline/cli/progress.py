@@ -72,7 +72,7 @@ class Display:
         if self._latest is None:
             return
         name, progress = self._latest
-        progress.look()
+        progress.refresh()
         done, total = progress.images_done, progress.images
         counted = f"{name}: " if name else ""
         counted += f"{done} of {total} images ({done / max(1, total):.0%})"
@@ -84,6 +84,8 @@ class Display:
         facts = [f"{progress.images_per_second:.1f} images/s"]
         if self._count_errors:
             facts.append(f"{progress.errors.total()} errors")
+        if progress.wait_fraction is not None:
+            facts.append(f"{progress.wait_fraction:.0%} waiting for images")
         return ", ".join([*facts, f"{duration(left)} left" if left is not None else "starting"])
 
 

@@ -126,6 +126,8 @@ RUNS = pa.schema(
         pa.field("cost", pa.float64()),  # null without a price
         pa.field("inventory", _string),  # read instead of a listing
         pa.field("inventory_etag", _string),
+        pa.field("wait_seconds", pa.float64()),  # of actor_seconds: the network waited for images
+        pa.field("infer_seconds", pa.float64()),  # of actor_seconds: the network computed
     ]
 )
 

@@ -219,7 +219,7 @@ def test_records_of_versions_with_fewer_columns_are_read_beside_current_ones(
     uri = RunLayout(results=prefix, run_id="old").record
     table = pq.read_table(io.BytesIO(storage.read(uri)))
     added = {"bytes_written", "actor_seconds", "gpu_seconds", "price_per_gpu_hour", "cost"}
-    added |= {"inventory", "inventory_etag"}
+    added |= {"inventory", "inventory_etag", "wait_seconds", "infer_seconds"}
     old = table.drop_columns(sorted(added))
     assert old.column_names == table.column_names[: -len(added)]
     storage.write(uri, tables.table_to_parquet(old))

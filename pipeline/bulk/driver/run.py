@@ -1,16 +1,15 @@
-"""A bulk run from its settings to its record: check, plan, waves, reconcile, finish.
+"""A bulk run from its settings to its record: preflight, plan, batches of shards, finalization.
 
-Whatever stops a run leaves whole files behind and nothing else; the same command continues it.
+An interrupted run leaves only complete files; rerun the same command to resume.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
-from pipeline.bulk.driver import preflight, usage
+from pipeline.bulk.driver import usage
 from pipeline.bulk.driver.dry_run import dry_run
 from pipeline.bulk.driver.estimate import Estimate
 from pipeline.bulk.driver.finalize import Outcome, RunFinalizer, load_outcome
@@ -19,6 +18,7 @@ from pipeline.bulk.driver.preflight import (
     build_pool,
     build_progress,
     build_worker_context,
+    preflight,
 )
 from pipeline.bulk.driver.progress import Progress
 from pipeline.bulk.driver.reconcile import Reconciler
@@ -34,16 +34,16 @@ from pipeline.runs import lease, ray_connection
 from pipeline.runs.ray_connection import RunStoppedError
 
 ProgressCallback = Callable[[Plan, Progress], None]
-"""Is told how far the run is: once when it begins, and after every shard."""
+"""Called when the run starts, and after every shard."""
 
 ERRORS_ALWAYS_ALLOWED = 10
-"""Errors that stop no run, however small: one broken photo of a night's three is over any fraction,
-and an unfinished run is what every following night takes up first."""
+"""Errors that never abort a run, so that one corrupt image in a three-image nightly run does not
+exceed the error fraction: an unfinished run has to be resumed before the next one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BulkResult:
-    """How a run ended."""
+    """The result of a bulk run."""
 
     plan: Plan
     outcome: Outcome | None  # None after a dry run
@@ -51,16 +51,16 @@ class BulkResult:
     images_per_second: float | None
     nothing_to_do: bool = False
     estimate: Estimate | None = None  # of a dry run
-    no_estimate: str = ""  # why there is none
+    no_estimate: str = ""  # why a dry run has no estimate
 
 
 def run(settings: Settings, watch: ProgressCallback) -> BulkResult:
-    """Does what the settings ask, or what is left of it.
+    """Start a run, or resume it; `watch` is called with its progress.
 
-    Raises ValueError or StorageError for what the settings name and cannot be used,
-    lease.HeldError where another driver works on the run, RunStoppedError where it cannot go on.
+    Raises ValueError or StorageError if the settings name something that cannot be used,
+    lease.HeldError if another driver works on the run, and RunStoppedError if it cannot continue.
     """
-    checkpoint = preflight.preflight(settings)
+    checkpoint = preflight(settings)
     identity = settings.identity(model=checkpoint.fingerprint)
     layout = RunLayout(results=settings.results, run_id=plan.run_id_of(settings, identity))
     known = plan.load(layout)
@@ -82,22 +82,22 @@ def run(settings: Settings, watch: ProgressCallback) -> BulkResult:
         return _finished_before(layout, known)
     if ray_connection.has_cluster():
         build_pool(settings).connect()  # before anything is written
-    with contextlib.ExitStack() as leases:
-        held = [
-            leases.enter_context(lease.hold(uri, layout.run_id, within=layout.results))
+    with contextlib.ExitStack() as stack:
+        leases = [
+            stack.enter_context(lease.hold(uri, layout.run_id, within=layout.results))
             for uri in _leases(settings, layout, checkpoint)
         ]
         known = plan.load(layout) or plan.make(settings, layout, identity)
         plan.check_same(known, identity)
-        if storage.exists(layout.record):  # by the driver that had the lease before
+        if storage.exists(layout.record):  # written by the driver that held the lease before
             return _finished_before(layout, known)
-        return _Run(settings, layout, known, checkpoint, watch, held).to_its_end()
+        return _Run(settings, layout, known, checkpoint, watch, leases).execute()
 
 
 def _leases(settings: Settings, layout: RunLayout, checkpoint: Checkpoint) -> list[str]:
-    """What a driver must hold: the run, and with --only-new all that is new to this model.
+    """Return the leases that a driver must hold: the run's, and with --only-new the model's.
 
-    A night that is still at work when the next begins has photos that no file tells of yet.
+    Without the second, a nightly run would process the images of another one that is still running.
     """
     if not settings.only_new:
         return [layout.lease]
@@ -106,7 +106,7 @@ def _leases(settings: Settings, layout: RunLayout, checkpoint: Checkpoint) -> li
 
 
 def _finished_before(layout: RunLayout, known: Plan) -> BulkResult:
-    """What a finished run says again; its driver may have died before it had tidied up."""
+    """Return the result of a finished run, and clean up what its driver may have left."""
     with contextlib.suppress(storage.StorageError):
         usage.delete(layout)
     return BulkResult(
@@ -128,28 +128,29 @@ class _Run:
         known: Plan,
         checkpoint: Checkpoint,
         watch: ProgressCallback,
-        held: list[lease.Lease],
+        leases: list[lease.Lease],
     ) -> None:
         self._settings = settings
         self._layout = layout
         self._plan = known
         self._checkpoint = checkpoint
         self._watch = watch
-        self._held = held
+        self._leases = leases
         self._progress = build_progress(known, layout)
         self._pool = build_pool(settings)
-        self._work = build_worker_context(settings, layout, known, self._pool)
+        self._context = build_worker_context(settings, layout, known, self._pool)
         self._usage = UsageLog(layout, self._progress, self._pool.gpus)
 
-    def to_its_end(self) -> BulkResult:
+    def execute(self) -> BulkResult:
+        """Process what is missing, and finalize the run. The resources used are saved always."""
         try:
-            return self._to_its_end()
+            return self._execute()
         except BaseException:
-            with contextlib.suppress(storage.StorageError):  # what ended it is said, not this
+            with contextlib.suppress(storage.StorageError):  # the first error is the one to report
                 self._usage.save()
             raise
 
-    def _to_its_end(self) -> BulkResult:
+    def _execute(self) -> BulkResult:
         self._watch(self._plan, self._progress)
         rows = RowBuilder(
             run_id=self._layout.run_id,
@@ -157,24 +158,24 @@ class _Run:
             settings=self._plan.settings,
             classes=self._checkpoint.classes,
         )
-        reconciler = Reconciler(self._work, self._pool, rows, self._count)
-        self._progress.in_work = reconciler.photos_in_work
+        reconciler = Reconciler(self._context, self._pool, rows, self._count)
+        self._progress.images_in_work = reconciler.images_in_work
         for part in self._plan.parts:
             reconciler.complete(part)
-        with RunFinalizer(self._layout, self._plan, self._checkpoint.classes) as finish:
-            return self._finish(finish)
+        with RunFinalizer(self._layout, self._plan, self._checkpoint.classes) as finalizer:
+            return self._finalize(finalizer)
 
-    def _finish(self, finish: RunFinalizer) -> BulkResult:
-        outcome = finish.outcome()
+    def _finalize(self, finalizer: RunFinalizer) -> BulkResult:
+        outcome = finalizer.outcome()
         self._check_outcome(outcome)
-        self._check_held()
+        self._check_leases()
         if self._plan.counts.images:
-            finish.write_classes()
-            finish.write_done()
+            finalizer.write_classes()
+            finalizer.write_done()
         seconds = self._progress.seconds
         rate = self._progress.images_now / seconds if self._progress.images_now else None
         used = self._usage.total()
-        finish.write_record(
+        finalizer.write_record(
             outcome,
             {
                 **asdict(used),
@@ -191,30 +192,31 @@ class _Run:
         return BulkResult(plan=self._plan, outcome=outcome, seconds=seconds, images_per_second=rate)
 
     def _count(self, summary: ShardSummary) -> None:
-        """Counts a shard, tells who watches, and stops the run by the rules."""
+        """Count a finished shard, report progress, and abort the run if it must not continue."""
         self._progress.add(summary)
-        self._usage.save_sometimes()
+        self._usage.save_if_due()
         self._watch(self._plan, self._progress)
-        self._check_held()
+        self._check_leases()
         self._check_errors(self._progress.errors.total(), self._progress.errors.most_common(1))
 
-    def _check_held(self) -> None:
-        if any(each.lost.is_set() for each in self._held):
-            raise RunStoppedError("another driver took the run over")
+    def _check_leases(self) -> None:
+        if any(each.lost.is_set() for each in self._leases):
+            raise RunStoppedError("another driver has taken over the run")
 
     def _check_outcome(self, outcome: Outcome) -> None:
         if outcome.images != self._plan.counts.images:
             raise RunStoppedError(
-                f"{outcome.images} rows for {self._plan.counts.images} planned photos below "
-                f"{self._layout.images}: did something else write or delete there?"
+                f"{outcome.images} rows for {self._plan.counts.images} planned images under "
+                f"{self._layout.images}: did another program write or delete files there?"
             )
         self._check_errors(outcome.errors, outcome.errors_by_kind)
 
-    def _check_errors(self, errors: int, kinds: Any) -> None:
+    def _check_errors(self, errors: int, kinds: Sequence[tuple[str, int]]) -> None:
         fraction = self._settings.max_error_fraction
         if errors > max(ERRORS_ALWAYS_ALLOWED, fraction * self._plan.counts.images):
             raise RunStoppedError(
-                f"{errors} of {self._plan.counts.images} photos are errors (mostly "
-                f"{kinds[0][0]}), over --max-error-fraction {fraction:g}; "
-                "what is done stays: a larger fraction ends this run, another --run-id begins anew"
+                f"{errors} of {self._plan.counts.images} images are errors (mostly "
+                f"{kinds[0][0]}), over --max-error-fraction {fraction:g}; finished shards are "
+                "kept: raise --max-error-fraction to complete this run, or pass a new --run-id to "
+                "start over"
             )
