@@ -109,7 +109,7 @@ def _estimate_lines(settings: Settings, ended: BulkResult) -> list[str]:
         f"  estimate: {duration(found.seconds)} on {pool.max_actors} actors of {each}, {hours}, "
         f"{size(found.bytes_written)} written",
         f"    by {found.sampled} photos ({found.errors} errors) that took "
-        f"{found.seconds_an_image:.2f} s each on {found.device}, load {found.load:.1f}",
+        f"{found.seconds_per_image:.2f} s each on {found.device}, load {found.load:.1f}",
         "    without starting (about half a minute, a cluster's growing apart); other CPUs and "
         "GPUs, a storage that is slow for many, and a busy machine differ",
     ]

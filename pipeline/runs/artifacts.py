@@ -1,4 +1,4 @@
-"""A run's own files, read back: what is there may not be what was written."""
+"""Reads back files of a run and reports corruption."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ T = TypeVar("T")
 
 
 def read_artifact(uri: str, parse: Callable[[bytes], T], *, hint: str) -> T:
-    """What `parse` makes of the object's bytes.
+    """Return `parse` of the object's bytes.
 
-    Raises RunStoppedError that names the object and says the `hint` where it makes nothing of
-    them: arguments are not to blame for a file that something else cut or wrote over. Raises
-    StorageError where storage refuses.
+    Raises RunStoppedError, which names the object and ends with `hint`, if `parse` fails: the file
+    was damaged, and the user's arguments are not the cause. Raises StorageError if the object
+    cannot be read.
     """
     data = storage.read(uri)
     try:
         return parse(data)
     except (ValueError, KeyError, TypeError, OSError, pa.ArrowException) as error:
         why = f"{type(error).__name__}: {error}"
-        raise RunStoppedError(f"{uri} is broken ({why:.200}): {hint}") from error
+        raise RunStoppedError(f"{uri} is corrupt ({why:.200}): {hint}") from error

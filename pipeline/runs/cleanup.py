@@ -1,8 +1,8 @@
-"""What may be deleted below a results URI: a whole run, or what killed runs left behind.
+"""Finds and deletes a whole run, or what crashed runs left behind, under a results URI.
 
-Finding and deleting are apart, so that what is found can be shown first. A run goes in an order in
-which it never looks finished while rows of it are missing: its record first, what it was to do
-last. A deletion that was killed half way is ended by another one.
+Finding and deleting are separate, so that the objects can be shown first. The order of deletion
+keeps a run from ever looking finished while rows are missing: its record goes first, its plan last.
+An interrupted deletion is completed by repeating it.
 """
 
 from __future__ import annotations
@@ -21,47 +21,46 @@ from pipeline.results.layout import RunLayout
 from pipeline.runs import lease
 
 FRESH_S = 60.0
-"""A temporary file written since is somebody's."""
+"""A temporary file younger than this may be in use."""
 
 _THREADS = 16
 _CHUNK_OBJECTS = 100
 
 
 def find_run(results: str, run_id: str) -> list[storage.Object]:
-    """Every object of the run, in the order in which they are to be deleted.
+    """Return every object of the run, in the order in which they must be deleted.
 
-    The lease of an unfinished run is watched first, for `lease.STALE_S` at most.
-    Raises ValueError where `run_id` could be none, LookupError where nothing is of that run,
-    HeldError where it is unfinished and somebody works on it.
+    The lease of an unfinished run is watched first, for at most `lease.STALE_S`.
+    Raises ValueError if `run_id` is not valid, LookupError if the run has no objects, HeldError if
+    it is unfinished and a driver works on it.
     """
     run = RunLayout(results=storage.normalize(results), run_id=run_id)
     record, held = storage.stat_object(run.record), storage.stat_object(run.lease)
     if held and not record:
-        _refuse_if_held(run)
+        _check_not_held(run)
     found = [item for item in (record, storage.stat_object(run.done)) if item]
-    # a plan that lost parts must not be taken up again: plan.json goes before them
+    # a plan that lost parts must not be resumed: plan.json goes before them
     plan = storage.join(run.plan, "plan.json")
     for folder in (run.done_parts, run.classes, run.images, run.plan, run.singles, run.usage):
         found += sorted(storage.list_objects(folder), key=lambda item: (item.uri != plan, item))
         found += _temporary(folder)
     found += [held] if held else []
     if not found:
-        raise LookupError(f"no run {run_id} lies at {run.results}")
+        raise LookupError(f"there is no run {run_id} under {run.results}")
     return found
 
 
 def find_leftovers(results: str) -> list[storage.Object]:
-    """What killed runs left that nobody needs.
+    """Return the objects that crashed runs left behind and nothing needs.
 
-    Temporary files; leases, single rows and accounts of finished runs; files beside a plan that it
-    does not name; leases and files of runs that died before they had a plan. A temporary file
-    younger than `FRESH_S` may be a living writer's and stays. Leases that somebody may hold are
-    watched first, all together, for `lease.STALE_S` at most.
-    Raises LookupError where nothing lies.
+    These are: temporary files older than `FRESH_S`; leases, single rows and usage files of finished
+    runs; plan parts that plan.json does not name; leases and files of runs that crashed before they
+    had a plan. Leases that may be held are watched first, together, for at most `lease.STALE_S`.
+    Raises LookupError if there is nothing under `results`.
     """
     results = storage.normalize(results)
     if not (any(storage.list_pages(results)) or storage.leftovers(results)):
-        raise LookupError(f"no results lie at {results}")
+        raise LookupError(f"there are no results under {results}")
     found = _unplanned(results)
     for run in _finished(results):
         found += [*storage.list_objects(run.singles), *storage.list_objects(run.usage)]
@@ -71,12 +70,12 @@ def find_leftovers(results: str) -> list[storage.Object]:
 
 
 def delete(results: str, objects: Iterable[storage.Object]) -> None:
-    """Deletes the objects, folder after folder in their order, and the local folders they empty."""
+    """Delete the objects, one folder after another, and local folders that become empty."""
     results = storage.normalize(results)
     with ThreadPoolExecutor(_THREADS) as pool:
         for _, group in groupby(objects, lambda item: folder_of(results, item)):
             uris = [item.uri for item in group]
-            # alone, because the order within plans counts: plan.json comes first
+            # the first one alone: plan.json must be deleted before the other files of a plan
             storage.delete(uris[:1], within=results)
             rest = uris[1:]
             chunks = [rest[i : i + _CHUNK_OBJECTS] for i in range(0, len(rest), _CHUNK_OBJECTS)]
@@ -84,15 +83,15 @@ def delete(results: str, objects: Iterable[storage.Object]) -> None:
 
 
 def folder_of(results: str, item: storage.Object) -> str:
-    """The folder right below `results` that the object lies in; "." for `results` itself."""
+    """Return the folder directly under `results` that holds the object; "." for `results`."""
     folder, slash, _ = storage.relative(storage.normalize(results), item.uri).partition("/")
     return folder if slash else "."
 
 
-def _refuse_if_held(run: RunLayout) -> None:
-    if living := lease.find_live([run.lease], run.run_id):
-        held = lease.describe_holder(living[run.lease], run.run_id)
-        raise lease.HeldError(f"{held}; stop it, and clean then")
+def _check_not_held(run: RunLayout) -> None:
+    if live := lease.find_live([run.lease], run.run_id):
+        held = lease.describe_holder(live[run.lease], run.run_id)
+        raise lease.HeldError(f"{held}; stop it before you delete the run")
 
 
 def _finished(results: str) -> list[RunLayout]:
@@ -102,7 +101,7 @@ def _finished(results: str) -> list[RunLayout]:
 
 
 def _unplanned(results: str) -> list[storage.Object]:
-    """Leases that nobody holds, of --only-new and of runs without a plan; the files of those."""
+    """Return free leases of --only-new and of runs without a plan, and the files of those runs."""
     leases = list(storage.list_objects(storage.join(results, "leases")))
     new = [item for item in leases if layout.is_only_new_lease(results, item.uri)]
     runs = {
@@ -111,22 +110,22 @@ def _unplanned(results: str) -> list[storage.Object]:
         if (run_id := layout.run_id_of(results, item.uri))
     }
     unplanned = [item for item, run in runs.items() if _has_no_plan(run)]
-    living = lease.find_live((item.uri for item in [*new, *unplanned]), "unknown")
-    found = [item for item in new if item.uri not in living]
+    live = lease.find_live((item.uri for item in [*new, *unplanned]), "unknown")
+    found = [item for item in new if item.uri not in live]
     for item in unplanned:
-        if item.uri not in living and _has_no_plan(runs[item]):
+        if item.uri not in live and _has_no_plan(runs[item]):
             found += [*storage.list_objects(runs[item].plan), item]
     return found
 
 
 def _has_no_plan(run: RunLayout) -> bool:
-    """Whether it died, or is, before its plan; a finished run never is, whatever was deleted."""
+    """Return whether the run has not been planned yet; a finished run was, even if deleted."""
     plan = storage.join(run.plan, "plan.json")
     return not (storage.exists(plan) or storage.exists(run.record))
 
 
 def _unnamed_parts(results: str) -> list[storage.Object]:
-    """Files beside a plan.json that it does not name; without a plan.json one may be coming."""
+    """Return plan parts that their plan.json does not name; without one, it may be coming."""
     found = []
     listed = sorted(storage.list_objects(storage.join(results, "plans")))
     for folder, group in groupby(listed, lambda item: item.uri.rpartition("/")[0]):
@@ -138,7 +137,7 @@ def _unnamed_parts(results: str) -> list[storage.Object]:
 
 
 def _parts(plan: str) -> set[str]:
-    """The names of the plan's files; none where it cannot be read: then all must stay."""
+    """Return the names of the plan's parts; empty if it cannot be read, so that all are kept."""
     try:
         return {part["name"] for part in json.loads(storage.read(plan))["parts"]}
     except (storage.StorageError, ValueError, KeyError, TypeError):
@@ -153,4 +152,4 @@ def _temporary(prefix: str) -> list[storage.Object]:
 def _is_old(item: storage.Object) -> bool:
     with suppress(FileNotFoundError):
         return os.path.getmtime(item.uri) < time.time() - FRESH_S
-    return False  # its writer lives, and is done with it
+    return False  # its writer has just renamed it

@@ -60,14 +60,14 @@ def test_a_run_that_is_not_there_or_in_use_is_one_line_and_exit_1(
     results = str(tmp_path)
     write_run(results, "a", finished=False)
     assert main([results, "--run-id", "b"]) == 1
-    assert capsys.readouterr() == ("", f"no run b lies at {results}\n")
+    assert capsys.readouterr() == ("", f"there is no run b under {results}\n")
     with lease.hold(RunLayout(results=results, run_id="a").lease, "a"):
         before = names(results)
         assert main([results, "--run-id", "a"]) == 1
         assert names(results) == before
     said = capsys.readouterr().err
     assert said.startswith(f"run a is being worked on by {socket.gethostname()}:{os.getpid()}")
-    assert said.endswith("; stop it, and clean then\n")
+    assert said.endswith("; stop it before you delete the run\n")
     assert said.count("\n") == 1
 
 
@@ -83,7 +83,7 @@ def test_what_is_waited_for_is_said(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path), "--run-id", "a"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     assert done.stderr == (
-        "WARNING run a is being worked on by node7:42; watching for 1 s whether it still lives\n"
+        "WARNING run a is being worked on by node7:42; watching it for 1 s for a heartbeat\n"
     )
     assert names(str(tmp_path)) == set()
 

@@ -67,8 +67,8 @@ def failed(prefix: str, capsys: Capture) -> str:
     [
         ("plans/run=a/plan.json", "another --run-id begins anew"),
         ("plans/run=a/part-*.parquet", "another --run-id begins anew"),
-        ("usage/run=a/0123.json", "delete it, and the same command ends the run"),
-        ("runs/run=a.parquet", "delete it, and the same command ends the run again"),
+        ("usage/run=a/0123.json", "delete it, and run the same command again"),
+        ("runs/run=a.parquet", "delete it, and run the same command again"),
     ],
 )
 def test_a_file_of_the_run_that_is_cut_off_is_named_with_a_way_out(
@@ -83,7 +83,7 @@ def test_a_file_of_the_run_that_is_cut_off_is_named_with_a_way_out(
     [path] = (tmp_path / "results").glob(name)
     path.write_bytes(path.read_bytes()[:20])
     said = failed(str(tmp_path), capsys)
-    assert f"{path} is broken" in said
+    assert f"{path} is corrupt" in said
     assert way_out in said
     if "usage" in name or "runs" in name:
         path.unlink()

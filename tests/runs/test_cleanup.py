@@ -110,7 +110,7 @@ def test_a_deletion_cut_off_anywhere_is_no_finished_run_and_is_ended_by_another(
             assert con.execute("SELECT run_id FROM runs").fetchall() == [("other",)]
             con.execute("SELECT * FROM classes").fetchall()
         assert len([name for name in names(results) if "run=a" in name]) == len(left) - 1
-    with pytest.raises(LookupError, match="no run a lies at"):
+    with pytest.raises(LookupError, match="there is no run a under"):
         cleanup.find_run(results, "a")
 
 
@@ -153,7 +153,7 @@ def test_an_unfinished_run_whose_lease_does_not_change_while_watched_is_deleted(
     started = time.monotonic()
     assert set(found(prefix, cleanup.find_run(prefix, "a"))) == names(prefix)
     assert time.monotonic() - started >= STALE_S
-    assert f"watching for {STALE_S:g} s whether it still lives" in caplog.text
+    assert f"watching it for {STALE_S:g} s for a heartbeat" in caplog.text
 
 
 @pytest.mark.process
@@ -239,5 +239,5 @@ def test_what_a_run_left_that_died_before_it_had_a_plan_is_a_leftover(prefix: st
 
 
 def test_cleaning_where_nothing_lies_is_an_error(prefix: str) -> None:
-    with pytest.raises(LookupError, match="no results lie at"):
+    with pytest.raises(LookupError, match="there are no results under"):
         cleanup.find_leftovers(f"{prefix}/typo")

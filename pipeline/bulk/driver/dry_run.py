@@ -1,4 +1,4 @@
-"""A dry run: the plan as it would be, and what it would take, by a sample of its photos."""
+"""A dry run: the plan, and an estimate of its time and size from a sample of its images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeline.results.layout import RunLayout
 
 @dataclass(frozen=True, kw_only=True)
 class DryRunResult:
-    """The plan that is there or would be; its estimate, or why there is none."""
+    """The existing or future plan, and its estimate, or why there is none."""
 
     plan: Plan
     estimate: Estimate | None = None
@@ -36,10 +36,13 @@ def dry_run(
     known: Plan | None,
     watch: Callable[[Plan, Progress], None],
 ) -> DryRunResult:
-    """The plan as it would be, and what it would take."""
-    spread = StratifiedSample(settings.calibration_images)
-    written = known is not None
-    look = spread.through if settings.calibration_images else iter
+    """Return the plan and an estimate of what it takes; nothing is written.
+
+    `known` is the plan if the run has one already.
+    """
+    sample = StratifiedSample(settings.calibration_images)
+    is_written = known is not None
+    look = sample.observe if settings.calibration_images else iter
     known = known or plan.make(settings, layout, identity, write=False, look=look)
     progress = build_progress(known, layout)
     watch(known, progress)
@@ -50,18 +53,18 @@ def dry_run(
     if pool.gpus and not torch.cuda.is_available():
         return DryRunResult(
             plan=known,
-            no_estimate="its actors have GPUs, and this machine has none to measure on; "
-            "a dry run on a node with one gives it",
+            no_estimate="the run's actors use GPUs and this machine has none to measure on; "
+            "start the dry run on a node with a GPU",
         )
-    work = build_worker_context(settings, layout, known, pool)
+    context = build_worker_context(settings, layout, known, pool)
     try:
-        photos = (
-            estimate.sample_plan(work, known, settings.calibration_images)
-            if written
-            else spread.photos()
+        images = (
+            estimate.sample_plan(context, known, settings.calibration_images)
+            if is_written
+            else sample.images()
         )
         shards = max(1, round(known.counts.shards * left / progress.images))
-        found = estimate.measure(work, pool, photos, images=left, shards=shards)
+        measured = estimate.measure(context, pool, images, total=left, shards=shards)
     except (SystemicError, storage.StorageError) as error:
         return DryRunResult(plan=known, no_estimate=str(error))
-    return DryRunResult(plan=known, estimate=found)
+    return DryRunResult(plan=known, estimate=measured)

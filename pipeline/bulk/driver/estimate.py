@@ -1,4 +1,4 @@
-"""What a run will take, from a few of its photos through the plain segmenter on this machine."""
+"""Estimates the time and size of a run by segmenting a few of its images on this machine."""
 
 from __future__ import annotations
 
@@ -16,59 +16,61 @@ from pipeline.bulk.planning.listing import Listed
 from pipeline.bulk.planning.plan import Plan
 from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
 
-ENOUGH_S = 60.0
-"""Seconds of measuring after which no further photos are begun."""
+MEASURE_S = 60.0
+"""Seconds of measuring after which no further images are started."""
 
-_CHUNK = 8  # photos a call of the segmenter, which overlaps their loading with the network
+_CHUNK = 8  # images per call of the segmenter, which overlaps loading with inference
 _PARTS = 4  # of a written plan that are read for a sample
 
 
 class StratifiedSample:
-    """Up to `count` photos of a stream of any length, spread evenly over it."""
+    """Up to `count` images of a stream of unknown length, evenly spaced over it."""
 
     def __init__(self, count: int) -> None:
         self._count = count
         self._kept: list[Listed] = []
         self._seen, self._step = 0, 1
 
-    def through(self, photos: Iterator[Listed]) -> Iterator[Listed]:
-        """The stream as it is, looked at on its way."""
-        for photo in photos:
+    def observe(self, images: Iterator[Listed]) -> Iterator[Listed]:
+        """Yield the images unchanged, sampling them as they pass."""
+        for image in images:
             if self._seen % self._step == 0:
-                self._kept.append(photo)
+                self._kept.append(image)
                 if len(self._kept) >= 2 * self._count:
                     self._kept, self._step = self._kept[::2], 2 * self._step
             self._seen += 1
-            yield photo
+            yield image
 
-    def photos(self) -> list[Listed]:
+    def images(self) -> list[Listed]:
+        """Return the sample of the images observed so far."""
         count = min(self._count, len(self._kept))
         return [self._kept[i * len(self._kept) // count] for i in range(count)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What `images` more photos take on `pool.max_actors` actors, by what some took here."""
+    """The cost of `images` more images on `pool.max_actors` actors, from a measured sample."""
 
     images: int
     pool: Pool
-    sampled: int  # photos
+    sampled: int  # images
     sampled_s: float
-    errors: int  # of those photos
+    errors: int  # of the sampled images
     bytes_written: int  # of masks and rows
     device: str
-    load: float  # processes that wanted a CPU, at the end
+    load: float  # processes that wanted a CPU when the measurement ended
 
     @property
-    def seconds_an_image(self) -> float:
+    def seconds_per_image(self) -> float:
         return self.sampled_s / self.sampled
 
     @property
     def actor_hours(self) -> float:
-        return self.images * self.seconds_an_image / 3600
+        return self.images * self.seconds_per_image / 3600
 
     @property
     def seconds(self) -> float:
+        """Duration with all actors at context."""
         return 3600 * self.actor_hours / self.pool.max_actors
 
     @property
@@ -80,33 +82,33 @@ class Estimate:
         return self.actor_hours * self.pool.gpus
 
 
-def sample_plan(work: WorkerContext, known: Plan, count: int) -> list[Listed]:
-    """Photos spread over a plan that is written."""
-    spread = StratifiedSample(count)
+def sample_plan(context: WorkerContext, known: Plan, count: int) -> list[Listed]:
+    """Return up to `count` images spread over a written plan."""
+    sample = StratifiedSample(count)
     every = max(1, len(known.parts) // _PARTS)
     for part in known.parts[::every][:_PARTS]:
-        shards = plan.read_part(work.layout, part)["images"]
-        photos = (photo for shard in shards for photo in images_of(shard.as_py()))
-        for _ in spread.through(photos):
+        shards = plan.read_part(context.layout, part)["images"]
+        images = (image for shard in shards for image in images_of(shard.as_py()))
+        for _ in sample.observe(images):
             pass
-    return spread.photos()
+    return sample.images()
 
 
 def measure(
-    work: WorkerContext, pool: Pool, photos: list[Listed], *, images: int, shards: int
+    context: WorkerContext, pool: Pool, images: list[Listed], *, total: int, shards: int
 ) -> Estimate:
-    """Segments the photos, writing nothing, and says what `images` such in `shards` would take.
+    """Segment the images without writing, and extrapolate to `total` images in `shards` files.
 
-    Raises SystemicError or StorageError where they cannot be read, and ValueError without photos.
+    Raises SystemicError or StorageError if they cannot be read, ValueError if there are none.
     """
-    if not photos:
-        raise ValueError("there are no photos to measure")
-    with closing(Segmenter(work)) as segmenter:
-        one, _ = segmenter.rows_of(0, photos[:1])  # it costs what only the first one does
+    if not images:
+        raise ValueError("there are no images to measure")
+    with closing(Segmenter(context)) as segmenter:
+        one, _ = segmenter.rows_of(0, images[:1])  # also pays what only the first image costs
         sampled = errors = files = written = 0
         started = time.monotonic()
-        while sampled < len(photos) and (not sampled or time.monotonic() - started < ENOUGH_S):
-            chunk = photos[sampled : sampled + _CHUNK]
+        while sampled < len(images) and (not sampled or time.monotonic() - started < MEASURE_S):
+            chunk = images[sampled : sampled + _CHUNK]
             data, summary = segmenter.rows_of(0, chunk)
             sampled += len(chunk)
             errors += summary.errors.total()
@@ -114,29 +116,30 @@ def measure(
             written += len(data)
         seconds = time.monotonic() - started
     return Estimate(
-        images=images,
+        images=total,
         pool=pool,
         sampled=sampled,
         sampled_s=seconds,
         errors=errors,
-        bytes_written=_bytes(len(one), written, files, sampled, images=images, shards=shards),
-        device=_device(work),
+        bytes_written=_bytes(len(one), written, files, sampled, images=total, shards=shards),
+        device=_device(context),
         load=os.getloadavg()[0],
     )
 
 
 def _bytes(one: int, written: int, files: int, sampled: int, *, images: int, shards: int) -> int:
-    """Bytes of `shards` files, by a file of one photo and the `files` of those sampled.
+    """Return the bytes of `shards` files with `images` images in all.
 
-    A file has a few KB of its own, and more for each photo.
+    A file has a fixed part of a few KB and a part per image, known from the size of a file with
+    `one` image and of `files` files with `sampled` images.
     """
-    each = max(0.0, (written - files * one) / (sampled - files)) if sampled > files else 0.0
-    return round(shards * max(0.0, one - each) + images * each)
+    per_image = max(0.0, (written - files * one) / (sampled - files)) if sampled > files else 0.0
+    return round(shards * max(0.0, one - per_image) + images * per_image)
 
 
-def _device(work: WorkerContext) -> str:
-    if work.gpu:
+def _device(context: WorkerContext) -> str:
+    if context.gpu:
         return torch.cuda.get_device_name()
     with open("/proc/cpuinfo") as file:
         names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    return f"{work.cpus} of {os.cpu_count()} CPUs ({names[0] if names else 'unknown'})"
+    return f"{context.cpus} of {os.cpu_count()} CPUs ({names[0] if names else 'unknown'})"

@@ -1,11 +1,10 @@
-"""What a run writes at its end, from the committed `images` files alone: `classes`, `done`, record.
+"""Finalizes a run: writes `classes`, `done` and the record from the committed `images` files.
 
-Each is a pure function of those files (the record's times aside), whatever the threads, so a run
-that was killed here is ended by the next driver with the same bytes. One with other versions of
-the libraries may write other bytes: it replaces what it finds, so that the parts are always of
-one driver. The files' rows, masks aside, are gathered once in a database on local disk, where
-sorts spill under a memory limit. The record comes last: a run with a record is finished, and of
-one without, nobody reads `classes`.
+Each output is a deterministic function of those files (except the record's times), so a driver that
+takes over here writes the same bytes. A driver with other library versions may write other bytes;
+it replaces existing parts, so that all of them are from one driver. The rows, without masks, are
+loaded once into a database on local disk, where sorts spill under a memory limit. The record is
+written last: a run with a record is finished, and readers ignore the `classes` of other runs.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ from pipeline.results.layout import RunLayout, filter_parts, filter_shards
 from pipeline.runs.artifacts import read_artifact
 from pipeline.runs.ray_connection import RunStoppedError
 
-_MEMORY_LIMIT = "600MB"  # beside what Python and Arrow take
+_MEMORY_LIMIT = "600MB"  # for DuckDB, in addition to Python and Arrow
 
-_GATHERED = pa.schema(
+_COLUMNS = pa.schema(
     [
         tables.IMAGES.field(name)
         for name in dict.fromkeys([*tables.DONE.names, "label_error", "classes"])
     ]
 )
-"""Columns of `images` that the end of a run reads."""
+"""Columns of `images` that are loaded."""
 
 _COUNTS = """
     select count(*) as images, count(*) filter (status = 'ok') as ok,
@@ -50,7 +49,7 @@ _KINDS = """
     select error_kind as kind, count(*) as images from images
     where status = 'error' group by all order by images desc, kind
 """
-# a total order: a uri is one row of a run, and has a class once
+# a total order: a URI has one row per run, and at most one entry per class
 _CLASSES = """
     with rows as (select uri, run_id, unnest(classes, max_depth := 2) from images)
     select * from rows order by class_id, fraction desc, uri
@@ -69,7 +68,7 @@ _SCORE_NAMES = ("class_id", "class_name", "tp", "fp", "fn", "iou")
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What the files of a run hold."""
+    """Counts over all rows of a run."""
 
     images: int
     ok: int
@@ -79,12 +78,12 @@ class Outcome:
 
 
 def load_outcome(layout: RunLayout) -> Outcome:
-    """What the record of a finished run says that its files hold. Raises RunStoppedError."""
-    again = "delete it, and the same command ends the run again"
-    return read_artifact(layout.record, _recorded, hint=again)
+    """Return the counts in a finished run's record. Raises RunStoppedError if it is corrupt."""
+    hint = "delete it, and run the same command again to finalize the run again"
+    return read_artifact(layout.record, _parse_record, hint=hint)
 
 
-def _recorded(data: bytes) -> Outcome:
+def _parse_record(data: bytes) -> Outcome:
     [row] = pq.read_table(io.BytesIO(data)).to_pylist()
     return Outcome(
         images=row["images"],
@@ -96,7 +95,7 @@ def _recorded(data: bytes) -> Outcome:
 
 
 class RunFinalizer:
-    """The end of one run, over its committed files; as a context manager, which gathers them."""
+    """Writes what follows from a run's committed files; a context manager that loads their rows."""
 
     def __init__(self, layout: RunLayout, plan: Plan, classes: Classes) -> None:
         self._layout = layout
@@ -106,20 +105,20 @@ class RunFinalizer:
     def __enter__(self) -> RunFinalizer:
         results = self._layout.results
         shards = filter_shards(storage.list_objects(self._layout.images))
-        with contextlib.ExitStack() as opened:
-            folder = opened.enter_context(tempfile.TemporaryDirectory(prefix="deeplab-finish-"))
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="deeplab-finish-"))
             database = os.path.join(folder, "images.duckdb")
             self._con = files.connect(results, memory_limit=_MEMORY_LIMIT, database=database)
-            opened.callback(self._con.close)
-            files.load_table(self._con, "images", _GATHERED, results, shards)
-            self._opened = opened.pop_all()
+            stack.callback(self._con.close)
+            files.load_table(self._con, "images", _COLUMNS, results, shards)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._opened.close()
+        self._stack.close()
 
     def outcome(self) -> Outcome:
-        """Counts over all of the run's rows."""
+        """Return the counts over all of the run's rows."""
         [counts] = self._con.execute(_COUNTS).fetchall()
         return Outcome(
             images=counts[0],
@@ -130,10 +129,10 @@ class RunFinalizer:
         )
 
     def write_classes(self) -> None:
-        """`classes/`: a row an image and class, sorted by class and falling fraction.
+        """Write `classes/`: one row per image and class, by class and descending fraction.
 
-        What an earlier driver left there is replaced where it differs. Raises RunStoppedError
-        where another driver has ended the run, or the files do not hold the rows of `images`.
+        Files of an earlier driver are replaced if they differ. Raises RunStoppedError if another
+        driver has finished the run, or if the files do not hold the rows of `images` afterwards.
         """
         schema = tables.with_footer(tables.CLASSES, self._classes)
         reader = self._con.sql(_CLASSES).to_arrow_reader(parquet_writer.ROW_GROUP)
@@ -145,13 +144,13 @@ class RunFinalizer:
         self._check_classes()
 
     def write_done(self) -> None:
-        """`done/`: the keys of what later runs may leave out; the last file makes all count."""
+        """Write `done/`: the keys that --only-new skips. They take effect with the last file."""
         found = self._con.sql(f"select {', '.join(tables.DONE.names)} from images order by uri")
-        files_of_done = parquet_writer.write_row_groups(
+        parts = parquet_writer.write_row_groups(
             found.to_arrow_reader(parquet_writer.ROW_GROUP), tables.DONE
         )
-        last, written = next(files_of_done), []
-        for number, part in enumerate(files_of_done):
+        last, written = next(parts), []
+        for number, part in enumerate(parts):
             written.append(self._layout.done_part(number))
             storage.write(written[-1], last)
             last = part
@@ -159,39 +158,40 @@ class RunFinalizer:
         storage.write(self._layout.done, last)
 
     def _put(self, uri: str, data: bytes) -> None:
-        """Creates the file; where one is there that differs, replaces it."""
+        """Create the file, or replace one with other bytes."""
         if not storage.create(uri, data) and storage.read(uri) != data:
             self._check_unfinished()
             storage.write(uri, data)
 
     def _delete_others(self, folder: str, written: list[str]) -> None:
-        """Deletes the parts in the folder that are none of those written."""
-        there = {item.uri for item in filter_parts(storage.list_objects(folder))}
-        if others := sorted(there.difference(written)):
+        """Delete the parts in the folder that were not written just now."""
+        found = {item.uri for item in filter_parts(storage.list_objects(folder))}
+        if others := sorted(found.difference(written)):
             self._check_unfinished()
             storage.delete(others, within=self._layout.results)
 
     def _check_unfinished(self) -> None:
-        """Before what is there is touched: a driver that lost its lease long ago may wake up."""
+        """Guard against a stale driver, which lost its lease and resumed; called before changes."""
         if storage.exists(self._layout.record):
-            raise RunStoppedError(f"another driver has ended run {self._layout.run_id}")
+            raise RunStoppedError(f"another driver has finished run {self._layout.run_id}")
 
     def _check_classes(self) -> None:
-        """Counts what a reader would find, by the files' footers."""
-        [(wanted,)] = self._con.execute(_CLASS_ROWS).fetchall()
-        there = list(filter_parts(storage.list_objects(self._layout.classes)))
+        """Check the number of rows that a reader would find, from the files' footers."""
+        [(expected,)] = self._con.execute(_CLASS_ROWS).fetchall()
+        parts = list(filter_parts(storage.list_objects(self._layout.classes)))
         results = self._layout.results
-        with files.storage_errors(results), files.connect(results, there) as con:
-            rows = files.select_statement(con, tables.CLASSES, there)
+        with files.storage_errors(results), files.connect(results, parts) as con:
+            rows = files.select_statement(con, tables.CLASSES, parts)
             [(found,)] = con.execute(f"select count(*) from ({rows})").fetchall()
-        if found != wanted:
+        if found != expected:
             raise RunStoppedError(
-                f"{self._layout.classes} holds {found} rows for {wanted} classes of the photos: "
-                "did something else write or delete there? The same command writes it again"
+                f"{self._layout.classes} holds {found} rows for {expected} classes of the images: "
+                "did another program write or delete files there? Run the same command again to "
+                "write them again"
             )
 
     def write_record(self, outcome: Outcome, facts: dict[str, Any]) -> None:
-        """`runs/`: the run's record. `facts` are those that the files do not hold."""
+        """Write the run's record; `facts` are the columns that do not follow from its files."""
         scores = self._con.execute(_SCORES).fetchall()
         ious = [iou for *_, iou in scores if iou is not None]
         row = {

@@ -1,8 +1,8 @@
-"""A table in order as Parquet files: cut by its rows alone, however the reader batches them.
+"""Writes a sorted stream of rows as Parquet files whose bytes depend on the rows alone.
 
-DuckDB's batches end where its threads met, so row groups are made here, each of `ROW_GROUP` rows
-of the stream; a file ends with the row group that takes it to `PART_BYTES`. The same rows in the
-same order so give the same bytes, with one version of Arrow.
+DuckDB's batch boundaries depend on its threads, so row groups of `ROW_GROUP` rows are made here; a
+file ends with the row group that takes it to `PART_BYTES`. The same rows in the same order give the
+same bytes with the same version of Arrow.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 PART_BYTES = 64 * 2**20
-"""Bytes of a file of `classes` or `done` from which on the next one is begun."""
+"""Size of a file of `classes` or `done` after which the next one is started."""
 
 ROW_GROUP = 100_000
-"""Rows of a row group; a class over a million photos lies in few of them."""
+"""Rows per row group; one class of a million images is in few of them."""
 
 
 def write_row_groups(reader: pa.RecordBatchReader, schema: pa.Schema) -> Iterator[bytes]:
-    """Parquet files of at least `PART_BYTES`, the last one smaller; none without rows."""
+    """Yield Parquet files of at least `PART_BYTES`, the last one smaller; none without rows."""
     buffer = io.BytesIO()
     writer = None
     for group in _row_groups(reader):
@@ -38,7 +38,7 @@ def write_row_groups(reader: pa.RecordBatchReader, schema: pa.Schema) -> Iterato
 
 
 def _row_groups(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
-    """The rows in tables of `ROW_GROUP`, the last one smaller."""
+    """Yield the rows in tables of `ROW_GROUP` rows, the last one smaller."""
     held: list[pa.RecordBatch] = []
     missing = ROW_GROUP
     for batch in reader:
@@ -53,4 +53,4 @@ def _row_groups(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
 
 
 def _joined(batches: list[pa.RecordBatch]) -> pa.Table:
-    return pa.Table.from_batches(batches).combine_chunks()  # pages would end where chunks do
+    return pa.Table.from_batches(batches).combine_chunks()  # else pages end at chunk boundaries

@@ -1,7 +1,4 @@
-"""What is looked at before a bulk run, and what its workers begin with.
-
-Enters: `Settings`. Leaves: the checkpoint, known by its bytes, and how many actors do what.
-"""
+"""Preflight checks of a bulk run, and the objects that its driver and workers start with."""
 
 from __future__ import annotations
 
@@ -23,12 +20,13 @@ from pipeline.model import devices, weights
 from pipeline.results.layout import RunLayout
 from pipeline.runs import ray_connection
 
-_GPU_BATCH, _CPU_BATCH = 8, 1  # on a CPU batches only push each other out of its caches
+_GPU_BATCH, _CPU_BATCH = 8, 1  # on a CPU, images of a batch evict each other from its caches
+_CLUSTER_CPUS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """The model that a run uses, known by its bytes, and the code."""
+    """Identity of the model and the code that a run uses."""
 
     code_version: str
     sha256: str
@@ -37,7 +35,10 @@ class Checkpoint:
 
 
 def preflight(settings: Settings) -> Checkpoint:
-    """Looks at what the settings name, before anything is written or started."""
+    """Check what the settings name, before anything is written or started.
+
+    Raises ValueError or StorageError if something cannot be used.
+    """
     data = weights.read(settings.checkpoint)
     model, classes = weights.load(settings.checkpoint, data=data)
     if settings.inference.output_stride is not None:
@@ -57,36 +58,39 @@ def preflight(settings: Settings) -> Checkpoint:
 
 def _check_folder(prefix: str) -> None:
     if prefix.count("/") > 2 and storage.exists(prefix):
-        raise ValueError(f"{prefix} is one object; give the folder that holds it")
+        raise ValueError(f"{prefix} is an object; pass the folder or prefix that contains it")
     if not any(storage.list_pages(prefix)):
-        raise ValueError(f"nothing lies below {prefix}")
+        raise ValueError(f"there are no objects under {prefix}")
 
 
 def _code_version() -> str:
-    """The package's version, and a hash of the code as it is."""
+    """Return the package's version and a hash of its source code."""
     code = hashlib.sha256()
     root = Path(pipeline.__file__).parent
     for path in sorted(root.rglob("*.py")):
         code.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     try:
         version = importlib.metadata.version("deeplab-pipeline")
-    except importlib.metadata.PackageNotFoundError:  # it came as a working directory
+    except importlib.metadata.PackageNotFoundError:  # run from a working directory
         version = "unknown"
     return f"{version}+{code.hexdigest()[:8]}"
 
 
 def build_pool(settings: Settings) -> Pool:
-    """The actors asked for; without a word on CPUs they share those of this machine.
+    """Return the actor pool that the settings ask for.
 
-    On a cluster this machine says nothing about the others: there it is two each.
+    If `cpus_per_actor` is unset, actors split this machine's CPUs evenly; on a cluster, whose nodes
+    may differ from this machine, they get two each.
     """
     low, high = settings.actors
-    shared = 2 if ray_connection.has_cluster() else max(1, len(os.sched_getaffinity(0)) // high)
-    cpus = settings.cpus_per_actor or shared
+    if ray_connection.has_cluster():
+        default_cpus = _CLUSTER_CPUS
+    else:
+        default_cpus = max(1, len(os.sched_getaffinity(0)) // high)
     return Pool(
         min_actors=low,
         max_actors=high,
-        cpus=cpus,
+        cpus=settings.cpus_per_actor or default_cpus,
         gpus=settings.gpus_per_actor,
         start_timeout_s=settings.start_timeout,
         stall_timeout_s=settings.stall_timeout,
@@ -96,7 +100,7 @@ def build_pool(settings: Settings) -> Pool:
 def build_worker_context(
     settings: Settings, layout: RunLayout, known: Plan, pool: Pool
 ) -> WorkerContext:
-    """What every shard of the run shares."""
+    """Return what all workers of the run share."""
     return WorkerContext(
         layout=layout,
         images=settings.images,
@@ -112,8 +116,8 @@ def build_worker_context(
 
 
 def build_progress(known: Plan, layout: RunLayout) -> Progress:
-    """How far the run is, by the files that are there."""
+    """Return the progress of the run, estimated from the number of its files."""
     done = sum(map(len, storage.list_pages(layout.images)))
-    # shards are equal but for the last, or where bytes cut them: good enough for a display
+    # shards differ in size only at the end, or where bytes cut them: good enough for a display
     share = done / known.counts.shards if known.counts.shards else 0.0
     return Progress(images=known.counts.images, images_before=round(known.counts.images * share))

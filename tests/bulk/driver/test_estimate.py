@@ -26,9 +26,9 @@ def _photos(count: int) -> list[Listed]:
 
 @pytest.mark.parametrize("count", [0, 1, 23, 24, 25, 48, 100, 1000, 12_345])
 def test_a_sample_is_spread_over_any_number_of_photos_that_pass_unchanged(count: int) -> None:
-    spread, photos = StratifiedSample(24), _photos(count)
-    assert list(spread.through(iter(photos))) == photos
-    numbers = [photo.bytes for photo in spread.photos()]
+    sample, photos = StratifiedSample(24), _photos(count)
+    assert list(sample.observe(iter(photos))) == photos
+    numbers = [photo.bytes for photo in sample.images()]
     assert len(numbers) == len(set(numbers)) == min(24, count)
     assert numbers == sorted(numbers)
     # no stretch of more than an eighth of the photos is without one
@@ -47,7 +47,7 @@ def test_hours_and_seconds_are_those_worked_by_hand() -> None:
         device="",
         load=0.0,
     )
-    assert found.seconds_an_image == 0.5
+    assert found.seconds_per_image == 0.5
     assert found.actor_hours == 1.0  # 7200 times half a second
     assert found.seconds == 900.0  # by four actors
     assert (found.cpu_hours, found.gpu_hours) == (2.0, 0.5)
@@ -65,7 +65,7 @@ def test_time_and_bytes_are_about_those_of_a_loop_over_all_photos(
     settings = settings_for(str(tmp_path), labels=None)
     work = work_for(settings)
     photos = listed(settings)
-    found = estimate.measure(work, POOL, photos[::4], images=48, shards=3)
+    found = estimate.measure(work, POOL, photos[::4], total=48, shards=3)
     assert (found.sampled, found.errors) == (12, 0)
     assert not (tmp_path / "results").exists()
     segmenter = Segmenter(work)

@@ -144,7 +144,7 @@ def test_a_driver_that_wakes_up_after_the_record_replaces_no_parts(
     finishing, layout = finish_of(prefix, rows_of(30))
     storage.write(layout.class_part(0), b"of another version")
     storage.write(layout.record, b"of that one's driver")
-    with pytest.raises(RunStoppedError, match="another driver has ended run r"):
+    with pytest.raises(RunStoppedError, match="another driver has finished run r"):
         finishing.write_classes()
     assert class_parts(layout) == [b"of another version"]
 
