@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from jobs.demo.photos import photos
+from jobs.demo.images import demo_images
 
 DEMO = Path(__file__).parents[1] / "jobs" / "demo"
 SIZES = ((96, 128), (128, 96), (97, 129), (96, 96))  # height, width
@@ -22,7 +22,7 @@ SIZES = ((96, 128), (128, 96), (97, 129), (96, 96))  # height, width
 def _originals() -> tuple[tuple[str, Image.Image, Image.Image], ...]:
     """(stem, photo, label) of the demo's photos."""
     found = []
-    for name, data in photos().items():
+    for name, data in demo_images().items():
         stem = Path(name).stem
         label = Image.open(DEMO / "labels" / f"{stem}.png")
         found.append((stem, Image.open(io.BytesIO(data)).convert("RGB"), label))

@@ -1,4 +1,4 @@
-"""A real S3 server on this machine, for the demo and the tests: SeaweedFS."""
+"""A real S3 server (SeaweedFS) on this machine, for the demo and the tests."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def s3_server(
     ports: dict[str, int] | None = None,
     address: str = "127.0.0.1",
 ) -> Iterator[dict[str, str]]:
-    """The environment variables with which AWS clients find the server, while it runs.
+    """Run the server inside the block; yield the environment variables for AWS clients.
 
-    `folder` keeps the objects; a server started on it again still has them, and with the same
-    `ports` (of `free_ports`) its clients do not notice. It listens on `address` alone.
-    Raises FileNotFoundError without the `weed` program, RuntimeError if it does not come up.
+    `folder` keeps the objects: a server restarted on it still has them, and with the same `ports`
+    (from `free_ports`) clients do not notice. It listens on `address` alone. Raises
+    FileNotFoundError without the `weed` program, RuntimeError if it does not start.
     """
     ports = ports or free_ports()
     log = folder / "server.log"
@@ -53,7 +53,7 @@ def s3_server(
         "AWS_ENDPOINT_URL": f"http://{address}:{ports['s3']}",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    # its sockets' paths must be short, whatever TMPDIR is
+    # the paths of its sockets must be short, whatever TMPDIR is
     with tempfile.TemporaryDirectory(dir="/tmp") as scratch, log.open("w") as output:
         process = subprocess.Popen(
             command,
@@ -82,7 +82,7 @@ def _program() -> str:
 
 
 def free_ports() -> dict[str, int]:
-    """A free port for each service; the server takes the one 10,000 above it for gRPC too."""
+    """Return a free port for each service; the server also uses the port 10,000 above, for gRPC."""
     chosen: dict[str, int] = {}
     for name in _PORTS:
         while True:
@@ -104,7 +104,7 @@ def _wait_until_ready(
     buckets: tuple[str, ...],
     log: Path,
 ) -> None:
-    """Until it has the buckets: it answers half a second before it has made them."""
+    """Wait until the buckets exist: the server answers half a second before it has created them."""
     client = botocore.session.Session().create_client(
         "s3",
         region_name=variables["AWS_DEFAULT_REGION"],
@@ -114,13 +114,13 @@ def _wait_until_ready(
         config=Config(connect_timeout=1, read_timeout=1, retries={"total_max_attempts": 1}),
     )
     deadline = time.monotonic() + _READY_S
-    with contextlib.closing(client):  # a connection that is left open keeps the server from ending
+    with contextlib.closing(client):  # an open connection keeps the server from ending
         while time.monotonic() < deadline and process.poll() is None:
             with contextlib.suppress(BotoCoreError, ClientError):
                 if {each["Name"] for each in client.list_buckets()["Buckets"]}.issuperset(buckets):
                     return
             time.sleep(0.1)
     raise RuntimeError(
-        f"the S3 server did not come up with the buckets {', '.join(buckets)}; "
-        f"its last words: {log.read_text()[-500:]}"
+        f"the S3 server did not start with the buckets {', '.join(buckets)}; "
+        f"the end of its log: {log.read_text()[-500:]}"
     )

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from jobs.demo.photos import photos
+from jobs.demo.images import demo_images
 from pipeline.bulk.settings import Inference
 from pipeline.bulk.worker.inference import InferenceModel
 from pipeline.model import optimize, predict, weights
@@ -78,7 +78,7 @@ def test_masks_of_the_demos_checkpoints_nearly_equal_the_cpus(name: str, flip: b
     fast = optimize.optimize_for_inference(model.eval(), "cuda")
     assert next(fast.backbone.parameters()).dtype == torch.bfloat16
     how = {"scales": (0.75, 1.0, 1.5) if flip else (1.0,), "flip": flip}
-    for data in photos().values():
+    for data in demo_images().values():
         image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB").resize((320, 240)))[None]
         expected, confidence = predict.segment(plain, image, **how)
         found, found_confidence = predict.segment(fast, image, **how)

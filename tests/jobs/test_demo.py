@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.demo.photos import PHOTOS, photos
+from jobs.demo.images import IMAGES, demo_images
 
 ROOT = Path(__file__).parents[2]
 LABELS = ROOT / "jobs" / "demo" / "labels"
 
 
-def test_every_photo_of_the_demo_has_a_label_of_its_size() -> None:
-    for name, data in photos().items():
+def test_every_image_of_the_demo_has_a_label_of_its_size() -> None:
+    for name, data in demo_images().items():
         label = Image.open(LABELS / f"{Path(name).stem}.png")
         assert label.size == Image.open(io.BytesIO(data)).size
         assert set(np.unique(label)) <= {*range(21), 255}
@@ -47,6 +47,6 @@ def test_the_demo_finds_the_cat_the_person_and_the_motorbike(tmp_path: Path) -> 
     assert iou["astronaut.png", "person"] > 0.6
     assert iou["motorcycle_left.png", "motorbike"] > 0.6
     overlays = {path.stem for path in (tmp_path / "demo-out").glob("*.png")}
-    assert overlays == {Path(name).stem for name in PHOTOS}
+    assert overlays == {Path(name).stem for name in IMAGES}
     report = (tmp_path / "demo-out" / "report.html").read_text()
-    assert report.count('<img alt="mask"') == len(PHOTOS)
+    assert report.count('<img alt="mask"') == len(IMAGES)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from jobs import segment
-from jobs.demo.photos import photos
+from jobs.demo.images import demo_images
 from jobs.evaluate import main
 from pipeline.data import storage
 from pipeline.model import optimize, predict, weights
@@ -27,7 +27,7 @@ CHECKPOINT = str(DEMO / "tfzoo-voc-mobilenetv2.safetensors")
 
 def put_voc(prefix: str, count: int) -> None:
     """Writes crops of the cat and its label in VOC's layout, and a split `val` of them."""
-    photo = Image.open(io.BytesIO(photos()["chelsea.png"])).convert("RGB")
+    photo = Image.open(io.BytesIO(demo_images()["chelsea.png"])).convert("RGB")
     label = Image.open(DEMO / "labels" / "chelsea.png")
     for i in range(count):
         box = (30 * i, 20 * i, 30 * i + 120, 20 * i + 96)

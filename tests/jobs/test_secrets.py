@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from jobs.demo.photos import photos
+from jobs.demo.images import demo_images
 from jobs.demo.server import s3_server
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ def test_the_secret_is_in_nothing_that_a_run_leaves_behind(
     secret = "wJalrXUtnFEMI-K7MDENG-this-is-secret"
     monkeypatch.setattr("jobs.demo.server.SECRET_KEY", secret)
     photo = io.BytesIO()
-    Image.open(io.BytesIO(photos()["chelsea.png"])).crop((0, 0, 160, 120)).save(photo, "PNG")
+    Image.open(io.BytesIO(demo_images()["chelsea.png"])).crop((0, 0, 160, 120)).save(photo, "PNG")
     # Ray's sockets need a short path
     with (
         tempfile.TemporaryDirectory(dir="/tmp") as ray_files,

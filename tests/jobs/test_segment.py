@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.demo.photos import photos
+from jobs.demo.images import demo_images
 from jobs.segment import main
 from pipeline.data import masks, storage
 from tests.slowdown import slowdown
@@ -28,7 +28,7 @@ CHECKPOINT = str(DEMO / "tfzoo-voc-mobilenetv2.safetensors")
 
 def put_photos(prefix: str, count: int) -> None:
     """Writes `count` crops of the cat, with the same crops of its label."""
-    photo = Image.open(io.BytesIO(photos()["chelsea.png"])).convert("RGB")
+    photo = Image.open(io.BytesIO(demo_images()["chelsea.png"])).convert("RGB")
     label = Image.open(DEMO / "labels" / "chelsea.png")
     for i in range(count):
         box = (3 * i, 2 * i, 3 * i + 160, 2 * i + 120)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.local import with_descendants
-from jobs.demo.photos import photos
+from jobs.demo.images import demo_images
 from pipeline.model import weights
 from tests.tiny_training import arguments, write_dataset
 
@@ -65,7 +65,7 @@ def test_a_submitted_job_gives_its_rows_and_its_exit_code(
     head: dict[str, str], tmp_path: Path
 ) -> None:
     (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "chelsea.png").write_bytes(photos()["chelsea.png"])
+    (tmp_path / "photos" / "chelsea.png").write_bytes(demo_images()["chelsea.png"])
     job = ["python", "jobs/segment.py", "--images", f"{tmp_path}/photos"]
     job += ["--results", f"{tmp_path}/results", "--checkpoint", CHECKPOINT, "--run-id", "job"]
     good = _submit(job, head)
