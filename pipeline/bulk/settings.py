@@ -6,8 +6,10 @@ import fnmatch
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
 from pipeline.data import storage
 from pipeline.results.layout import check_run_id
@@ -15,6 +17,12 @@ from pipeline.results.layout import check_run_id
 IMAGE_PATTERNS = tuple(
     f"*.{ending}" for ending in ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 )
+
+
+ADDED_LATER: Mapping[str, Any] = MappingProxyType({})
+"""Fields added to `Inference` since its fingerprints are stored -> the default each was added with.
+At that value a field is not hashed, so that adding it changes no fingerprint. An entry never
+changes, even where the default does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +60,19 @@ class Inference:
                 f"and under the --window of {self.window}"
             )
         _check_positive(self, "window", "window_above", "max_pixels", "max_object_bytes")
+
+    def identity(self) -> dict[str, object]:
+        """The values by which plans and fingerprints know these settings."""
+        values: dict[str, object] = {**asdict(self), "scales": list(self.scales)}
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in ADDED_LATER or value != ADDED_LATER[name]
+        }
+
+    def fingerprint(self) -> str:
+        """What masks made with these settings are known by."""
+        return fingerprint(self.identity())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +171,7 @@ class Settings:
         """A fingerprint that runs share which could segment the same photos into the same masks."""
         names = ("images", "labels")
         same = {name: getattr(self, name) for name in names}
-        return fingerprint({**same, "model": model, **_values(self.inference)})
+        return fingerprint({**same, "model": model, **self.inference.identity()})
 
     def identity(self, *, model: str) -> dict[str, object]:
         """What makes a run this run: other values under the same run id are refused."""
@@ -165,7 +186,7 @@ class Settings:
             "shard_images": self.shard_images,
             "shard_bytes": self.shard_bytes,
             "model": model,
-            **_values(self.inference),
+            **self.inference.identity(),
         }
 
 
@@ -173,10 +194,6 @@ def fingerprint(values: dict[str, object]) -> str:
     """16 hexadecimal digits that differ where the values do."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _values(inference: Inference) -> dict[str, object]:
-    return {**asdict(inference), "scales": list(inference.scales)}
 
 
 def _check_positive(settings: Inference | Settings, *names: str) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import pytest
 
-from pipeline.bulk.settings import Inference, Settings, fingerprint
+from pipeline.bulk import settings as settings_module
+from pipeline.bulk.settings import ADDED_LATER, Inference, Settings, fingerprint
 
 SettingsFor = Callable[..., Settings]
 
@@ -89,16 +90,14 @@ OTHER_VALUES: dict[str, Any] = {
 def test_the_fingerprint_differs_where_any_inference_setting_does() -> None:
     plain = Inference()
     assert set(OTHER_VALUES) == set(asdict(plain))
-    prints = {
-        fingerprint(asdict(replace(plain, **{name: value}))) for name, value in OTHER_VALUES.items()
-    }
-    assert len(prints | {fingerprint(asdict(plain))}) == len(OTHER_VALUES) + 1
+    prints = {replace(plain, **{name: value}).fingerprint() for name, value in OTHER_VALUES.items()}
+    assert len(prints | {plain.fingerprint()}) == len(OTHER_VALUES) + 1
 
 
 def test_equal_inference_settings_have_one_fingerprint() -> None:
     whole, real = Inference(scales=(1, 2)), Inference(scales=(1.0, 2.0))
     assert whole == real
-    assert fingerprint(asdict(whole)) == fingerprint(asdict(real))
+    assert whole.fingerprint() == real.fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -158,3 +157,67 @@ def test_relative_folders_mean_the_same_wherever_they_are_said(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert settings_for("here").images == os.path.join(tmp_path, "here", "photos")
+
+
+FINGERPRINTS: dict[str, dict[str, Any]] = {
+    "6b1b69e76be0e107": {},
+    "d2be70f6e3e241d7": {"scales": (0.5, 1.0)},
+    "4fd21d542b09134f": {"flip": True},
+    "91a51973bb3b1649": {"output_stride": 8},
+    "76c4f5ce4597ebfe": {"window": 513},
+    "0b59ef321f531edb": {"window_overlap": 129},
+    "073f2da2a3f9aa9b": {"window_above": 1_000_000},
+    "0f61e10870816e15": {"max_pixels": 50_000_000},
+    "eda2cfb72cab727a": {"max_object_bytes": 1000},
+    "3adbaa193c2d04e7": {"scales": (0.75, 1), "flip": True, "window": 513, "window_overlap": 0},
+}
+"""As the first version hashed them: with others, stored results would be of other settings."""
+
+IDENTITIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bec45ef777e3819f": ("c9366e926495234e", {}),
+    "13bf6d7657ee00b9": ("70f0ca3b0157786a", {"labels": None}),
+    "939403a8b02214fa": (
+        "f898c7cf9af5344a",
+        {
+            **{"only_new": True, "model_changed": "new-only", "limit": 7},
+            **{"inventory": "s3://b/inventory.csv", "inference": Inference(flip=True)},
+        },
+    ),
+}
+"""Fingerprint of a plan's identity -> that in the name of the lease for what is new, settings."""
+
+
+@pytest.mark.parametrize("known", FINGERPRINTS)
+def test_the_fingerprint_of_inference_settings_stays_what_it_was(known: str) -> None:
+    assert Inference(**FINGERPRINTS[known]).fingerprint() == known
+
+
+@pytest.mark.parametrize("known", IDENTITIES)
+def test_the_identity_of_a_run_stays_what_it_was(known: str) -> None:
+    lease, values = IDENTITIES[known]
+    common = {"images": "s3://b/photos", "labels": "s3://b/labels", "results": "s3://b/results"}
+    settings = Settings(**{**common, "checkpoint": "s3://b/model.safetensors", **values})
+    assert fingerprint(settings.identity(model="m")) == known
+    assert settings.work(model="m") == lease
+
+
+def test_every_inference_setting_is_hashed_or_in_the_table_of_those_added_later() -> None:
+    first = {name for values in FINGERPRINTS.values() for name in values}
+    assert first == set(OTHER_VALUES) - set(ADDED_LATER)
+    assert first | set(ADDED_LATER) == {each.name for each in fields(Inference)}
+
+
+def test_a_setting_added_later_is_hashed_where_it_differs_from_its_first_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Newer(Inference):
+        sharpness: int = 2
+        """Added with 1, and then raised."""
+
+    monkeypatch.setattr(settings_module, "ADDED_LATER", {"sharpness": 1})
+    assert Newer(sharpness=1).identity() == Inference().identity()
+    assert Newer(sharpness=1).fingerprint() == "6b1b69e76be0e107"
+    assert Newer(sharpness=1, flip=True).fingerprint() == "4fd21d542b09134f"
+    others = {Newer().fingerprint(), Newer(sharpness=3).fingerprint()}
+    assert len(others | {"6b1b69e76be0e107"}) == 3

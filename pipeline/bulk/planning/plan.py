@@ -174,7 +174,7 @@ def make(
         "fingerprint": fingerprint(identity),
         "identity": identity,
         "model": identity["model"],
-        "settings": fingerprint(asdict(settings.inference)),
+        "settings": settings.inference.fingerprint(),
     }
     with Listing(settings, model=values["model"], settings_print=values["settings"]) as listing:
         if write and settings.on_model_change is None and listing.done_otherwise:
