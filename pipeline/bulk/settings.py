@@ -19,6 +19,9 @@ IMAGE_PATTERNS = tuple(
 )
 
 
+FORMER_IMAGE_PATTERNS: tuple[tuple[str, ...], ...] = ()
+"""What `IMAGE_PATTERNS` was in earlier versions: an unfinished run keeps that of its plan."""
+
 ADDED_LATER: Mapping[str, Any] = MappingProxyType({})
 """Fields added to `Inference` since its fingerprints are stored -> the default each was added with.
 At that value a field is not hashed, so that adding it changes no fingerprint. An entry never
@@ -188,6 +191,13 @@ class Settings:
             "model": model,
             **self.inference.identity(),
         }
+
+
+def former_identities(identity: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `identity` was in earlier versions, whose --include had other defaults."""
+    if identity["include"] != sorted(IMAGE_PATTERNS):
+        return []
+    return [{**identity, "include": sorted(patterns)} for patterns in FORMER_IMAGE_PATTERNS]
 
 
 def fingerprint(values: dict[str, object]) -> str:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.bulk.planning.listing import Listed, Listing
-from pipeline.bulk.settings import Settings, fingerprint
+from pipeline.bulk.settings import Settings, fingerprint, former_identities
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout
 from pipeline.runs.artifacts import read_artifact
@@ -33,6 +33,8 @@ WAVE_IMAGES = 500_000
 """Images a part at most: its file must fit one put."""
 
 _ANEW = "another --run-id begins anew, and jobs/clean.py deletes this run"
+
+_NOT_GIVEN = "not given"
 
 _IMAGE = pa.struct(
     [
@@ -108,9 +110,16 @@ def run_id_of(settings: Settings, identity: dict[str, Any]) -> str:
     """
     if settings.run_id is not None:
         return settings.run_id
-    ending = fingerprint({**identity, "checkpoint": settings.checkpoint})[:8]
+    ending, *former = (
+        fingerprint({**each, "checkpoint": settings.checkpoint})[:8]
+        for each in (identity, *former_identities(identity))
+    )
     today = f"{datetime.now(UTC):%Y-%m-%d}-{ending}"
-    planned = [run for run in _runs_planned(settings.results) if ending in run.split("-")[3:4]]
+    planned = [
+        run
+        for run in _runs_planned(settings.results)
+        if {ending, *former}.intersection(run.split("-")[3:4])
+    ]
     unfinished = [run for run in planned if not _is_finished(settings.results, run)]
     if unfinished:
         return today if today in unfinished else unfinished[0]
@@ -143,14 +152,21 @@ def load(layout: RunLayout) -> Plan | None:
 
 
 def check_same(plan: Plan, identity: dict[str, Any]) -> None:
-    """Raises ValueError where the plan was made for other settings or another checkpoint."""
-    changed = sorted(name for name in identity if plan.identity.get(name) != identity[name])
-    if changed:
-        name = changed[0]
-        raise ValueError(
-            f"run id {plan.run_id} belongs to a run with another {name.replace('_', '-')} "
-            f"({plan.identity.get(name)}, now {identity[name]}); take another --run-id"
-        )
+    """Raises ValueError where the plan was made for other settings or another checkpoint.
+
+    A value that only one of them has differs from every other, None included. A plan that an
+    earlier version made with its default for --include keeps that.
+    """
+    for former in former_identities(identity):
+        if former["include"] == plan.identity.get("include"):
+            identity = former
+    for name in sorted(plan.identity.keys() | identity.keys()):
+        before, now = (each.get(name, _NOT_GIVEN) for each in (plan.identity, identity))
+        if before != now:
+            raise ValueError(
+                f"run id {plan.run_id} belongs to a run with another {name.replace('_', '-')} "
+                f"({before}, now {now}); take another --run-id"
+            )
 
 
 def make(

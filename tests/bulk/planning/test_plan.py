@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.bulk import settings as settings_module
 from pipeline.bulk.planning import plan
 from pipeline.bulk.planning.listing import Listed
 from pipeline.bulk.planning.plan import Plan
@@ -186,6 +187,8 @@ def test_a_plan_that_is_not_to_be_written_is_not(tmp_path: Path, settings_for: S
         ({"shard_images": 7}, "shard-images"),
         ({"include": ("*.jpg",)}, "include"),
         ({"labels": None}, "labels"),
+        ({"only_new": True}, "only-new"),
+        ({"only_new": True, "model_changed": "new-only"}, "model-changed"),
         ({"inference": Inference(flip=True)}, "flip"),
         ({"inference": Inference(scales=(0.5, 1.0))}, "scales"),
         ({"model": "other"}, "model"),
@@ -207,6 +210,63 @@ def test_other_settings_or_another_checkpoint_are_refused_naming_what_changed(
         with pytest.raises(ValueError, match=f"another {names} .*take another --run-id") as error:
             refuse()
         assert "\n" not in str(error.value)
+
+
+def test_a_value_that_only_the_plan_or_only_the_arguments_have_is_another(
+    tmp_path: Path, settings_for: SettingsFor
+) -> None:
+    _put(str(tmp_path), 1)
+    settings = settings_for(str(tmp_path))
+    made = _make(settings)
+    identity = settings.identity(model="m")
+    other = replace(settings, inventory="/inventory.csv").identity(model="m")
+    with pytest.raises(ValueError, match=r"another inventory \(not given, now /inventory.csv\)"):
+        plan.check_same(made, other)
+    with pytest.raises(ValueError, match=r"another inventory \(/inventory.csv, now not given\)"):
+        plan.check_same(replace(made, identity=other), identity)
+    for name, value in (("limit", None), ("flip", False)):
+        less = {key: each for key, each in identity.items() if key != name}
+        with pytest.raises(ValueError, match=rf"another {name} \({value}, now not given\)"):
+            plan.check_same(made, less)
+        with pytest.raises(ValueError, match=rf"another {name} \(not given, now {value}\)"):
+            plan.check_same(replace(made, identity=less), identity)
+
+
+def test_an_unfinished_run_keeps_the_patterns_that_were_the_default_for_its_plan(
+    prefix: str, settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _put(prefix, 3)
+    storage.write(f"{prefix}/photos/new.heic", b"x")
+    before = settings_for(prefix, run_id=None)
+    identity = before.identity(model="m")
+    run_id = plan.run_id_of(before, identity)
+    layout = RunLayout(results=before.results, run_id=run_id)
+    made = plan.make(before, layout, identity)
+    assert (made.counts.images, made.counts.left_out) == (3, 1)
+
+    former = settings_module.IMAGE_PATTERNS
+    patterns = (*former, "*.heic")
+    monkeypatch.setattr(settings_module, "IMAGE_PATTERNS", patterns)
+    after = replace(before, include=patterns)
+    identity = after.identity(model="m")
+    assert plan.run_id_of(after, identity) != run_id
+    with pytest.raises(ValueError, match="another include"):
+        plan.check_same(made, identity)
+
+    monkeypatch.setattr(settings_module, "FORMER_IMAGE_PATTERNS", (("*.jpg",), former))
+    assert plan.run_id_of(after, identity) == run_id
+    plan.check_same(made, identity)
+    assert plan.make(after, layout, identity) == made
+    with pytest.raises(ValueError, match="another limit"):
+        plan.check_same(made, replace(after, limit=3).identity(model="m"))
+    given = replace(after, include=("*.png",)).identity(model="m")
+    with pytest.raises(ValueError, match="another include"):
+        plan.check_same(made, given)
+
+    storage.write(layout.record, b"finished")
+    fresh = RunLayout(results=after.results, run_id=plan.run_id_of(after, identity))
+    assert fresh.run_id != run_id
+    assert plan.make(after, fresh, identity).counts.images == 4
 
 
 def test_drivers_that_plan_at_once_end_with_one_plan_that_is_whole(
