@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.train.driver import run_identity
 from pipeline.train.driver.preflight import inspect_data, prepare
 from pipeline.train.recipes.experiment import Experiment
 from pipeline.train.recipes.registry import by_name
@@ -121,8 +122,9 @@ def test_a_run_begins_with_the_same_network_on_every_machine_and_says_what_it_is
         looked(root, tmp_path / name, tiny.experiment())
     one, other = ((tmp_path / name / "initial.safetensors").read_bytes() for name in ("a", "b"))
     assert one == other
-    said_to_be = json.loads((tmp_path / "a" / "run.json").read_text())["experiment"]
-    assert Experiment.from_json(json.dumps(said_to_be)) == tiny.experiment()
+    stored = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert Experiment.from_json(json.dumps(stored["experiment"])) == tiny.experiment()
+    assert tuple(stored) == run_identity.KEYS
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -154,18 +156,24 @@ def rewritten(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
     run.write_text(json.dumps(before))
 
 
-def test_a_run_of_a_version_that_had_fewer_fields_goes_on_where_the_new_ones_are_at_their_default(
-    root: Path, tmp_path: Path
+def test_a_run_that_lacks_a_field_is_resumed_with_the_value_that_its_version_implied(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def older(experiment: dict[str, Any]) -> None:
         del experiment["optimiser"]["hard_share"], experiment["model"]["dropout"]
-        del experiment["seed"], experiment["augment"]["late_crop_size"]
+        del experiment["seed"]
 
     looked(root, tmp_path / "out", tiny.experiment())
     rewritten(tmp_path / "out" / "run.json", older)
-    looked(root, tmp_path / "out", tiny.experiment())
-    with pytest.raises(ValueError, match=r"another run \(.*hard_share: 0.5 here, 1.0 there\)"):
-        looked(root, tmp_path / "out", tiny.experiment(hard_share=0.5))
+    lacking = r"another run \(experiment.model.dropout: 0.1 here, missing there; experiment.opt"
+    with pytest.raises(ValueError, match=lacking):
+        looked(root, tmp_path / "out", tiny.experiment())
+    # half of the pixels: the table counts, not today's default
+    added = {"optimiser.hard_share": 0.5, "model.dropout": 0.1, "seed": 0}
+    monkeypatch.setattr(run_identity, "ADDED_LATER", added)
+    looked(root, tmp_path / "out", tiny.experiment(hard_share=0.5))
+    with pytest.raises(ValueError, match=r"another run \(.*hard_share: 1.0 here, 0.5 there\)"):
+        looked(root, tmp_path / "out", tiny.experiment())
 
 
 def test_a_run_of_a_newer_version_is_refused_by_its_unknown_field(

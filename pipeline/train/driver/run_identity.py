@@ -1,15 +1,17 @@
 """What makes two runs the same: the experiment, and the photos and labels that it is made on.
 
 Enters: settings, splits and what a look at them found. Leaves: plain values for run.json, which is
-written once. A run goes on where it is the same as far as both say what they are: one that an
-older version began says less, and what it does not say is not compared.
+written once. A run is resumed where run.json has the same keys with the same values, no more and no
+fewer; for keys that earlier versions did not write, two tables say what their absence means.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from pipeline.data import storage
@@ -20,6 +22,20 @@ from pipeline.train.settings import TrainingSettings
 from pipeline.train.worker import checkpoints
 
 Identity = dict[str, Any]
+
+KEYS = (
+    *("experiment", "photos", "labels"),
+    *("train_photos", "train_labels", "val_photos", "val_labels"),
+)
+"""The keys of run.json. Any other is of a version that this one does not know."""
+
+NOT_RECORDED = frozenset({"labels", "train_photos", "train_labels", "val_photos", "val_labels"})
+"""Those that runs of the first versions lack. What they would be is not known, so where they are
+missing they are not compared."""
+
+ADDED_LATER: Mapping[str, Any] = MappingProxyType({})
+"""Fields of an experiment that were added since ("optimiser.max_steps", dots between) -> the value
+that a run without them was computed with. Write the value itself: a default may change again."""
 
 
 def of_lists(settings: TrainingSettings, train: Split, val: Split) -> Identity:
@@ -58,15 +74,15 @@ def check_experiment(settings: TrainingSettings) -> None:
 
 
 def check_same(out: str, identity: Identity) -> None:
-    """Raises ValueError where `out` holds another run, as far as both say what they are."""
+    """Raises ValueError where `out` holds another run, by those of `KEYS` that `identity` has."""
     uri = storage.join(out, checkpoints.RUN)
     if not storage.exists(uri):
         # nothing exists in a bucket that is not there, but only a listing says so
         next(iter(storage.list_pages(out)), None)
         return
-    before = _before(uri)
-    both = identity.keys() & before.keys()
-    mine, theirs = ({name: each[name] for name in both} for each in (identity, before))
+    stored = _stored(uri)
+    mine = {key: identity[key] for key in identity if key in stored or key not in NOT_RECORDED}
+    theirs = {key: stored[key] for key in stored if key in identity or key not in KEYS}
     found = differences(json.dumps(mine), json.dumps(theirs))
     if found:
         raise ValueError(
@@ -75,14 +91,21 @@ def check_same(out: str, identity: Identity) -> None:
         )
 
 
-def _before(uri: str) -> Identity:
-    """What the run at `uri` says it is; fields that its version did not have are their defaults.
+def _stored(uri: str) -> Identity:
+    """The identity in run.json, with the values of `ADDED_LATER` that it lacks.
 
-    Raises ValueError where its experiment is none that this version knows.
+    Raises ValueError where it has an experiment that this version does not know, or none.
     """
-    before: Identity = json.loads(storage.read(uri))
+    stored: Identity = json.loads(storage.read(uri))
+    experiment = stored.get("experiment", {})
     try:
-        experiment = Experiment.from_json(json.dumps(before["experiment"]))
+        Experiment.from_json(json.dumps(experiment))
     except ValueError as error:
         raise ValueError(f"{uri} cannot be gone on with: {error}") from None
-    return before | {"experiment": json.loads(experiment.to_json())}
+    for path, value in ADDED_LATER.items():
+        *groups, name = path.split(".")
+        values = experiment
+        for group in groups:
+            values = values.setdefault(group, {})
+        values.setdefault(name, value)
+    return stored

@@ -262,13 +262,20 @@ def _known_fields(part: type, values: Any, what: str) -> dict[str, Any]:
 
 
 def differences(mine: str, theirs: str) -> list[str]:
-    """Return the differences between two JSON objects, each as `field: mine here, theirs there`."""
+    """Return the differences between two JSON objects, each as `field: mine here, theirs there`.
+
+    A missing field differs from every value, including null.
+    """
     flat_mine, flat_theirs = _flat(json.loads(mine)), _flat(json.loads(theirs))
     return [
-        f"{name}: {flat_mine.get(name)!r} here, {flat_theirs.get(name)!r} there"
+        f"{name}: {_shown(flat_mine, name)} here, {_shown(flat_theirs, name)} there"
         for name in sorted(set(flat_mine) | set(flat_theirs))
-        if flat_mine.get(name) != flat_theirs.get(name)
+        if name not in flat_mine or name not in flat_theirs or flat_mine[name] != flat_theirs[name]
     ]
+
+
+def _shown(flat: dict[str, Any], name: str) -> str:
+    return repr(flat[name]) if name in flat else "missing"
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
