@@ -58,8 +58,14 @@ IMAGES = pa.schema(
         pa.field("label_etag", _string),
         pa.field("label_error", _string),
         pa.field("classes", pa.list_(pa.struct(_CLASS_FIELDS))),
+        # younger than the others: missing, which is 0, in what earlier versions wrote
+        pa.field("format_version", _int16),  # of the image's family, see data/image_formats.py
     ]
 )
+
+IMAGES_OF_OLD = pa.schema([field for field in IMAGES if field.name != "format_version"])
+"""The columns that files of every version have: what views show. For more, every footer would have
+to be read before the first row."""
 
 CLASSES = pa.schema(
     [pa.field("uri", _string, nullable=False), pa.field("run_id", _string, nullable=False)]
@@ -76,6 +82,7 @@ DONE = pa.schema(
         pa.field("status", _string, nullable=False),
         pa.field("error_kind", _string),
         pa.field("run_id", _string, nullable=False),
+        pa.field("format_version", _int16),  # younger than the others, as in IMAGES
     ]
 )
 
@@ -156,6 +163,15 @@ def classes_from_footer(metadata: Mapping[bytes, bytes]) -> Classes:
             "ignore_index": int(metadata[b"ignore_index"]),
         }
     )
+
+
+def completed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table with the columns of `schema`, null where an earlier version did not write them."""
+    columns = [
+        table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema.names).cast(schema)
 
 
 def rows_to_parquet(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:

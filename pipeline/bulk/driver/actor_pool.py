@@ -25,7 +25,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from pipeline.bulk.driver.progress_actor import ProgressReporter
 from pipeline.bulk.driver.watchdog import StallWatchdog, WatchdogCallback
-from pipeline.bulk.planning.listing import Listed
+from pipeline.bulk.planning.listing import ImageRef
 from pipeline.bulk.worker import storage_probe
 from pipeline.bulk.worker.failure_streaks import CutOffError, SystemicError
 from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
@@ -92,9 +92,9 @@ class Pool:
         )
 
 
-def images_of(images: list[dict[str, Any]]) -> list[Listed]:
+def images_of(images: list[dict[str, Any]]) -> list[ImageRef]:
     """Return the images in a plan row's list."""
-    return [Listed(**image) for image in images]
+    return [ImageRef(**image) for image in images]
 
 
 class ShardWorker:
@@ -116,7 +116,7 @@ class ShardWorker:
         [row] = batch.to_pylist()
         return pa.Table.from_pylist([self._segment(row["shard"], images_of(row["images"]))])
 
-    def _segment(self, shard: int, images: list[Listed]) -> dict[str, Any]:
+    def _segment(self, shard: int, images: list[ImageRef]) -> dict[str, Any]:
         summary, fatal, cut_off = ShardSummary(shard=shard), self._fatal, self._cut_off
         if fatal is None:
             self._progress_actor.report.remote(shard, 0)

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.bulk.driver.actor_pool import Pool, images_of
 from pipeline.bulk.planning import plan
-from pipeline.bulk.planning.listing import Listed
+from pipeline.bulk.planning.listing import ImageRef
 from pipeline.bulk.planning.plan import Plan
 from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
 
@@ -28,10 +28,10 @@ class StratifiedSample:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._kept: list[Listed] = []
+        self._kept: list[ImageRef] = []
         self._seen, self._step = 0, 1
 
-    def observe(self, images: Iterator[Listed]) -> Iterator[Listed]:
+    def observe(self, images: Iterator[ImageRef]) -> Iterator[ImageRef]:
         """Yield the images unchanged, sampling them as they pass."""
         for image in images:
             if self._seen % self._step == 0:
@@ -41,7 +41,7 @@ class StratifiedSample:
             self._seen += 1
             yield image
 
-    def images(self) -> list[Listed]:
+    def images(self) -> list[ImageRef]:
         """Return the sample of the images observed so far."""
         count = min(self._count, len(self._kept))
         return [self._kept[i * len(self._kept) // count] for i in range(count)]
@@ -82,7 +82,7 @@ class Estimate:
         return self.actor_hours * self.pool.gpus
 
 
-def sample_plan(context: WorkerContext, known: Plan, count: int) -> list[Listed]:
+def sample_plan(context: WorkerContext, known: Plan, count: int) -> list[ImageRef]:
     """Return up to `count` images spread over a written plan."""
     sample = StratifiedSample(count)
     every = max(1, len(known.parts) // _PARTS)
@@ -95,7 +95,7 @@ def sample_plan(context: WorkerContext, known: Plan, count: int) -> list[Listed]
 
 
 def measure(
-    context: WorkerContext, pool: Pool, images: list[Listed], *, total: int, shards: int
+    context: WorkerContext, pool: Pool, images: list[ImageRef], *, total: int, shards: int
 ) -> Estimate:
     """Segment the images without writing, and extrapolate to `total` images in `shards` files.
 

@@ -87,8 +87,9 @@ class ImageIsolator:
         Raises RunStoppedError if no worker can be kept running.
         """
         started = time.monotonic()
-        table = pa.concat_tables(self._row(shard, i, image) for i, image in enumerate(images))
-        data = tables.table_to_parquet(table.cast(self._schema))
+        rows = (self._row(shard, i, image) for i, image in enumerate(images))
+        table = pa.concat_tables(tables.completed(each, self._schema) for each in rows)
+        data = tables.table_to_parquet(table)
         summary = ShardSummary(shard=shard, images=len(images), actor=f"isolated shard {shard}")
         summary.errors.update(kind for kind in table["error_kind"].to_pylist() if kind)
         summary.committed = storage.create(self._context.layout.shard(shard), data)

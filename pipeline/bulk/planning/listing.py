@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.bulk.planning.inventory import Inventory
 from pipeline.bulk.settings import Settings
-from pipeline.data import storage
+from pipeline.data import image_formats, storage
 from pipeline.data.pairs import stem
 from pipeline.results import files, tables
 from pipeline.results.layout import RunLayout, filter_parts, filter_shards, run_id_of
@@ -26,8 +26,15 @@ MAX_RUNS_TRIED = 3
 """Runs in which a photo that failed for a passing reason is tried, with --only-new."""
 
 _SPOOLED = pa.schema(
-    [("uri", pa.string()), ("etag", pa.string()), ("bytes", pa.int64()), ("stem", pa.string())]
+    [
+        ("uri", pa.string()),
+        ("etag", pa.string()),
+        ("bytes", pa.int64()),
+        ("stem", pa.string()),
+        ("format_version", pa.int16()),
+    ]
 )
+_Spooled = tuple[str, str, int, str, int]
 _SPOOL_ROWS = 50_000
 _LABEL_ENDINGS = (".png", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -35,18 +42,19 @@ _HAS_RESULT = f"""(status = 'ok' or error_kind in ({
     ", ".join(f"'{kind}'" for kind in sorted(tables.PERMANENT_ERRORS))
 }))"""
 _IS_DONE = f"""
-    select uri, etag, label_etag from seen
+    select uri, etag, label_etag, coalesce(format_version, 0) as format_version from seen
     where model = $model and settings = $settings
     group by all
     having bool_or{_HAS_RESULT} or count(distinct run_id) >= {MAX_RUNS_TRIED}
 """
 _IS_DONE_OTHERWISE = f"""
-    select distinct uri, etag, label_etag from seen
+    select distinct uri, etag, label_etag, coalesce(format_version, 0) as format_version from seen
     where (model != $model or settings != $settings) and {_HAS_RESULT}
 """
 _SAME_PHOTO = """
     {0}.uri = {1}.uri and {0}.etag = {1}.etag
     and {0}.label_etag is not distinct from {1}.label_etag
+    and {0}.format_version = {1}.format_version
 """
 
 
@@ -91,7 +99,8 @@ class Listing:
         self._check_labels()
         self._con.execute(
             "create view listed as select photo.uri, photo.etag, photo.bytes, "
-            "label.uri as label_uri, label.etag as label_etag, label.bytes as label_bytes "
+            "label.uri as label_uri, label.etag as label_etag, label.bytes as label_bytes, "
+            "photo.format_version "
             "from photo left join label using (stem)"
         )
         self._con.execute("create view wanted as " + self._wanted())
@@ -104,11 +113,13 @@ class Listing:
     def images(self) -> Iterator[Listed]:
         """The photos in the order of their URIs' bytes, at most `limit`."""
         limit = "" if self._settings.limit is None else f" limit {self._settings.limit}"
-        found = self._con.execute(f"select * from wanted order by uri{limit}")
+        found = self._con.execute(
+            f"select {', '.join(Listed._fields)} from wanted order by uri{limit}"
+        )
         while rows := found.fetchmany(10_000):
             yield from map(Listed._make, rows)
 
-    def _photos(self) -> Iterator[tuple[str, str, int, str]]:
+    def _photos(self) -> Iterator[_Spooled]:
         prefix, included = self._settings.images, self._settings.included
         found = False
         for item in self._objects():
@@ -117,7 +128,7 @@ class Listing:
                 continue
             if included.match(name):
                 found = True
-                yield (*_row(item), stem(name))
+                yield (*_row(item), stem(name), image_formats.version_of(item.uri))
             else:
                 self.left_out += 1
         if not found:
@@ -153,13 +164,13 @@ class Listing:
         inside = tuple(place for place in places if place != photos and place.startswith(photos))
         return uri.startswith(inside) or run_id_of(results, uri) is not None
 
-    def _labels(self) -> Iterator[tuple[str, str, int, str]]:
+    def _labels(self) -> Iterator[_Spooled]:
         prefix = self._settings.labels
         for item in storage.list_objects(prefix) if prefix is not None else ():
             if item.uri.lower().endswith(_LABEL_ENDINGS):
-                yield (*_row(item), stem(storage.relative(prefix or "", item.uri)))
+                yield (*_row(item), stem(storage.relative(prefix or "", item.uri)), 0)
 
-    def _spool(self, name: str, rows: Iterable[tuple[str, str, int, str]]) -> None:
+    def _spool(self, name: str, rows: Iterable[_Spooled]) -> None:
         path = Path(self._folder.name) / f"{name}.parquet"
         with pq.ParquetWriter(path, _SPOOLED, compression="zstd") as writer:
             for batch in _batches(rows):
@@ -243,9 +254,9 @@ def _row(item: storage.Object) -> tuple[str, str, int]:
 
 
 def _batches(
-    rows: Iterable[tuple[str, str, int, str]],
-) -> Iterator[list[tuple[str, str, int, str]]]:
-    batch: list[tuple[str, str, int, str]] = []
+    rows: Iterable[_Spooled],
+) -> Iterator[list[_Spooled]]:
+    batch: list[_Spooled] = []
     for row in rows:
         batch.append(row)
         if len(batch) == _SPOOL_ROWS:

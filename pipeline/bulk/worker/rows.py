@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pipeline import metrics
 from pipeline.bulk.planning.listing import Listed
 from pipeline.bulk.worker.load import DecodedImage
-from pipeline.data import masks
+from pipeline.data import image_formats, masks
 from pipeline.data.labels import Classes
 from pipeline.text import one_line
 
@@ -62,6 +62,7 @@ class RowBuilder:
             "shard": shard,
             "model": self.model,
             "settings": self.settings,
+            "format_version": image_formats.version_of(listed.uri),
         }
 
     def _class_rows(
