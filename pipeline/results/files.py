@@ -97,8 +97,8 @@ def load_table(
             try:
                 con.execute(f"INSERT INTO {table} {select_statement(con, schema, group)}")
             except _LACKS_COLUMN:
-                grown = select_statement(con, schema, group, grown=True)
-                con.execute(f"INSERT INTO {table} {grown}")
+                complete = select_statement(con, schema, group, allow_missing=True)
+                con.execute(f"INSERT INTO {table} {complete}")
 
 
 def select_statement(

@@ -179,7 +179,7 @@ IDENTITIES: dict[str, tuple[str, dict[str, Any]]] = {
     "939403a8b02214fa": (
         "f898c7cf9af5344a",
         {
-            **{"only_new": True, "model_changed": "new-only", "limit": 7},
+            **{"only_new": True, "on_model_change": "new-only", "limit": 7},
             **{"inventory": "s3://b/inventory.csv", "inference": Inference(flip=True)},
         },
     ),

@@ -188,7 +188,7 @@ def test_a_plan_that_is_not_to_be_written_is_not(tmp_path: Path, settings_for: S
         ({"include": ("*.jpg",)}, "include"),
         ({"labels": None}, "labels"),
         ({"only_new": True}, "only-new"),
-        ({"only_new": True, "model_changed": "new-only"}, "model-changed"),
+        ({"only_new": True, "on_model_change": "new-only"}, "on-model-change"),
         ({"inference": Inference(flip=True)}, "flip"),
         ({"inference": Inference(scales=(0.5, 1.0))}, "scales"),
         ({"model": "other"}, "model"),
