@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pipeline.bulk.driver.progress import Progress
 from pipeline.bulk.driver.run import BulkResult, run
 from pipeline.bulk.planning.plan import Plan
-from pipeline.bulk.settings import Settings
+from pipeline.bulk.settings import BulkSettings
 from pipeline.cli.arguments import parse
 from pipeline.cli.exit import hard_exit, last_line, run_job
 from pipeline.cli.progress import Display, duration, size
@@ -27,14 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job with the command line `argv`; its exit code."""
     return run_job(
         "segment",
-        lambda: _segment(parse(Settings, argv, description=__doc__)),
+        lambda: _segment(parse(BulkSettings, argv, description=__doc__)),
         expected=(StorageError, RunStoppedError, lease.HeldError),
         interrupted="interrupted; the same command continues the run",
         on_signal=files.interrupt_queries,
     )
 
 
-def _segment(settings: Settings) -> str:
+def _segment(settings: BulkSettings) -> str:
     with ray_connection.disconnect_on_exit(), Display() as display:
         ended = run(settings, _Announced(settings, display))
     return _last_line(settings, ended)
@@ -43,7 +43,7 @@ def _segment(settings: Settings) -> str:
 class _Announced:
     """Says once what the run will do, then shows how far it is."""
 
-    def __init__(self, settings: Settings, display: Display) -> None:
+    def __init__(self, settings: BulkSettings, display: Display) -> None:
         self._settings = settings
         self._display = display
         self._said = False
@@ -94,7 +94,7 @@ def _otherwise_lines(plan: Plan) -> list[str]:
     return [f"  {everything}another model or other settings have done {done} images; {answer}"]
 
 
-def _estimate_lines(settings: Settings, ended: BulkResult) -> list[str]:
+def _estimate_lines(settings: BulkSettings, ended: BulkResult) -> list[str]:
     """What the run would take, on what that was measured, and where it does not hold."""
     if (found := ended.estimate) is None:
         return [f"  no estimate: {ended.no_estimate}"] if ended.no_estimate else []
@@ -115,7 +115,7 @@ def _estimate_lines(settings: Settings, ended: BulkResult) -> list[str]:
     ]
 
 
-def _last_line(settings: Settings, ended: BulkResult) -> str:
+def _last_line(settings: BulkSettings, ended: BulkResult) -> str:
     facts: dict[str, object] = {"run": ended.plan.run_id, "images": ended.plan.counts.images}
     if ended.outcome is not None:
         facts |= {"ok": ended.outcome.ok, "errors": ended.outcome.errors}

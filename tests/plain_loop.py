@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline.bulk.planning.listing import Listing
-from pipeline.bulk.settings import Inference, Settings, fingerprint
+from pipeline.bulk.settings import BulkSettings, Inference, fingerprint
 from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
 from pipeline.data import storage
 from pipeline.model.weights import checkpoint_fingerprint
@@ -23,10 +23,10 @@ def rows(
     checkpoint: str,
     inference: Inference,
     *,
-    include: tuple[str, ...] = Settings.include,
+    include: tuple[str, ...] = BulkSettings.include,
 ) -> dict[str, dict[str, Any]]:
     """uri -> the photo's row, of all below `images` that `include` takes."""
-    settings = Settings(
+    settings = BulkSettings(
         images=images, results="/nowhere", checkpoint=checkpoint, include=include, run_id="loop"
     )
     identity = settings.identity(model=checkpoint_fingerprint(storage.read(settings.checkpoint)))

@@ -79,7 +79,7 @@ class Inference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class BulkSettings:
     """Segment every photo below a URI with DeepLabv3; masks and per-class IoU become Parquet."""
 
     images: str
@@ -206,7 +206,7 @@ def fingerprint(values: dict[str, object]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _check_positive(settings: Inference | Settings, *names: str) -> None:
+def _check_positive(settings: Inference | BulkSettings, *names: str) -> None:
     known = {each.name for each in fields(settings)}
     for name in names:
         assert name in known

@@ -13,7 +13,7 @@ from pipeline.bulk.driver.progress import Progress
 from pipeline.bulk.driver.run import run
 from pipeline.bulk.planning import plan
 from pipeline.bulk.planning.plan import Plan
-from pipeline.bulk.settings import Settings
+from pipeline.bulk.settings import BulkSettings
 from pipeline.bulk.worker.segmenter import Segmenter
 from pipeline.results.layout import RunLayout
 
@@ -61,7 +61,7 @@ def through_ray_and_plainly(images: str, checkpoint: str, *, limit: int, gpu: bo
     Raises what `run` raises, and ValueError where the photos are one shard.
     """
     with tempfile.TemporaryDirectory() as results:
-        settings = Settings(
+        settings = BulkSettings(
             images=images,
             results=results,
             checkpoint=checkpoint,
@@ -89,7 +89,7 @@ def through_ray_and_plainly(images: str, checkpoint: str, *, limit: int, gpu: bo
     )
 
 
-def _loop(settings: Settings, planned: Plan) -> _Clock:
+def _loop(settings: BulkSettings, planned: Plan) -> _Clock:
     layout = RunLayout(results=settings.results, run_id=planned.run_id)
     work = build_worker_context(settings, layout, planned, build_pool(settings))
     clock, done = _Clock(), 0

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from pipeline.bulk.driver.finalize import RunFinalizer
-from pipeline.bulk.planning.listing import Listed, Listing
-from pipeline.bulk.settings import Settings, fingerprint
+from pipeline.bulk.planning.listing import ImageRef, Listing
+from pipeline.bulk.settings import BulkSettings, fingerprint
 from pipeline.bulk.worker.segmenter import WorkerContext
 from pipeline.data import storage
 from pipeline.model.weights import checkpoint_fingerprint
@@ -35,7 +35,7 @@ BAD_LABELS = {"bad-label/size.png": "but its image is", "bad-label/class.png": "
 """Good photos of `fill_broken` whose label is of another size, or holds a class out of range."""
 
 Fill = Callable[[str, int], None]
-SettingsFor = Callable[..., Settings]
+SettingsFor = Callable[..., BulkSettings]
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +98,7 @@ def checkpoint() -> str:
 def settings_for(checkpoint: str) -> SettingsFor:
     """`settings_for(prefix, **overrides)`: one actor with one CPU over the prefix's folders."""
 
-    def settings(prefix: str, **overrides: Any) -> Settings:
+    def settings(prefix: str, **overrides: Any) -> BulkSettings:
         values = {
             "images": f"{prefix}/photos",
             "labels": f"{prefix}/labels",
@@ -108,7 +108,7 @@ def settings_for(checkpoint: str) -> SettingsFor:
             "cpus_per_actor": 1,
             "max_error_fraction": 1.0,
         }
-        return Settings(**{**values, **overrides})
+        return BulkSettings(**{**values, **overrides})
 
     return settings
 
@@ -117,7 +117,7 @@ def settings_for(checkpoint: str) -> SettingsFor:
 def work_for() -> Callable[..., WorkerContext]:
     """`work_for(settings, **changes)`: what a segmenter of that run is given."""
 
-    def work(settings: Settings, **changes: Any) -> WorkerContext:
+    def work(settings: BulkSettings, **changes: Any) -> WorkerContext:
         values = {
             "layout": RunLayout(results=settings.results, run_id=settings.run_id or "test"),
             "images": settings.images,
@@ -136,10 +136,12 @@ def work_for() -> Callable[..., WorkerContext]:
 
 
 @pytest.fixture
-def listed() -> Callable[..., list[Listed]]:
+def listed() -> Callable[..., list[ImageRef]]:
     """`listed(settings)`: the photos that the plan would hold."""
 
-    def images(settings: Settings, *, model: str = "m", settings_print: str = "s") -> list[Listed]:
+    def images(
+        settings: BulkSettings, *, model: str = "m", settings_print: str = "s"
+    ) -> list[ImageRef]:
         with Listing(settings, model=model, settings_print=settings_print) as listing:
             return list(listing.images())
 

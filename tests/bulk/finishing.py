@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.bulk.driver.finalize import RunFinalizer
-from pipeline.bulk.planning.plan import Counts, Plan
+from pipeline.bulk.planning.plan import Plan, PlanCounts
 from pipeline.data import storage
 from pipeline.data.labels import VOC
 from pipeline.results import tables
@@ -75,7 +75,7 @@ def opened_finish(prefix: str, rows: Rows) -> tuple[RunFinalizer, RunLayout]:
         identity={"images": "s3://b", "scales": [1.0]},
         model="m",
         settings="s",
-        counts=Counts(images=len(rows), shards=len({row["shard"] for row in rows})),
+        counts=PlanCounts(images=len(rows), shards=len({row["shard"] for row in rows})),
     )
     return RunFinalizer(layout, plan, VOC), layout
 

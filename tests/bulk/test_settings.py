@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from pipeline.bulk import settings as settings_module
-from pipeline.bulk.settings import ADDED_LATER, Inference, Settings, fingerprint
+from pipeline.bulk.settings import ADDED_LATER, BulkSettings, Inference, fingerprint
 
-SettingsFor = Callable[..., Settings]
+SettingsFor = Callable[..., BulkSettings]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_how_fast_and_how_patiently_a_run_works_is_no_part_of_its_identity(
         "/x", actors=(1, 9), cpus_per_actor=3, max_error_fraction=0.5, start_timeout=9
     )
     assert fast.identity(model="m") == plain
-    turned = settings_for("/x", include=tuple(reversed(Settings.include)))
+    turned = settings_for("/x", include=tuple(reversed(BulkSettings.include)))
     assert turned.identity(model="m") == plain
 
 
@@ -196,7 +196,7 @@ def test_the_fingerprint_of_inference_settings_stays_what_it_was(known: str) -> 
 def test_the_identity_of_a_run_stays_what_it_was(known: str) -> None:
     lease, values = IDENTITIES[known]
     common = {"images": "s3://b/photos", "labels": "s3://b/labels", "results": "s3://b/results"}
-    settings = Settings(**{**common, "checkpoint": "s3://b/model.safetensors", **values})
+    settings = BulkSettings(**{**common, "checkpoint": "s3://b/model.safetensors", **values})
     assert fingerprint(settings.identity(model="m")) == known
     assert settings.work(model="m") == lease
 

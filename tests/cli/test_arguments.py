@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from pipeline.bulk.settings import Settings as BulkSettings
+from pipeline.bulk.settings import BulkSettings as BulkSettings
 from pipeline.cli.arguments import RENAMED_FLAGS, ArgumentsError, parse
 from pipeline.train.settings import TrainingSettings
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from jobs import segment, train
-from pipeline.bulk.settings import Settings as BulkSettings
+from pipeline.bulk.settings import BulkSettings as BulkSettings
 from pipeline.cli.arguments import parse
 from tests.cluster.custom_resources import schemas
 from tests.cluster.rendering import Resource, render

@@ -23,7 +23,7 @@ from jobs import query
 from pipeline.bulk.driver.actor_pool import images_of
 from pipeline.bulk.driver.finalize import RunFinalizer
 from pipeline.bulk.planning import plan
-from pipeline.bulk.settings import Settings, fingerprint
+from pipeline.bulk.settings import BulkSettings, fingerprint
 from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
 from pipeline.data import storage
 from pipeline.data.storage import s3
@@ -88,7 +88,7 @@ def keys_of(backend: Any, bucket: str) -> set[str]:
     return set(backend.buckets[bucket].keys)
 
 
-def whole_run(settings: Settings) -> RunLayout:
+def whole_run(settings: BulkSettings) -> RunLayout:
     """Plan, every shard, and the run's end, without Ray."""
     model = checkpoint_fingerprint(storage.read(CHECKPOINT))
     layout = RunLayout(results=settings.results, run_id="hostile")
@@ -125,7 +125,7 @@ def test_every_hostile_key_is_one_row_of_its_own_photo_and_nothing_is_written_el
     monkeypatch.chdir(here)
     results = f"{tmp_path}/out/results" if where == "local" else "s3://results/deep/er"
     before = keys_of(moto, "hostile")
-    settings = Settings(
+    settings = BulkSettings(
         images=f"s3://hostile/{PREFIX}",
         labels="s3://hostile/labels",
         results=results,
@@ -146,7 +146,7 @@ def test_every_hostile_key_is_one_row_of_its_own_photo_and_nothing_is_written_el
     labels = {row[3].removeprefix("s3://hostile/labels/") for row in rows if row[3]}
     assert labels == {"../x.png", "%2e%2e/x.png", "nul\0.png", "<script>alert(1)</script>.png"}
     # the keys come back from `done` as they went in: another run has only that one to try again
-    again = Settings(**{**vars(settings), "only_new": True, "run_id": "again"})
+    again = BulkSettings(**{**vars(settings), "only_new": True, "run_id": "again"})
     made = plan.make(
         again,
         RunLayout(results=results, run_id="again"),
@@ -171,7 +171,7 @@ def test_hostile_keys_are_shown_harmlessly_and_exported_whole(
     moto: Any, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     results = str(tmp_path / "results")
-    settings = Settings(
+    settings = BulkSettings(
         images=f"s3://hostile/{PREFIX}", results=results, checkpoint=CHECKPOINT, include=("*",)
     )
     whole_run(settings)

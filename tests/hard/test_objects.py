@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.bulk.planning.listing import Listed, Listing
-from pipeline.bulk.settings import Settings
+from pipeline.bulk.planning.listing import ImageRef, Listing
+from pipeline.bulk.settings import BulkSettings
 from pipeline.bulk.worker.decode import DecodeLimits, DecoderPool
 from pipeline.bulk.worker.load import Loader
 from pipeline.data.labels import VOC
@@ -53,7 +53,9 @@ def test_bombs_nothing_and_five_gigabytes_are_error_rows_in_little_memory(tmp_pa
         file.write(b"\xff\xd8\xff")
         os.truncate(file.fileno(), HUGE_BYTES)
     (photos / "good.png").write_bytes(encoded(Image.new("RGB", (31, 17)), "PNG"))
-    settings = Settings(images=str(photos), results=str(tmp_path / "results"), checkpoint="/none")
+    settings = BulkSettings(
+        images=str(photos), results=str(tmp_path / "results"), checkpoint="/none"
+    )
     decoders = DecoderPool(1, DecodeLimits(max_pixels=settings.inference.max_pixels), VOC)
     pids = decoders.pids()
     loader = Loader(decoders, 1, max_object_bytes=settings.inference.max_object_bytes)
@@ -61,7 +63,7 @@ def test_bombs_nothing_and_five_gigabytes_are_error_rows_in_little_memory(tmp_pa
     before = peak_kib()
     try:
         with Listing(settings, model="m", settings_print="s") as listing:
-            planned: list[Listed] = list(listing.images())
+            planned: list[ImageRef] = list(listing.images())
         found = {Path(each.listed.uri).name: each for each in loader.stream(planned)}
         children = [Path(f"/proc/{pid}/status").read_text() for pid in decoders.pids()]
         assert decoders.pids() == pids

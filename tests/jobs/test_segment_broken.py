@@ -12,7 +12,7 @@ from jobs.segment import main
 from pipeline.bulk.driver import preflight
 from pipeline.bulk.driver.actor_pool import images_of
 from pipeline.bulk.planning import plan
-from pipeline.bulk.settings import Settings
+from pipeline.bulk.settings import BulkSettings
 from pipeline.bulk.worker.segmenter import Segmenter
 from pipeline.cli.arguments import parse
 from pipeline.data import storage
@@ -37,7 +37,7 @@ def segmented(prefix: str) -> RunLayout:
     for number in range(2):
         name, image, _ = photo(number)
         storage.write(f"{prefix}/photos/{name}", image)
-    settings = parse(Settings, arguments(prefix), description="")
+    settings = parse(BulkSettings, arguments(prefix), description="")
     layout = RunLayout(results=settings.results, run_id="a")
     identity = settings.identity(model=preflight.preflight(settings).fingerprint)
     made = plan.make(settings, layout, identity)

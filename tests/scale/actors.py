@@ -27,9 +27,9 @@ from pipeline.bulk.driver import actor_pool, reconcile
 from pipeline.bulk.driver.actor_pool import Pool
 from pipeline.bulk.driver.progress import Progress
 from pipeline.bulk.planning import plan
-from pipeline.bulk.planning.listing import Listed
-from pipeline.bulk.planning.plan import Part
-from pipeline.bulk.settings import Settings
+from pipeline.bulk.planning.listing import ImageRef
+from pipeline.bulk.planning.plan import PlanPart
+from pipeline.bulk.settings import BulkSettings
 from pipeline.bulk.worker.summary import ShardSummary
 from pipeline.results.layout import RunLayout
 from tests.scale.measure import Row, print_table
@@ -69,9 +69,9 @@ class Measured(ShardSummary):
         self.facts = facts
 
 
-def _plan(settings: Settings, layout: RunLayout, shards: int) -> Part:
+def _plan(settings: BulkSettings, layout: RunLayout, shards: int) -> PlanPart:
     photos = (
-        Listed(f"/photos/{i:09d}.jpg", "e" * 32, 1, None, None)
+        ImageRef(f"/photos/{i:09d}.jpg", "e" * 32, 1, None, None)
         for i in range(shards * SHARD_IMAGES)
     )
     _, [part] = plan._write_parts(settings, layout, photos, write=True)
@@ -81,7 +81,7 @@ def _plan(settings: Settings, layout: RunLayout, shards: int) -> Part:
 def measured(actors: int, shards: int) -> Row:
     """One plan of so many shards through so many actors."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(
+        settings = BulkSettings(
             images=folder, results=folder, checkpoint="/none", shard_images=SHARD_IMAGES
         )
         layout = RunLayout(results=folder, run_id="r")

@@ -72,13 +72,13 @@ def step(name: str, results: str, photos: int) -> Row:
     """Does the step in this process; what it took, and the process's peak."""
     from pipeline.bulk.driver import run  # noqa: F401 - as much as a driver imports
     from pipeline.bulk.driver.finalize import Outcome, RunFinalizer
-    from pipeline.bulk.planning.plan import Counts, Plan
+    from pipeline.bulk.planning.plan import Plan, PlanCounts
     from pipeline.data.labels import VOC
     from pipeline.results.layout import RunLayout
 
     layout = RunLayout(results=results, run_id="made-up")
     values = {"fingerprint": "f", "identity": {}, "model": "m", "settings": "s"}
-    counts = Counts(images=photos, shards=-(-photos // SHARD_IMAGES))
+    counts = PlanCounts(images=photos, shards=-(-photos // SHARD_IMAGES))
     started_at = "2026-11-01T12:00:00+00:00"
     plan = Plan(run_id="made-up", started_at=started_at, counts=counts, **values)
     finish = RunFinalizer(layout, plan, VOC)

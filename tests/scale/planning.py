@@ -52,10 +52,10 @@ def step(name: str, photos: int) -> Row:
     """Does the step in this process; what it took, and the process's peak."""
     from pipeline.bulk.driver import run  # noqa: F401 - as much as a driver imports
     from pipeline.bulk.planning import plan
-    from pipeline.bulk.settings import Settings
+    from pipeline.bulk.settings import BulkSettings
     from pipeline.results.layout import RunLayout
 
-    settings = Settings(
+    settings = BulkSettings(
         images=f"s3://{PHOTOS}/{photos}",
         labels=f"s3://{LABELS}/{photos}" if name == "labelled" else None,
         results=results_of(photos),

@@ -89,7 +89,7 @@ def soak(folder: Path, kind: str, count: int, tell: Callable[[Row], None]) -> li
     from pipeline.bulk.driver import run
     from pipeline.bulk.driver.progress import Progress
     from pipeline.bulk.planning import plan
-    from pipeline.bulk.settings import Settings
+    from pipeline.bulk.settings import BulkSettings
 
     memory = Memory(max(1, count // 20))
 
@@ -97,7 +97,7 @@ def soak(folder: Path, kind: str, count: int, tell: Callable[[Row], None]) -> li
         if row := memory.look(progress.images_now):
             tell(row)
 
-    settings = Settings(
+    settings = BulkSettings(
         images=str(folder / "photos"),
         results=str(folder / "results"),
         checkpoint=str(CHECKPOINT),

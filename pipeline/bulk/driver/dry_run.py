@@ -14,7 +14,7 @@ from pipeline.bulk.driver.preflight import build_pool, build_progress, build_wor
 from pipeline.bulk.driver.progress import Progress
 from pipeline.bulk.planning import plan
 from pipeline.bulk.planning.plan import Plan
-from pipeline.bulk.settings import Settings
+from pipeline.bulk.settings import BulkSettings
 from pipeline.bulk.worker.failure_streaks import SystemicError
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout
@@ -30,7 +30,7 @@ class DryRunResult:
 
 
 def dry_run(
-    settings: Settings,
+    settings: BulkSettings,
     layout: RunLayout,
     identity: dict[str, Any],
     known: Plan | None,

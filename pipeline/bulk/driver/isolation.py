@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import ray
 
 from pipeline.bulk.driver.actor_pool import Pool
-from pipeline.bulk.planning.listing import Listed
+from pipeline.bulk.planning.listing import ImageRef
 from pipeline.bulk.worker.rows import RowBuilder
 from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
 from pipeline.bulk.worker.summary import ShardSummary
@@ -56,7 +56,7 @@ class IsolatedWorker:
         node: str = ray.get_runtime_context().get_node_id()
         return node
 
-    def segment(self, shard: int, image: Listed) -> bytes:
+    def segment(self, shard: int, image: ImageRef) -> bytes:
         """Return a Parquet file of the image's row."""
         return self._segmenter.rows_of(shard, [image])[0]
 
@@ -81,7 +81,7 @@ class ImageIsolator:
             ray.kill(self._worker)
             self._worker = None
 
-    def segment(self, shard: int, images: Sequence[Listed]) -> ShardSummary:
+    def segment(self, shard: int, images: Sequence[ImageRef]) -> ShardSummary:
         """Create the shard's file from rows of images that were each segmented alone.
 
         Raises RunStoppedError if no worker can be kept running.
@@ -99,7 +99,7 @@ class ImageIsolator:
         storage.delete(singles, within=layout.results)
         return summary
 
-    def _row(self, shard: int, position: int, image: Listed) -> pa.Table:
+    def _row(self, shard: int, position: int, image: ImageRef) -> pa.Table:
         """Return the image's row, stored until the shard has its file."""
         uri = self._context.layout.single(shard, position)
         if storage.exists(uri):
@@ -109,7 +109,7 @@ class ImageIsolator:
         storage.create(uri, data)
         return _read_table(data)
 
-    def _segment(self, shard: int, image: Listed) -> bytes:
+    def _segment(self, shard: int, image: ImageRef) -> bytes:
         """Return a Parquet file of the image's row."""
         crashes = 0
         for _ in range(MAX_ATTEMPTS):
@@ -144,7 +144,7 @@ class ImageIsolator:
         node: str = ray.get(started)
         return node
 
-    def _is_crash_of(self, image: Listed, error: Exception) -> bool:
+    def _is_crash_of(self, image: ImageRef, error: Exception) -> bool:
         """Return whether the image caused the crash; the next attempt starts another worker."""
         self._worker, node, self._node = None, self._node, None
         if node is None or not _is_alive(node):
@@ -152,7 +152,7 @@ class ImageIsolator:
         logger.warning("a worker crashed with only %r in context: %s", image.uri, error)
         return True
 
-    def _error(self, shard: int, image: Listed, kind: str, message: str) -> bytes:
+    def _error(self, shard: int, image: ImageRef, kind: str, message: str) -> bytes:
         return tables.rows_to_parquet([self._rows.error(shard, image, kind, message)], self._schema)
 
 

@@ -12,7 +12,7 @@ import pipeline
 from pipeline.bulk.driver.actor_pool import Pool
 from pipeline.bulk.driver.progress import Progress
 from pipeline.bulk.planning.plan import Plan
-from pipeline.bulk.settings import Settings
+from pipeline.bulk.settings import BulkSettings
 from pipeline.bulk.worker.segmenter import WorkerContext
 from pipeline.data import storage
 from pipeline.data.labels import Classes
@@ -34,7 +34,7 @@ class Checkpoint:
     classes: Classes
 
 
-def preflight(settings: Settings) -> Checkpoint:
+def preflight(settings: BulkSettings) -> Checkpoint:
     """Check what the settings name, before anything is written or started.
 
     Raises ValueError or StorageError if something cannot be used.
@@ -76,7 +76,7 @@ def _code_version() -> str:
     return f"{version}+{code.hexdigest()[:8]}"
 
 
-def build_pool(settings: Settings) -> Pool:
+def build_pool(settings: BulkSettings) -> Pool:
     """Return the actor pool that the settings ask for.
 
     If `cpus_per_actor` is unset, actors split this machine's CPUs evenly; on a cluster, whose nodes
@@ -98,7 +98,7 @@ def build_pool(settings: Settings) -> Pool:
 
 
 def build_worker_context(
-    settings: Settings, layout: RunLayout, known: Plan, pool: Pool
+    settings: BulkSettings, layout: RunLayout, known: Plan, pool: Pool
 ) -> WorkerContext:
     """Return what all workers of the run share."""
     return WorkerContext(

@@ -21,7 +21,7 @@ from pipeline.bulk.driver import actor_pool, progress_actor
 from pipeline.bulk.driver.actor_pool import BatchLostError, Pool, images_of
 from pipeline.bulk.driver.isolation import ImageIsolator
 from pipeline.bulk.planning import plan
-from pipeline.bulk.planning.plan import Part
+from pipeline.bulk.planning.plan import PlanPart
 from pipeline.bulk.worker.rows import RowBuilder
 from pipeline.bulk.worker.segmenter import WorkerContext
 from pipeline.bulk.worker.summary import ShardSummary
@@ -32,7 +32,7 @@ from pipeline.runs.ray_connection import RunStoppedError
 logger = logging.getLogger(__name__)
 
 
-def shards_done(layout: RunLayout, part: Part) -> set[int]:
+def shards_done(layout: RunLayout, part: PlanPart) -> set[int]:
     """Return the numbers of the part's shards that have a file, listing only the part's range."""
     names = sorted(layout.shard(number) for number in part.numbers)
     found = storage.list_objects(layout.images, between=(names[0], names[-1]))
@@ -68,7 +68,7 @@ class Reconciler:
             return 0
         return images
 
-    def complete(self, part: Part) -> None:
+    def complete(self, part: PlanPart) -> None:
         """Process the part's shards until none is missing. Raises RunStoppedError."""
         if missing := self._missing(part):
             shards = plan.read_part(self._context.layout, part)
@@ -79,7 +79,7 @@ class Reconciler:
                 self._run_batch(shards.slice(0, 1), replace(self._pool, min_actors=1, max_actors=1))
             self._reconcile(part, shards)
 
-    def _reconcile(self, part: Part, shards: pa.Table) -> None:
+    def _reconcile(self, part: PlanPart, shards: pa.Table) -> None:
         for one_at_a_time in (False, True):
             missing = self._missing(part)
             if missing and one_at_a_time:
@@ -110,7 +110,7 @@ class Reconciler:
             return str(error)
         return None
 
-    def _missing(self, part: Part) -> list[int]:
+    def _missing(self, part: PlanPart) -> list[int]:
         """Return the positions in the part of the shards that have no file."""
         done = shards_done(self._context.layout, part)
         return [i for i, number in enumerate(part.numbers) if number not in done]

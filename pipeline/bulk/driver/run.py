@@ -25,7 +25,7 @@ from pipeline.bulk.driver.reconcile import Reconciler
 from pipeline.bulk.driver.usage import UsageLog
 from pipeline.bulk.planning import plan
 from pipeline.bulk.planning.plan import Plan
-from pipeline.bulk.settings import Settings
+from pipeline.bulk.settings import BulkSettings
 from pipeline.bulk.worker.rows import RowBuilder
 from pipeline.bulk.worker.summary import ShardSummary
 from pipeline.data import storage
@@ -54,7 +54,7 @@ class BulkResult:
     no_estimate: str = ""  # why a dry run has no estimate
 
 
-def run(settings: Settings, watch: ProgressCallback) -> BulkResult:
+def run(settings: BulkSettings, watch: ProgressCallback) -> BulkResult:
     """Start a run, or resume it; `watch` is called with its progress.
 
     Raises ValueError or StorageError if the settings name something that cannot be used,
@@ -94,7 +94,7 @@ def run(settings: Settings, watch: ProgressCallback) -> BulkResult:
         return _Run(settings, layout, known, checkpoint, watch, leases).execute()
 
 
-def _leases(settings: Settings, layout: RunLayout, checkpoint: Checkpoint) -> list[str]:
+def _leases(settings: BulkSettings, layout: RunLayout, checkpoint: Checkpoint) -> list[str]:
     """Return the leases that a driver must hold: the run's, and with --only-new the model's.
 
     Without the second, a nightly run would process the images of another one that is still running.
@@ -123,7 +123,7 @@ class _Run:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: BulkSettings,
         layout: RunLayout,
         known: Plan,
         checkpoint: Checkpoint,

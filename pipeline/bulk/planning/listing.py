@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.bulk.planning.inventory import Inventory
-from pipeline.bulk.settings import Settings
+from pipeline.bulk.settings import BulkSettings
 from pipeline.data import image_formats, storage
 from pipeline.data.pairs import stem
 from pipeline.results import files, tables
@@ -58,7 +58,7 @@ _SAME_PHOTO = """
 """
 
 
-class Listed(NamedTuple):
+class ImageRef(NamedTuple):
     """A photo as the plan holds it."""
 
     uri: str
@@ -80,7 +80,7 @@ class Listing:
     Raises ValueError where there are no photos, labels are ambiguous, or the inventory is none.
     """
 
-    def __init__(self, settings: Settings, *, model: str, settings_print: str) -> None:
+    def __init__(self, settings: BulkSettings, *, model: str, settings_print: str) -> None:
         self._settings = settings
         self._key = {"model": model, "settings": settings_print}
         self.left_out = 0
@@ -110,14 +110,14 @@ class Listing:
         self._con.close()
         self._folder.cleanup()
 
-    def images(self) -> Iterator[Listed]:
+    def images(self) -> Iterator[ImageRef]:
         """The photos in the order of their URIs' bytes, at most `limit`."""
         limit = "" if self._settings.limit is None else f" limit {self._settings.limit}"
         found = self._con.execute(
-            f"select {', '.join(Listed._fields)} from wanted order by uri{limit}"
+            f"select {', '.join(ImageRef._fields)} from wanted order by uri{limit}"
         )
         while rows := found.fetchmany(10_000):
-            yield from map(Listed._make, rows)
+            yield from map(ImageRef._make, rows)
 
     def _photos(self) -> Iterator[_Spooled]:
         prefix, included = self._settings.images, self._settings.included

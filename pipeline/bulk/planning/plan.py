@@ -20,8 +20,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.bulk.planning.listing import Listed, Listing
-from pipeline.bulk.settings import Settings, fingerprint, former_identities
+from pipeline.bulk.planning.listing import ImageRef, Listing
+from pipeline.bulk.settings import BulkSettings, fingerprint, former_identities
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout
 from pipeline.runs.artifacts import read_artifact
@@ -51,7 +51,7 @@ SHARDS = pa.schema([pa.field("shard", pa.int32()), pa.field("images", pa.list_(_
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class PlanPart:
     """A file of the plan: shards `first_shard` to `first_shard + shards - 1`."""
 
     name: str
@@ -65,7 +65,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counts:
+class PlanCounts:
     """What the plan holds, and what it leaves out."""
 
     images: int = 0
@@ -88,9 +88,9 @@ class Plan:
     identity: dict[str, Any]
     model: str  # fingerprint of the checkpoint
     settings: str  # fingerprint of the inference settings
-    counts: Counts
+    counts: PlanCounts
     inventory_etag: str | None = None  # of the inventory that was read instead of a listing
-    parts: list[Part] = field(default_factory=list)
+    parts: list[PlanPart] = field(default_factory=list)
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1).encode()
@@ -98,12 +98,12 @@ class Plan:
     @classmethod
     def from_json(cls, data: bytes) -> Plan:
         values = json.loads(data)
-        values["counts"] = Counts(**values["counts"])
-        values["parts"] = [Part(**part) for part in values["parts"]]
+        values["counts"] = PlanCounts(**values["counts"])
+        values["parts"] = [PlanPart(**part) for part in values["parts"]]
         return cls(**values)
 
 
-def run_id_of(settings: Settings, identity: dict[str, Any]) -> str:
+def run_id_of(settings: BulkSettings, identity: dict[str, Any]) -> str:
     """The run id given, or else an unfinished run of the same arguments, or else today's.
 
     With --only-new, today's next one: another run of the day does what came since the last.
@@ -170,12 +170,12 @@ def check_same(plan: Plan, identity: dict[str, Any]) -> None:
 
 
 def make(
-    settings: Settings,
+    settings: BulkSettings,
     layout: RunLayout,
     identity: dict[str, Any],
     *,
     write: bool = True,
-    look: Callable[[Iterator[Listed]], Iterator[Listed]] = iter,
+    look: Callable[[Iterator[ImageRef]], Iterator[ImageRef]] = iter,
 ) -> Plan:
     """Lists, cuts and (unless `write` is off) writes the plan; if another was first, that one.
 
@@ -196,7 +196,7 @@ def make(
         if write and settings.on_model_change is None and listing.done_otherwise:
             raise ValueError(_model_changed(listing))
         counted, parts = _write_parts(settings, layout, look(listing.images()), write=write)
-        counts = Counts(
+        counts = PlanCounts(
             **counted,
             left_out=listing.left_out,
             outside=listing.outside,
@@ -224,10 +224,10 @@ def _model_changed(listing: Listing) -> str:
 
 
 def _write_parts(
-    settings: Settings, layout: RunLayout, images: Iterator[Listed], *, write: bool
-) -> tuple[dict[str, int], list[Part]]:
+    settings: BulkSettings, layout: RunLayout, images: Iterator[ImageRef], *, write: bool
+) -> tuple[dict[str, int], list[PlanPart]]:
     counts = dict.fromkeys(("images", "bytes", "shards", "labels"), 0)
-    parts: list[Part] = []
+    parts: list[PlanPart] = []
     for first, shards in _waves(cut(images, settings)):
         flat = [image for shard in shards for image in shard]
         counts["images"] += len(flat)
@@ -236,15 +236,15 @@ def _write_parts(
         counts["shards"] += len(shards)
         data = _part_bytes(first, shards)
         name = f"part-{len(parts):05d}-{hashlib.sha256(data).hexdigest()[:16]}.parquet"
-        parts.append(Part(name=name, first_shard=first, shards=len(shards)))
+        parts.append(PlanPart(name=name, first_shard=first, shards=len(shards)))
         if write:
             storage.create(f"{layout.plan}/{name}", data)
     return counts, parts
 
 
-def cut(images: Iterator[Listed], settings: Settings) -> Iterator[list[Listed]]:
+def cut(images: Iterator[ImageRef], settings: BulkSettings) -> Iterator[list[ImageRef]]:
     """Shards of at most `shard_images` images and, with labels, `shard_bytes` bytes, in order."""
-    shard: list[Listed] = []
+    shard: list[ImageRef] = []
     held = 0
     for image in images:
         size = _fetched_bytes(image, settings.inference.max_object_bytes)
@@ -258,7 +258,7 @@ def cut(images: Iterator[Listed], settings: Settings) -> Iterator[list[Listed]]:
         yield shard
 
 
-def _fetched_bytes(image: Listed, max_object_bytes: int) -> int:
+def _fetched_bytes(image: ImageRef, max_object_bytes: int) -> int:
     """Bytes of the photo and its label.
 
     What is over the limit is never fetched, and with a photo its label is not either.
@@ -269,9 +269,9 @@ def _fetched_bytes(image: Listed, max_object_bytes: int) -> int:
     return image.bytes + (label_bytes if label_bytes <= max_object_bytes else 0)
 
 
-def _waves(shards: Iterator[list[Listed]]) -> Iterator[tuple[int, list[list[Listed]]]]:
+def _waves(shards: Iterator[list[ImageRef]]) -> Iterator[tuple[int, list[list[ImageRef]]]]:
     """Shards in groups of a wave, each with the number of its first."""
-    wave: list[list[Listed]] = []
+    wave: list[list[ImageRef]] = []
     first = images = 0
     for shard in shards:
         if len(wave) == WAVE_SHARDS or images + len(shard) > WAVE_IMAGES:
@@ -283,7 +283,7 @@ def _waves(shards: Iterator[list[Listed]]) -> Iterator[tuple[int, list[list[List
         yield first, wave
 
 
-def _part_bytes(first: int, shards: list[list[Listed]]) -> bytes:
+def _part_bytes(first: int, shards: list[list[ImageRef]]) -> bytes:
     # by columns: a dictionary for each of half a million photos would be half a gigabyte
     columns = zip(*itertools.chain.from_iterable(shards), strict=True)
     arrays = [pa.array(each, field.type) for each, field in zip(columns, _IMAGE, strict=True)]
@@ -298,7 +298,7 @@ def _part_bytes(first: int, shards: list[list[Listed]]) -> bytes:
     return buffer.getvalue()
 
 
-def read_part(layout: RunLayout, part: Part) -> pa.Table:
+def read_part(layout: RunLayout, part: PlanPart) -> pa.Table:
     """The part's shards, one row each. Raises RunStoppedError, StorageError."""
     uri = f"{layout.plan}/{part.name}"
     return read_artifact(uri, lambda data: pq.read_table(io.BytesIO(data)), hint=_ANEW)

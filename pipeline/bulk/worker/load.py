@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from pipeline.bulk.planning.listing import Listed
+from pipeline.bulk.planning.listing import ImageRef
 from pipeline.bulk.worker.decode import DecodeError, DecoderPool, Pixels
 from pipeline.data import storage
 
@@ -35,7 +35,7 @@ _FIRST_GUESS_BYTES = 3_000_000  # of an image's pixels, until some are known
 class DecodedImage:
     """An image of the plan with its pixels, or with the error that left it without."""
 
-    listed: Listed
+    listed: ImageRef
     image: Pixels | None = None  # (h, w, 3)
     label: Pixels | None = None  # (h, w)
     label_error: str | None = None
@@ -66,17 +66,17 @@ class Loader:
         self._fetchers.shutdown(cancel_futures=True)
         self._decoding.shutdown(cancel_futures=True)
 
-    def stream(self, images: Sequence[Listed]) -> Iterator[DecodedImage]:
+    def stream(self, images: Sequence[ImageRef]) -> Iterator[DecodedImage]:
         """Return the images with their pixels, in the given order; loading starts at once."""
         fetching = [(ref, self._fetchers.submit(self._fetch, ref)) for ref in images]
         ahead = PrefetchQueue(fetching, self._decode_later, fewest=self._decoder_count)
         ahead.advance()
         return iter(ahead)
 
-    def _decode_later(self, ref: Listed, fetched: Fetching) -> Future[DecodedImage]:
+    def _decode_later(self, ref: ImageRef, fetched: Fetching) -> Future[DecodedImage]:
         return self._decoding.submit(self._decode, ref, fetched)
 
-    def _fetch(self, ref: Listed) -> Fetched:
+    def _fetch(self, ref: ImageRef) -> Fetched:
         """Return the bytes of image and label. Raises StorageError if the image cannot be read."""
         if ref.bytes > self._max_object_bytes:
             return b"", None
@@ -91,7 +91,7 @@ class Loader:
         except storage.StorageError as error:
             return image, error
 
-    def _decode(self, ref: Listed, fetched: Fetching) -> DecodedImage:
+    def _decode(self, ref: ImageRef, fetched: Fetching) -> DecodedImage:
         if ref.bytes > self._max_object_bytes:
             message = f"{ref.bytes} bytes are over the limit of {self._max_object_bytes}"
             return DecodedImage(listed=ref, error_kind="too_large", error=message)
@@ -138,8 +138,8 @@ class PrefetchQueue:
 
     def __init__(
         self,
-        waiting: Sequence[tuple[Listed, Fetching]],
-        decode: Callable[[Listed, Fetching], Future[DecodedImage]],
+        waiting: Sequence[tuple[ImageRef, Fetching]],
+        decode: Callable[[ImageRef, Fetching], Future[DecodedImage]],
         *,
         fewest: int,
     ) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline import metrics
-from pipeline.bulk.planning.listing import Listed
+from pipeline.bulk.planning.listing import ImageRef
 from pipeline.bulk.worker.load import DecodedImage
 from pipeline.data import image_formats, masks
 from pipeline.data.labels import Classes
@@ -46,7 +46,7 @@ class RowBuilder:
             "classes": self._class_rows(mask, confidence, loaded.label),
         }
 
-    def error(self, shard: int, listed: Listed, kind: str, message: str) -> dict[str, Any]:
+    def error(self, shard: int, listed: ImageRef, kind: str, message: str) -> dict[str, Any]:
         """Return the row of an image that has no mask."""
         return {
             **self._common(shard, listed),
@@ -55,7 +55,7 @@ class RowBuilder:
             "error": _message(message),
         }
 
-    def _common(self, shard: int, listed: Listed) -> dict[str, Any]:
+    def _common(self, shard: int, listed: ImageRef) -> dict[str, Any]:
         return {
             **listed._asdict(),
             "run_id": self.run_id,

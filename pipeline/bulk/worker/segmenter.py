@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pipeline.bulk.planning.listing import Listed
+from pipeline.bulk.planning.listing import ImageRef
 from pipeline.bulk.settings import Inference
 from pipeline.bulk.worker.decode import DecodeLimits, DecoderPool
 from pipeline.bulk.worker.failure_streaks import FailureStreak, LocationMonitor, SystemicError
@@ -87,7 +87,7 @@ class Segmenter:
         self.decoders.close()
 
     def segment(
-        self, shard: int, images: Sequence[Listed], report: Callable[[int], None] | None = None
+        self, shard: int, images: Sequence[ImageRef], report: Callable[[int], None] | None = None
     ) -> ShardSummary:
         """Segment the shard and create its file; a file that exists already is kept.
 
@@ -99,12 +99,12 @@ class Segmenter:
         return summary
 
     def rows_of(
-        self, shard: int, images: Sequence[Listed], report: Callable[[int], None] | None = None
+        self, shard: int, images: Sequence[ImageRef], report: Callable[[int], None] | None = None
     ) -> tuple[bytes, ShardSummary]:
         """Return the bytes of the shard's file, without writing it, and the shard's summary."""
         summary = ShardSummary(shard=shard, images=len(images))
         rows: dict[str, dict[str, Any]] = {}
-        refused: list[Listed] = []
+        refused: list[ImageRef] = []
         delivered = self._delivered(self._loader.stream(images), summary, refused)
         self._segment_stream(shard, delivered, summary, rows, report)
         if refused:
@@ -140,7 +140,7 @@ class Segmenter:
             self._images.check_vanished(gone)
 
     def _delivered(
-        self, stream: Iterator[DecodedImage], summary: ShardSummary, refused: list[Listed]
+        self, stream: Iterator[DecodedImage], summary: ShardSummary, refused: list[ImageRef]
     ) -> Iterator[DecodedImage]:
         """Yield the stream without images that storage refused for now, or whose label it refused.
 

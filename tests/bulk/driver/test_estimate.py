@@ -13,15 +13,15 @@ from pipeline.bulk.driver import estimate
 from pipeline.bulk.driver.actor_pool import Pool
 from pipeline.bulk.driver.estimate import Estimate, StratifiedSample
 from pipeline.bulk.planning import plan
-from pipeline.bulk.planning.listing import Listed
+from pipeline.bulk.planning.listing import ImageRef
 from pipeline.bulk.worker.segmenter import Segmenter
 from pipeline.results.layout import RunLayout
 
 POOL = Pool(min_actors=1, max_actors=4, cpus=2, gpus=0.5)
 
 
-def _photos(count: int) -> list[Listed]:
-    return [Listed(f"{i:06d}", "e", i, None, None) for i in range(count)]
+def _photos(count: int) -> list[ImageRef]:
+    return [ImageRef(f"{i:06d}", "e", i, None, None) for i in range(count)]
 
 
 @pytest.mark.parametrize("count", [0, 1, 23, 24, 25, 48, 100, 1000, 12_345])
@@ -59,7 +59,7 @@ def test_time_and_bytes_are_about_those_of_a_loop_over_all_photos(
     fill: Any,
     settings_for: Any,
     work_for: Any,
-    listed: Callable[..., list[Listed]],
+    listed: Callable[..., list[ImageRef]],
 ) -> None:
     fill(str(tmp_path), 48)
     settings = settings_for(str(tmp_path), labels=None)

@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.bulk.planning.listing import Listed
-from pipeline.bulk.settings import Settings
+from pipeline.bulk.planning.listing import ImageRef
+from pipeline.bulk.settings import BulkSettings
 from pipeline.bulk.worker import storage_probe
 from pipeline.bulk.worker.failure_streaks import FAILURES_IN_A_ROW, CutOffError, SystemicError
 from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
@@ -22,8 +22,8 @@ from pipeline.data.storage import StorageError
 
 pytestmark = pytest.mark.process
 
-SettingsFor = Callable[..., Settings]
-ListedBy = Callable[..., list[Listed]]
+SettingsFor = Callable[..., BulkSettings]
+ListedBy = Callable[..., list[ImageRef]]
 WorkFor = Callable[..., WorkerContext]
 PhotoOf = Callable[[int], tuple[str, bytes, bytes]]
 
@@ -31,7 +31,7 @@ PhotoOf = Callable[[int], tuple[str, bytes, bytes]]
 @pytest.fixture
 def many(
     tmp_path: Path, photo_of: PhotoOf, settings_for: SettingsFor, listed: ListedBy
-) -> tuple[Settings, list[Listed]]:
+) -> tuple[BulkSettings, list[ImageRef]]:
     """More photos than make a streak, all of one size."""
     settings = settings_for(str(tmp_path), labels=None)
     data = photo_of(11)[1]
@@ -58,7 +58,7 @@ def _shards(work: WorkerContext) -> list[str]:
 
 
 def test_storage_that_refuses_everything_stops_the_run_at_its_first_shard(
-    many: tuple[Settings, list[Listed]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
+    many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, photos = many
     work = work_for(settings)
@@ -76,7 +76,7 @@ def test_storage_that_refuses_everything_stops_the_run_at_its_first_shard(
 
 
 def test_a_photo_that_is_refused_once_is_asked_for_again_at_the_shards_end(
-    many: tuple[Settings, list[Listed]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
+    many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, photos = many
     asked: list[str] = []
@@ -95,7 +95,7 @@ def test_a_photo_that_is_refused_once_is_asked_for_again_at_the_shards_end(
 
 
 def test_fifty_photos_in_a_row_that_fail_in_one_way_stop_the_run(
-    many: tuple[Settings, list[Listed]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
+    many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, photos = many
     work = work_for(settings)
@@ -109,7 +109,7 @@ def test_fifty_photos_in_a_row_that_fail_in_one_way_stop_the_run(
 
 
 def test_failures_that_are_not_in_a_row_stop_nothing(
-    many: tuple[Settings, list[Listed]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
+    many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, photos = many
     with closing(Segmenter(work_for(settings))) as segmenter:
@@ -134,7 +134,7 @@ def test_any_number_of_broken_photos_in_a_row_stops_nothing(
 
 
 def test_a_network_that_fits_no_photo_into_memory_stops_the_run(
-    many: tuple[Settings, list[Listed]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
+    many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def too_large(*_: Any, **__: Any) -> Any:
         raise MemoryError
@@ -179,7 +179,7 @@ def test_a_batch_that_does_not_fit_is_done_photo_by_photo_and_only_the_large_one
 
 
 def test_a_fault_of_the_network_that_is_not_memory_is_raised_and_nothing_committed(
-    many: tuple[Settings, list[Listed]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
+    many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -206,7 +206,7 @@ def test_a_checkpoint_that_was_replaced_after_planning_is_refused(
 
 
 def test_photos_that_change_or_vanish_after_planning_are_rows_of_that_kind(
-    many: tuple[Settings, list[Listed]], work_for: WorkFor, photo_of: PhotoOf
+    many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, photo_of: PhotoOf
 ) -> None:
     settings, photos = many
     storage.write(photos[0].uri, photo_of(1)[1])
@@ -219,7 +219,7 @@ def test_photos_that_change_or_vanish_after_planning_are_rows_of_that_kind(
 
 @pytest.mark.parametrize("shard_images", [60, 10])
 def test_photos_that_are_gone_with_all_that_lay_there_stop_the_run_and_are_no_rows(
-    many: tuple[Settings, list[Listed]], work_for: WorkFor, shard_images: int
+    many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, shard_images: int
 ) -> None:
     settings, photos = many
     work = work_for(settings)
@@ -237,7 +237,7 @@ def test_photos_that_are_gone_with_all_that_lay_there_stop_the_run_and_are_no_ro
 
 
 def test_photos_that_are_listed_and_yet_not_there_stop_the_run(
-    many: tuple[Settings, list[Listed]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
+    many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, photos = many
     _refuse(monkeypatch, lambda _: True, kind="vanished")

@@ -18,7 +18,7 @@ import ray
 from pipeline.bulk.driver import isolation
 from pipeline.bulk.driver.actor_pool import Pool
 from pipeline.bulk.driver.isolation import ImageIsolator, IsolatedWorker
-from pipeline.bulk.planning.listing import Listed
+from pipeline.bulk.planning.listing import ImageRef
 from pipeline.bulk.worker.rows import RowBuilder
 from pipeline.bulk.worker.segmenter import WorkerContext
 from pipeline.data import storage
@@ -41,7 +41,7 @@ class _StubSegmenter:
             run_id="test", model=work.model, settings=work.settings, classes=VOC
         )
 
-    def rows_of(self, shard: int, images: list[Listed]) -> tuple[bytes, None]:
+    def rows_of(self, shard: int, images: list[ImageRef]) -> tuple[bytes, None]:
         [image] = images
         name, _, failures = image.uri.partition(":")
         attempt = len(list(self._attempts.glob(f"{name}-*")))
@@ -87,7 +87,7 @@ def segment(
     with closing(ImageIsolator(work, pool, rows)) as isolator:
 
         def segment(uris: list[str]) -> list[dict[str, Any]]:
-            isolator.segment(0, [Listed(uri, "e", 1, None, None) for uri in uris])
+            isolator.segment(0, [ImageRef(uri, "e", 1, None, None) for uri in uris])
             assert not list(storage.list_objects(work.layout.singles))
             data = storage.read(work.layout.shard(0))
             rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data)).to_pylist()

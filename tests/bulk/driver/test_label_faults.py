@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.bulk.planning.listing import Listed
-from pipeline.bulk.settings import Inference, Settings
+from pipeline.bulk.planning.listing import ImageRef
+from pipeline.bulk.settings import BulkSettings, Inference
 from pipeline.bulk.worker.failure_streaks import CutOffError, SystemicError
 from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
 from pipeline.data import storage
@@ -23,13 +23,13 @@ from pipeline.model import predict
 
 pytestmark = pytest.mark.process
 
-Labelled = tuple[Settings, list[Listed]]
+Labelled = tuple[BulkSettings, list[ImageRef]]
 Refuse = Callable[..., Counter[str]]
 
 
 @pytest.fixture
 def labelled(
-    tmp_path: Path, photo_of: Any, settings_for: Callable[..., Settings], listed: Any
+    tmp_path: Path, photo_of: Any, settings_for: Callable[..., BulkSettings], listed: Any
 ) -> Labelled:
     """More photos with labels than make a streak."""
     settings = settings_for(str(tmp_path))

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from pipeline.bulk.planning.listing import Listed, Listing
-from pipeline.bulk.settings import Settings
+from pipeline.bulk.planning.listing import ImageRef, Listing
+from pipeline.bulk.settings import BulkSettings
 from pipeline.data import storage
 from pipeline.results import tables
 from pipeline.results.layout import RunLayout
 
-SettingsFor = Callable[..., Settings]
+SettingsFor = Callable[..., BulkSettings]
 Row = dict[str, Any]
 
 
@@ -28,7 +28,7 @@ def _put(prefix: str, count: int) -> None:
             storage.write(f"{prefix}/labels/{i:02d}.png", b"x")
 
 
-def _row(photo: Listed, run: str, **values: Any) -> Row:
+def _row(photo: ImageRef, run: str, **values: Any) -> Row:
     status = "error" if values.get("error_kind") else "ok"
     common = {"shard": 0, "model": "m", "settings": "s", "status": status, "run_id": run}
     return {**photo._asdict(), **common, **values}
@@ -64,12 +64,12 @@ def _unfinished(results: str, run: str, rows: list[Row]) -> None:
         storage.write(layout.shard(number), tables.rows_to_parquet([row], tables.IMAGES))
 
 
-def _new(settings: Settings) -> tuple[list[Listed], int]:
+def _new(settings: BulkSettings) -> tuple[list[ImageRef], int]:
     with Listing(settings, model="m", settings_print="s") as listing:
         return list(listing.images()), listing.done_before
 
 
-def _names(photos: list[Listed]) -> list[str]:
+def _names(photos: list[ImageRef]) -> list[str]:
     return [Path(photo.uri).stem for photo in photos]
 
 
@@ -272,14 +272,14 @@ def test_only_new_agrees_with_plain_sets(
         ends = [_finished, _unfinished, _finished_in_parts, _killed_while_it_wrote_done]
         draw.choice(ends)(settings.results, run, rows)
 
-    def is_done(photo: Listed) -> bool:
+    def is_done(photo: ImageRef) -> bool:
         key = (photo.uri, photo.etag, photo.label_etag, "m", "s")
         names = ("uri", "etag", "label_etag", "model", "settings")
         same = [r for rows in runs.values() for r in rows if tuple(r[n] for n in names) == key]
         final = any(r["error_kind"] in {None, *tables.PERMANENT_ERRORS} for r in same)
         return final or len({row["run_id"] for row in same}) >= 3
 
-    def is_done_otherwise(photo: Listed) -> bool:
+    def is_done_otherwise(photo: ImageRef) -> bool:
         key = (photo.uri, photo.etag, photo.label_etag)
         same = [r for rows in runs.values() for r in rows]
         return any(

@@ -17,8 +17,8 @@ from pipeline.bulk.driver import actor_pool, progress_actor
 from pipeline.bulk.driver.actor_pool import BatchLostError, Pool, ShardWorker, pack, unpack
 from pipeline.bulk.driver.reconcile import Reconciler
 from pipeline.bulk.planning import plan
-from pipeline.bulk.planning.listing import Listed
-from pipeline.bulk.settings import Settings
+from pipeline.bulk.planning.listing import ImageRef
+from pipeline.bulk.settings import BulkSettings
 from pipeline.bulk.worker.rows import RowBuilder
 from pipeline.bulk.worker.segmenter import WorkerContext
 from pipeline.bulk.worker.summary import ShardSummary
@@ -44,7 +44,7 @@ class _StubSegmenter:
         self._lock = threading.Lock()
 
     def segment(
-        self, shard: int, images: list[Listed], report: Callable[[int], None]
+        self, shard: int, images: list[ImageRef], report: Callable[[int], None]
     ) -> ShardSummary:
         with self._lock:
             if not self._left:
@@ -62,7 +62,7 @@ Reconcile = Callable[[list[int]], list[tuple[int, bool]]]
 def reconcile(
     tmp_path: Path,
     ray_session: None,
-    settings_for: Callable[..., Settings],
+    settings_for: Callable[..., BulkSettings],
     work_for: Callable[..., WorkerContext],
     fill: Callable[[str, int], None],
     monkeypatch: pytest.MonkeyPatch,
@@ -147,7 +147,7 @@ def test_the_progress_actor_counts_images_of_unfinished_shards() -> None:
 @pytest.fixture
 def work(
     tmp_path: Path,
-    settings_for: Callable[..., Settings],
+    settings_for: Callable[..., BulkSettings],
     work_for: Callable[..., WorkerContext],
     fill: Callable[[str, int], None],
 ) -> WorkerContext:

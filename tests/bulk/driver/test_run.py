@@ -24,8 +24,8 @@ from pipeline.bulk.driver.isolation import ImageIsolator
 from pipeline.bulk.driver.run import BulkResult, run
 from pipeline.bulk.driver.watchdog import StallWatchdog
 from pipeline.bulk.planning import plan
-from pipeline.bulk.planning.listing import Listed
-from pipeline.bulk.settings import Inference, Settings
+from pipeline.bulk.planning.listing import ImageRef
+from pipeline.bulk.settings import BulkSettings, Inference
 from pipeline.bulk.worker.rows import RowBuilder
 from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
 from pipeline.data import storage
@@ -48,7 +48,7 @@ def quiet(*_: object) -> None:
     """Watches nothing."""
 
 
-def rows_of(settings: Settings) -> list[dict[str, Any]]:
+def rows_of(settings: BulkSettings) -> list[dict[str, Any]]:
     """All rows of the run, by shard and position."""
     assert settings.run_id is not None
     layout = RunLayout(results=settings.results, run_id=settings.run_id)
@@ -58,7 +58,7 @@ def rows_of(settings: Settings) -> list[dict[str, Any]]:
     return rows
 
 
-def looped(settings: Settings, work: WorkerContext) -> list[dict[str, Any]]:
+def looped(settings: BulkSettings, work: WorkerContext) -> list[dict[str, Any]]:
     """The rows of a plain loop over the run's plan, without Ray."""
     assert settings.run_id is not None
     layout = RunLayout(results=settings.results, run_id=settings.run_id)
@@ -322,6 +322,6 @@ def test_a_photos_row_that_is_broken_is_said_in_one_line(
     storage.write(work.layout.single(3, 0), b"PAR1 half a r")
     rows = RowBuilder(run_id="test", model=work.model, settings=work.settings, classes=VOC)
     stage = ImageIsolator(work, Pool(min_actors=1, max_actors=1, cpus=1, gpus=0), rows)
-    photo = Listed(f"{tmp_path}/photos/1.jpg", "e", 1, None, None)
+    photo = ImageRef(f"{tmp_path}/photos/1.jpg", "e", 1, None, None)
     with pytest.raises(RunStoppedError, match=r"000003/00000\.parquet is corrupt .*: delete it"):
         stage.segment(3, [photo])

@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.bulk.planning import plan
-from pipeline.bulk.planning.listing import Listed, Listing
-from pipeline.bulk.settings import Settings
+from pipeline.bulk.planning.listing import ImageRef, Listing
+from pipeline.bulk.settings import BulkSettings
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout
 
-SettingsFor = Callable[..., Settings]
+SettingsFor = Callable[..., BulkSettings]
 Rows = list[dict[str, Any]]
 
 NAMES = [
@@ -36,7 +36,7 @@ def _put(prefix: str) -> list[storage.Object]:
     return list(storage.list_objects(f"{prefix}/photos"))
 
 
-def _listed(settings: Settings) -> tuple[list[Listed], int, int]:
+def _listed(settings: BulkSettings) -> tuple[list[ImageRef], int, int]:
     with Listing(settings, model="m", settings_print="s") as listing:
         return list(listing.images()), listing.left_out, listing.outside
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.bulk.planning.listing import Listed, Listing
-from pipeline.bulk.settings import Settings
+from pipeline.bulk.planning.listing import ImageRef, Listing
+from pipeline.bulk.settings import BulkSettings
 from pipeline.data import storage
 
-SettingsFor = Callable[..., Settings]
-ListedBy = Callable[..., list[Listed]]
+SettingsFor = Callable[..., BulkSettings]
+ListedBy = Callable[..., list[ImageRef]]
 
 ODD_NAMES = [
     *("a b.jpg", 'it\'s "so".jpg', "[x]*?.jpg", "%2e%2F.jpg", "é.jpg", "e\u0301.jpg", "猫.jpg"),

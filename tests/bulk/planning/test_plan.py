@@ -14,17 +14,17 @@ import pytest
 
 from pipeline.bulk import settings as settings_module
 from pipeline.bulk.planning import plan
-from pipeline.bulk.planning.listing import Listed
+from pipeline.bulk.planning.listing import ImageRef
 from pipeline.bulk.planning.plan import Plan
-from pipeline.bulk.settings import Inference, Settings
+from pipeline.bulk.settings import BulkSettings, Inference
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout
 
-SettingsFor = Callable[..., Settings]
+SettingsFor = Callable[..., BulkSettings]
 
 
-def _photo(number: int, size: int) -> Listed:
-    return Listed(f"/p/{number:05d}.jpg", f"e{number}", size, None, None)
+def _photo(number: int, size: int) -> ImageRef:
+    return ImageRef(f"/p/{number:05d}.jpg", f"e{number}", size, None, None)
 
 
 def _put(prefix: str, count: int) -> None:
@@ -32,25 +32,27 @@ def _put(prefix: str, count: int) -> None:
         storage.write(f"{prefix}/photos/{i:03d}.jpg", b"x" * i)
 
 
-def _make(settings: Settings, *, model: str = "m", write: bool = True) -> Plan:
+def _make(settings: BulkSettings, *, model: str = "m", write: bool = True) -> Plan:
     return plan.make(settings, _layout(settings), settings.identity(model=model), write=write)
 
 
-def _layout(settings: Settings) -> RunLayout:
+def _layout(settings: BulkSettings) -> RunLayout:
     return RunLayout(results=settings.results, run_id=settings.run_id or "none")
 
 
-def _shards(settings: Settings, made: Plan) -> list[list[Listed]]:
+def _shards(settings: BulkSettings, made: Plan) -> list[list[ImageRef]]:
     """The shards as the plan's parts hold them, after a look at their numbers."""
     rows = [
         row for part in made.parts for row in plan.read_part(_layout(settings), part).to_pylist()
     ]
     assert [row["shard"] for row in rows] == list(range(len(rows)))
-    return [[Listed(**image) for image in row["images"]] for row in rows]
+    return [[ImageRef(**image) for image in row["images"]] for row in rows]
 
 
-def _cut_by_hand(photos: list[Listed], images: int, limit: int, huge: int) -> list[list[Listed]]:
-    shards: list[list[Listed]] = [[]]
+def _cut_by_hand(
+    photos: list[ImageRef], images: int, limit: int, huge: int
+) -> list[list[ImageRef]]:
+    shards: list[list[ImageRef]] = [[]]
     for photo in photos:
         together = [*shards[-1], photo]
         if shards[-1] and (
@@ -112,7 +114,7 @@ def test_the_plan_holds_every_photo_once_in_parts_of_a_wave(
     assert [(part.first_shard, part.shards) for part in made.parts] == [
         *((0, 3), (3, 3), (6, 3), (9, 1)),
     ]
-    assert made.counts == plan.Counts(
+    assert made.counts == plan.PlanCounts(
         images=20, bytes=sum(range(20)), shards=10, labels=1, left_out=1, done_before=0
     )
     assert plan.load(_layout(settings)) == made

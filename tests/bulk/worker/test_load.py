@@ -10,14 +10,14 @@ from contextlib import closing, contextmanager
 import numpy as np
 import pytest
 
-from pipeline.bulk.planning.listing import Listed
-from pipeline.bulk.settings import Settings
+from pipeline.bulk.planning.listing import ImageRef
+from pipeline.bulk.settings import BulkSettings
 from pipeline.bulk.worker.decode import DecodeError, Pixels
 from pipeline.bulk.worker.load import AHEAD_BYTES, Loader
 from pipeline.data import storage
 
-ListedBy = Callable[..., list[Listed]]
-SettingsFor = Callable[..., Settings]
+ListedBy = Callable[..., list[ImageRef]]
+SettingsFor = Callable[..., BulkSettings]
 
 
 class FakeDecoders:
@@ -55,14 +55,14 @@ def _loader(
         yield loader
 
 
-def _photos(prefix: str, sizes: list[int], labels: list[bytes] | None = None) -> list[Listed]:
+def _photos(prefix: str, sizes: list[int], labels: list[bytes] | None = None) -> list[ImageRef]:
     for i, size in enumerate(sizes):
         storage.write(f"{prefix}/{i:03d}", b"%d" % size)
     for i, label in enumerate(labels or []):
         storage.write(f"{prefix}-labels/{i:03d}", label)
     truth = list(storage.list_objects(f"{prefix}-labels")) if labels else []
     return [
-        Listed(*photo, *(truth[i][:2] if i < len(truth) else (None, None)))
+        ImageRef(*photo, *(truth[i][:2] if i < len(truth) else (None, None)))
         for i, photo in enumerate(sorted(storage.list_objects(prefix)))
     ]
 
@@ -121,7 +121,7 @@ def test_an_object_over_the_limit_is_an_error_and_never_fetched(
 ) -> None:
     photos = _photos(prefix, [3, 6, 9])
     storage.write(photos[1].uri, b"6" * 101)
-    photos = [Listed(*item, None, None) for item in sorted(storage.list_objects(prefix))]
+    photos = [ImageRef(*item, None, None) for item in sorted(storage.list_objects(prefix))]
     reads = _count_reads(monkeypatch)
     with _loader(FakeDecoders(), max_object_bytes=100) as loader:
         found = list(loader.stream(photos))
@@ -171,7 +171,7 @@ def test_decoded_pixels_that_wait_are_bounded_whatever_the_sizes(
 def test_bytes_of_a_broken_photo_are_counted_as_read(tmp_path: object) -> None:
     photos = _photos(f"{tmp_path}/p", [3])
     storage.write(photos[0].uri, b"broken")
-    photos = [Listed(*item, None, None) for item in storage.list_objects(f"{tmp_path}/p")]
+    photos = [ImageRef(*item, None, None) for item in storage.list_objects(f"{tmp_path}/p")]
     with _loader(FakeDecoders()) as loader:
         [found] = loader.stream(photos)
     assert (found.error_kind, found.fetched_bytes) == ("not_an_image", 6)

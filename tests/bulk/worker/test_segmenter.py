@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.bulk.planning.listing import Listed
-from pipeline.bulk.settings import Inference, Settings
+from pipeline.bulk.planning.listing import ImageRef
+from pipeline.bulk.settings import BulkSettings, Inference
 from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
 from pipeline.bulk.worker.summary import ShardSummary
 from pipeline.data import storage
@@ -27,8 +27,8 @@ from pipeline.results import tables
 
 pytestmark = pytest.mark.process
 
-SettingsFor = Callable[..., Settings]
-ListedBy = Callable[..., list[Listed]]
+SettingsFor = Callable[..., BulkSettings]
+ListedBy = Callable[..., list[ImageRef]]
 WorkFor = Callable[..., WorkerContext]
 Fill = Callable[[str, int], None]
 Rows = list[dict[str, Any]]
@@ -40,7 +40,7 @@ def _segmenter(work: WorkerContext) -> Iterator[Segmenter]:
         yield segmenter
 
 
-def _rows(work: WorkerContext, photos: list[Listed]) -> Rows:
+def _rows(work: WorkerContext, photos: list[ImageRef]) -> Rows:
     with _segmenter(work) as segmenter:
         data, _ = segmenter.rows_of(3, photos)
     rows: Rows = pq.read_table(io.BytesIO(data)).to_pylist()

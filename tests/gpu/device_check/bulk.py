@@ -23,7 +23,7 @@ import torch
 from pipeline.bulk.driver.actor_pool import images_of
 from pipeline.bulk.driver.preflight import build_pool, build_worker_context, preflight
 from pipeline.bulk.planning import plan
-from pipeline.bulk.settings import Inference, Settings
+from pipeline.bulk.settings import BulkSettings, Inference
 from pipeline.bulk.worker.segmenter import Segmenter
 from pipeline.data import images, labels, storage
 from pipeline.model import predict, weights
@@ -91,7 +91,7 @@ class Case:
     def without_ray(self) -> dict[str, Any]:
         """Run the segmenter shard by shard; report how busy the GPU is."""
         arguments = self._arguments
-        settings = Settings(
+        settings = BulkSettings(
             images=str(Path(arguments.images, "JPEGImages")),
             results=tempfile.mkdtemp(),
             checkpoint=self._checkpoint,
