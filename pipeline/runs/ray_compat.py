@@ -9,22 +9,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray._private import ray_constants
 from ray.data import DataContext
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
 __all__ = [
     "STARTUP_TIMEOUT",
     "ExecutionCallback",
     "batch_context",
+    "local_torch_trainer",
     "loopback_only",
     "running_actors",
 ]
 
 STARTUP_TIMEOUT = "timed out during startup"
 """Part of the message of a local Ray that does not start in time; it has no exception class."""
+
+_CLEANER = "PlacementGroupCleanerCallback"
 
 _INFO_LOGGERS = ("ray.data", "ray.data._internal.execution.streaming_executor")
 """They narrate each execution; only their errors are shown."""
@@ -93,3 +99,19 @@ def _log_level(name: str, level: int) -> Iterator[None]:
 def running_actors(executor: Any) -> int:
     """Return how many actors of an execution are ready, not waiting for a node or starting."""
     return sum(operator.get_actor_info().running for operator in executor._topology)
+
+
+def local_torch_trainer() -> type[TorchTrainer]:
+    """Return a trainer class for a local Ray, which ends with its driver.
+
+    Ray Train starts an actor that frees the workers' CPUs if their driver crashes, which only a
+    shared cluster needs. Without a dashboard, which it queries, that actor takes 12 s to stop.
+    """
+    from ray.train.torch import TorchTrainer  # only training needs it
+
+    class LocalTorchTrainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]  # V1's types
+            return [each for each in callbacks if type(each).__name__ != _CLEANER]
+
+    return LocalTorchTrainer

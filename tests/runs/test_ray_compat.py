@@ -17,6 +17,8 @@ from ray.data._internal.actor_autoscaler import default_actor_autoscaler
 from ray.data._internal.execution.interfaces import PhysicalOperator
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.data.context import AutoscalingConfig
+from ray.train import ScalingConfig
+from ray.train.torch import TorchTrainer
 
 from pipeline.runs import ray_compat
 from pipeline.runs.ray_compat import ExecutionCallback
@@ -148,3 +150,12 @@ def test_an_execution_shows_its_running_actors_to_the_callback() -> None:
         assert sorted(row["item"] for row in doubled.iter_rows()) == [2, 4, 6]
     assert _Observer.running[0] == 0
     assert max(_Observer.running) == 1
+
+
+def test_a_local_trainer_still_lacks_only_the_callback_that_frees_the_workers_cpus() -> None:
+    def callbacks(kind: type[TorchTrainer]) -> list[str]:
+        trainer: Any = kind(lambda: None, scaling_config=ScalingConfig(num_workers=1))
+        return [type(each).__name__ for each in trainer._create_default_callbacks()]
+
+    on_cluster, local = callbacks(TorchTrainer), callbacks(ray_compat.local_torch_trainer())
+    assert sorted(on_cluster) == sorted([*local, ray_compat._CLEANER])

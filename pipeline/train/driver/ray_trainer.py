@@ -8,7 +8,7 @@ from typing import Any
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from pipeline.runs import ray_connection
+from pipeline.runs import ray_compat, ray_connection
 from pipeline.train.driver.preflight import PreparedRun
 from pipeline.train.driver.status import StatusReporter
 from pipeline.train.worker import checkpoints, loop
@@ -24,8 +24,9 @@ def build_ray_trainer(run: PreparedRun, status: Any) -> TorchTrainer:
     settings, spec = run.settings, run.spec
     target = checkpoints.ray_storage(spec.out)
     low, high = settings.workers_range
-    kind = TorchTrainer if ray_connection.has_cluster() else _LocalRayTrainer
-    return kind(
+    on_cluster = ray_connection.has_cluster()
+    trainer = TorchTrainer if on_cluster else ray_compat.local_torch_trainer()
+    return trainer(
         _worker,
         train_loop_config={"spec": spec, "status": status},
         scaling_config=ScalingConfig(
@@ -54,18 +55,6 @@ class _CrashCallback(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         self._status.worker_crashed.remote()
-
-
-class _LocalRayTrainer(TorchTrainer):
-    """A trainer on a Ray that this process started, and that ends with it.
-
-    Ray Train starts an actor that frees the workers' CPUs if their driver crashes, which only a
-    shared cluster needs. Without a dashboard, which it queries, the actor takes 12 s to stop.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        every: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]  # V1's types
-        return [each for each in every if type(each).__name__ != "PlacementGroupCleanerCallback"]
 
 
 def _worker(config: dict[str, Any]) -> None:
