@@ -1,4 +1,4 @@
-"""What a person says about a bulk run, checked before anything starts."""
+"""User-facing settings of a bulk run, validated."""
 
 from __future__ import annotations
 
@@ -20,34 +20,35 @@ IMAGE_PATTERNS = tuple(
 
 
 FORMER_IMAGE_PATTERNS: tuple[tuple[str, ...], ...] = ()
-"""What `IMAGE_PATTERNS` was in earlier versions: an unfinished run keeps that of its plan."""
+"""`IMAGE_PATTERNS` of earlier versions: an unfinished run keeps those of its plan."""
 
 ADDED_LATER: Mapping[str, Any] = MappingProxyType({})
-"""Fields added to `Inference` since its fingerprints are stored -> the default each was added with.
-At that value a field is not hashed, so that adding it changes no fingerprint. An entry never
-changes, even where the default does."""
+"""Fields added to `Inference` later, with the default that each was introduced with.
+
+A field is not hashed at that value, so that adding it changes no stored fingerprint. An entry never
+changes, even if the default does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inference:
-    """What decides a mask, given the photo and the checkpoint: together, the fingerprint."""
+    """The settings that determine a mask, given image and checkpoint; hashed as the fingerprint."""
 
     scales: tuple[float, ...] = (1.0,)
     """Scales whose probabilities are averaged; the paper's are 0.5 0.75 1.0 1.25 1.5 1.75."""
     flip: bool = False
-    """Average over the mirrored photo too."""
+    """Also average over the horizontally flipped image."""
     output_stride: int | None = None
     """4, 8, 16 or 32 (a cascade's up to 256); the checkpoint's own by default."""
     window: int = 1025
-    """Side of the sliding window for large photos, px."""
+    """Side of the sliding window for large images, in pixels."""
     window_overlap: int = 257
-    """Pixels that neighbouring windows share."""
+    """Overlap of adjacent windows, in pixels."""
     window_above: int = 4_000_000
-    """Photos of more pixels than this are segmented through the window."""
+    """Images with more pixels than this are segmented by sliding window."""
     max_pixels: int = 100_000_000
-    """A photo of more pixels is an error row, refused before it is decoded."""
+    """An image with more pixels becomes an error row without being decoded."""
     max_object_bytes: int = 256 * 2**20
-    """A larger object is an error row, and never fetched."""
+    """A larger object becomes an error row without being fetched."""
 
     def __post_init__(self) -> None:
         if not self.scales or any(not 0 < scale <= 8 for scale in self.scales):
@@ -65,7 +66,7 @@ class Inference:
         _check_positive(self, "window", "window_above", "max_pixels", "max_object_bytes")
 
     def identity(self) -> dict[str, object]:
-        """The values by which plans and fingerprints know these settings."""
+        """Return the values that plans and fingerprints are made of."""
         values: dict[str, object] = {**asdict(self), "scales": list(self.scales)}
         return {
             name: value
@@ -74,62 +75,62 @@ class Inference:
         }
 
     def fingerprint(self) -> str:
-        """What masks made with these settings are known by."""
+        """Return the fingerprint that is stored with every mask."""
         return fingerprint(self.identity())
 
 
 @dataclass(frozen=True, kw_only=True)
 class BulkSettings:
-    """Segment every photo below a URI with DeepLabv3; masks and per-class IoU become Parquet."""
+    """Segment all images below a URI with DeepLabv3; write masks and per-class IoU as Parquet."""
 
     images: str
-    """Where the photos are: s3://bucket/prefix or a folder."""
+    """Location of the images: s3://bucket/prefix or a folder."""
     results: str
-    """Where the tables go: s3://bucket/prefix or a folder."""
+    """Location for the result tables: s3://bucket/prefix or a folder."""
     checkpoint: str
-    """The model: our .safetensors, a .pth in torchvision's or VainF's layout, the TensorFlow zoo's
-    .npz, or a public file by name, such as zoo:deeplabv3_resnet50_coco."""
+    """The model: a .safetensors of this project, a .pth in torchvision's or VainF's layout, the
+    TensorFlow zoo's .npz, or a public file by name, such as zoo:deeplabv3_resnet50_coco."""
     labels: str | None = None
-    """Ground truth below this URI, matched by relative path without extension; gives IoU."""
+    """Location of ground truth, matched by relative path without extension; adds IoU."""
     inventory: str | None = None
-    """A Parquet or CSV file of the photos' uri, etag and size, or the manifest.json of an S3
-    Inventory, instead of a listing; what does not lie below --images is left out."""
+    """A Parquet or CSV file with uri, etag and size of the images, or the manifest.json of an S3
+    Inventory, used instead of a listing; objects that are not below --images are left out."""
     include: tuple[str, ...] = IMAGE_PATTERNS
-    """Patterns of the photos' relative paths, upper and lower case alike; '*' takes everything."""
+    """Patterns of relative paths to include, case-insensitive; '*' matches everything."""
     run_id: str | None = None
     """Name of the run. By default it follows from the arguments and the date."""
     only_new: bool = False
-    """Leave out what earlier runs have done with the same model and settings."""
+    """Skip images that earlier runs have done with the same model and settings."""
     on_model_change: Literal["reprocess", "new-only"] | None = None
-    """With --only-new, photos that only another model or other settings have done: reprocess them,
-    or leave them out (new-only). By default a run that meets any is refused."""
+    """With --only-new, what to do with images done only with another model or other settings:
+    reprocess them, or skip them (new-only). By default, a run that finds any is refused."""
     limit: int | None = None
-    """Segment only the first so many photos."""
+    """Process at most this many images."""
     shard_images: int = 64
-    """Photos a shard, which is one file of results and the unit that is done again."""
+    """Images per shard: a shard is one results file and the unit of retries."""
     shard_bytes: int = 64 * 2**20
-    """Bytes of photos and their labels a shard, at most."""
+    """Maximum bytes of images and labels per shard."""
     actors: tuple[int, int] = (1, 1)
-    """How many processes segment at once: MIN and MAX."""
+    """Number of processes that segment at once: MIN and MAX."""
     gpus_per_actor: float = 0.0
-    """GPUs for each; 0 runs on the CPU."""
+    """GPUs per actor; 0 runs on the CPU."""
     cpus_per_actor: int | None = None
-    """CPUs, decoder processes and torch threads for each; by default they share this machine, and
-    have 2 each on a cluster."""
+    """CPUs, decoder processes and torch threads per actor; by default actors split this machine's
+    CPUs evenly, and have 2 each on a cluster."""
     batch_images: int | None = None
-    """Photos of one size that go through the network together; 8 on a GPU, 1 on a CPU."""
+    """Images of one size per network batch; by default 8 on a GPU, 1 on a CPU."""
     start_timeout: int = 3600
-    """Seconds to wait, at most, for a cluster that has no process of this run: one that grows."""
+    """Maximum seconds to wait for the first process to start, for example while a cluster grows."""
     stall_timeout: int = 1800
-    """The run stops when processes run and no photo got through for so many seconds."""
+    """Abort the run if no image is finished for this many seconds while processes run."""
     price_per_gpu_hour: float | None = None
-    """What a GPU costs an hour, for the estimate of a dry run and the run's record."""
+    """Price of a GPU per hour, for the estimate of a dry run and the run record."""
     max_error_fraction: float = 0.05
-    """The run stops when more than this part of its photos are errors; 10 errors never stop it."""
+    """Abort the run if more than this fraction of its images fail; 10 errors never abort it."""
     dry_run: bool = False
-    """Say what would be done and about what it takes, and do nothing."""
+    """Print what the run would do and an estimate of its time and cost; write nothing."""
     calibration_images: int = 24
-    """Photos that a dry run segments on this machine to estimate time and size; 0 for none."""
+    """Images that a dry run segments on this machine to estimate time and size; 0 for none."""
     inference: Inference = field(default_factory=Inference)
 
     def __post_init__(self) -> None:
@@ -143,7 +144,7 @@ class BulkSettings:
             raise ValueError("--include needs at least one pattern; '*' takes everything")
         if self.on_model_change is not None and not self.only_new:
             raise ValueError(
-                f"--on-model-change {self.on_model_change} means nothing without --only-new"
+                f"--on-model-change {self.on_model_change} has no effect without --only-new; add it"
             )
         if not 1 <= self.actors[0] <= self.actors[1]:
             raise ValueError(f"--actors {self.actors[0]} {self.actors[1]}: take 1 <= MIN <= MAX")
@@ -167,17 +168,17 @@ class BulkSettings:
 
     @property
     def included(self) -> re.Pattern[str]:
-        """Matches the relative paths that `include` takes."""
+        """The pattern of the relative paths that `include` matches."""
         return re.compile("|".join(map(fnmatch.translate, self.include)), re.IGNORECASE)
 
-    def work(self, *, model: str) -> str:
-        """A fingerprint that runs share which could segment the same photos into the same masks."""
+    def work_fingerprint(self, *, model: str) -> str:
+        """Return a fingerprint shared by runs that would make the same masks of the same images."""
         names = ("images", "labels")
         same = {name: getattr(self, name) for name in names}
         return fingerprint({**same, "model": model, **self.inference.identity()})
 
     def identity(self, *, model: str) -> dict[str, object]:
-        """What makes a run this run: other values under the same run id are refused."""
+        """Return what identifies a run: other values under the same run id are refused."""
         return {
             "images": self.images,
             "labels": self.labels,
@@ -194,14 +195,14 @@ class BulkSettings:
 
 
 def former_identities(identity: dict[str, Any]) -> list[dict[str, Any]]:
-    """What `identity` was in earlier versions, whose --include had other defaults."""
+    """Return `identity` as earlier versions had it, with their defaults for --include."""
     if identity["include"] != sorted(IMAGE_PATTERNS):
         return []
     return [{**identity, "include": sorted(patterns)} for patterns in FORMER_IMAGE_PATTERNS]
 
 
 def fingerprint(values: dict[str, object]) -> str:
-    """16 hexadecimal digits that differ where the values do."""
+    """Return 16 hexadecimal digits of a hash of the values."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -198,7 +198,7 @@ def test_the_identity_of_a_run_stays_what_it_was(known: str) -> None:
     common = {"images": "s3://b/photos", "labels": "s3://b/labels", "results": "s3://b/results"}
     settings = BulkSettings(**{**common, "checkpoint": "s3://b/model.safetensors", **values})
     assert fingerprint(settings.identity(model="m")) == known
-    assert settings.work(model="m") == lease
+    assert settings.work_fingerprint(model="m") == lease
 
 
 def test_every_inference_setting_is_hashed_or_in_the_table_of_those_added_later() -> None:

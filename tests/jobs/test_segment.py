@@ -105,7 +105,11 @@ BAD_USE = {
     "a run id that is a path": (["--run-id", "../x"], 2, "run id '../x': must be"),
     "no photos": (["--images", "{prefix}/none"], 2, "there are no objects under {prefix}/none"),
     "no labels": (["--labels", "{prefix}/none"], 2, "there are no objects under {prefix}/none"),
-    "patterns that take none": (["--include", "*.xyz"], 2, "--include takes none of 2 objects"),
+    "patterns that take none": (
+        ["--include", "*.xyz"],
+        2,
+        "--include matches none of its 2 objects",
+    ),
     "a checkpoint that is not one": (["--checkpoint", "{prefix}/photos/000.jpg"], 2, "000.jpg"),
     "no checkpoint": (["--checkpoint", "{prefix}/x.pth"], 1, "{prefix}/x.pth does not exist"),
     "results below a file": (["--results", "{prefix}/photos/000.jpg/r"], 1, "000.jpg/r"),

@@ -43,7 +43,7 @@ def dry_run(
     sample = StratifiedSample(settings.calibration_images)
     is_written = known is not None
     look = sample.observe if settings.calibration_images else iter
-    known = known or plan.make(settings, layout, identity, write=False, look=look)
+    known = known or plan.make(settings, layout, identity, write=False, observe=look)
     progress = build_progress(known, layout)
     watch(known, progress)
     left = progress.images - progress.images_before

@@ -101,7 +101,7 @@ def _leases(settings: BulkSettings, layout: RunLayout, checkpoint: Checkpoint) -
     """
     if not settings.only_new:
         return [layout.lease]
-    work = settings.work(model=checkpoint.fingerprint)
+    work = settings.work_fingerprint(model=checkpoint.fingerprint)
     return [only_new_lease(layout.results, work), layout.lease]
 
 

@@ -1,9 +1,9 @@
-"""The objects that an inventory names, instead of a listing: a row each, in bounded memory.
+"""Read the objects from an inventory instead of a listing, in bounded memory.
 
 An inventory is Parquet or CSV (.csv, .csv.gz, with a header) of uri, etag and size, or of S3
 Inventory's bucket, key, e_tag and size; or the manifest.json that S3 Inventory writes, whose data
-files are Parquet, or CSV without a header and with URL-encoded keys. What it says is not checked
-against the bucket: an object that is gone or replaced since becomes an error row.
+files are Parquet, or CSV without a header and with URL-encoded keys. It is not checked against
+the bucket: an object that was deleted or replaced since becomes an error row.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _CSV = "delim = ',', quote = '\"', escape = '\"', parallel = false"
 
 @dataclass(frozen=True, kw_only=True)
 class _Data:
-    """An inventory's files, and how they are read."""
+    """The files of an inventory, and how to read them."""
 
     objects: list[storage.Object]
-    reader: str  # of DuckDB, with a place for the files' names
+    reader: str  # a DuckDB function, with a placeholder for the file names
     decode: Callable[[str], str] = str  # of keys
 
 
 class Inventory:
     """The inventory at `uri`, of objects below `prefix`.
 
-    `outside` counts its objects that lie elsewhere or are no current version. `etag` is the
-    inventory's own. Raises ValueError where it is none, StorageError.
+    `outside` counts its objects that are elsewhere or not the current version. `etag` is that of
+    the inventory itself. Raises ValueError if it is not an inventory, StorageError.
     """
 
     def __init__(self, uri: str, prefix: str) -> None:
@@ -57,18 +57,18 @@ class Inventory:
         self._data = _data_of(found)
 
     def objects(self) -> Iterator[storage.Object]:
-        """Its objects below the prefix, in its own order."""
+        """Yield the objects below the prefix, in the order of the inventory."""
         data = self._data
         with files.connect(self._uri, data.objects, memory_limit=MEMORY_LIMIT) as con:
             for name, etag, size, current in self._rows(con):
-                uri = self._normalised(name, data.decode)
+                uri = self._normalized(name, data.decode)
                 if uri is None or not current:
                     self.outside += 1
                 elif size or not uri.endswith("/"):  # the "folders" that some tools make
                     yield self._checked(uri, etag, size)
 
     def _rows(self, con: duckdb.DuckDBPyConnection) -> Iterator[tuple[Any, ...]]:
-        """(uri, or bucket and key as one; etag; size; whether it is a current version)."""
+        """Yield (uri, etag, size, whether it is the current version)."""
         data = self._data
         names = ", ".join(files.quote(files.escape_glob(each.uri)) for each in data.objects)
         source = data.reader.format(f"[{names}]")
@@ -83,15 +83,15 @@ class Inventory:
             raise ValueError(f"--inventory {self._uri} cannot be read: {reason}") from error
 
     def _query(self, columns: list[str], source: str) -> str:
-        ours = {_ours(name): f'"{name}"' for name in columns}
+        ours = {_column_name(name): f'"{name}"' for name in columns}
         if "uri" in ours:
             uri = ours["uri"]
         elif {"bucket", "key"} <= ours.keys():
             uri = f"'s3://' || {ours['bucket']} || '/' || {ours['key']}"
         else:
             raise ValueError(
-                f"--inventory {self._uri} has the columns {', '.join(columns)[:200]}, and needs "
-                "uri (or bucket and key), etag, size; of S3's CSV without a header give the "
+                f"--inventory {self._uri} has the columns {', '.join(columns)[:200]}, but needs "
+                "uri (or bucket and key), etag and size; for S3's CSV without a header pass the "
                 "manifest.json"
             )
         for name in ("etag", "size"):
@@ -107,10 +107,10 @@ class Inventory:
             f"{current or 'true'} from {source}"
         )
 
-    def _normalised(self, name: str | None, decode: Callable[[str], str]) -> str | None:
-        """The object's URI, None where it is not below the prefix."""
+    def _normalized(self, name: str | None, decode: Callable[[str], str]) -> str | None:
+        """Return the URI of the object, or None if it is not below the prefix."""
         try:
-            # of s3:// every character of the key counts: it stays as it is
+            # every character of an S3 key counts: it is kept as it is
             uri = decode(name or "")
             uri = uri if uri.startswith("s3://") else storage.normalize(uri)
         except ValueError:
@@ -121,13 +121,13 @@ class Inventory:
         if not etag or size is None or size < 0:
             raise ValueError(
                 f"--inventory {self._uri}: the row of {uri} has etag {etag!r} and size {size}; "
-                "both must be what a listing shows"
+                "both must equal what a listing shows"
             )
         return storage.Object(uri, etag.strip('"'), size)
 
 
-def _ours(name: str) -> str:
-    """Our name of a column: of Parquet's is_latest and of a manifest's IsLatest alike."""
+def _column_name(name: str) -> str:
+    """Return our name for a column, from Parquet's `is_latest` and a manifest's `IsLatest`."""
     lower = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip()).lower()
     return _NAMES.get(lower, lower)
 
@@ -143,7 +143,7 @@ def _data_of(found: storage.Object) -> _Data:
             return _data_of_manifest(json.loads(storage.read(found.uri)))
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(
-                f"--inventory {found.uri} is no manifest of S3 Inventory: {error!r:.200}"
+                f"--inventory {found.uri} is not a manifest of S3 Inventory: {error!r:.200}"
             ) from None
     raise ValueError(f"--inventory {found.uri}: take .parquet, .csv, .csv.gz, or a manifest.json")
 

@@ -1,7 +1,7 @@
-"""A bucket's photos, with their labels, without what earlier runs have done, in one order.
+"""List the images of a bucket with their labels, in order, without those done by earlier runs.
 
-Listings are spooled to local disk a page at a time; DuckDB joins and sorts them there, so memory
-is bounded by its limit and not by the bucket.
+Listings are spooled to local disk page by page; DuckDB joins and sorts them there, so memory is
+bounded by its limit, not by the size of the bucket.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.results.layout import RunLayout, filter_parts, filter_shards, run_
 
 MEMORY_LIMIT = "1GB"
 MAX_RUNS_TRIED = 3
-"""Runs in which a photo that failed for a passing reason is tried, with --only-new."""
+"""Runs in which --only-new retries an image that failed for a transient reason."""
 
 _SPOOLED = pa.schema(
     [
@@ -51,7 +51,7 @@ _IS_DONE_OTHERWISE = f"""
     select distinct uri, etag, label_etag, coalesce(format_version, 0) as format_version from seen
     where (model != $model or settings != $settings) and {_HAS_RESULT}
 """
-_SAME_PHOTO = """
+_SAME_IMAGE = """
     {0}.uri = {1}.uri and {0}.etag = {1}.etag
     and {0}.label_etag is not distinct from {1}.label_etag
     and {0}.format_version = {1}.format_version
@@ -59,7 +59,7 @@ _SAME_PHOTO = """
 
 
 class ImageRef(NamedTuple):
-    """A photo as the plan holds it."""
+    """An image in the plan, with its label if it has one."""
 
     uri: str
     etag: str
@@ -70,14 +70,13 @@ class ImageRef(NamedTuple):
 
 
 class Listing:
-    """The photos that `settings` ask for; as a context manager, since it spools to disk.
+    """The images that `settings` select; a context manager, since it spools to disk.
 
-    `left_out` counts the objects that --include does not take, `outside` those of an inventory
-    that do not lie below --images, or not any more. With --only-new, `done_before`
-    counts the photos that earlier runs have done, and `done_otherwise` those that only another
-    model or other settings have: the former are left out, the latter with --on-model-change
-    new-only.
-    Raises ValueError where there are no photos, labels are ambiguous, or the inventory is none.
+    `left_out` counts the objects that --include does not match, `outside` those of an inventory
+    that are not below --images or not the current version. With --only-new, `done_before` counts
+    the images done by earlier runs, which are left out, and `done_otherwise` those done only with
+    another model or other settings, which --on-model-change new-only leaves out.
+    Raises ValueError if there are no images, labels are ambiguous, or the inventory is invalid.
     """
 
     def __init__(self, settings: BulkSettings, *, model: str, settings_print: str) -> None:
@@ -93,15 +92,15 @@ class Listing:
     def __enter__(self) -> Listing:
         self._folder = tempfile.TemporaryDirectory(prefix="deeplab-plan-")
         self._con = files.connect(self._settings.results, memory_limit=MEMORY_LIMIT)
-        self._spool("photo", self._photos())
+        self._spool("image", self._images())
         self._check_inventory()
         self._spool("label", self._labels())
         self._check_labels()
         self._con.execute(
-            "create view listed as select photo.uri, photo.etag, photo.bytes, "
+            "create view listed as select image.uri, image.etag, image.bytes, "
             "label.uri as label_uri, label.etag as label_etag, label.bytes as label_bytes, "
-            "photo.format_version "
-            "from photo left join label using (stem)"
+            "image.format_version "
+            "from image left join label using (stem)"
         )
         self._con.execute("create view wanted as " + self._wanted())
         return self
@@ -111,7 +110,7 @@ class Listing:
         self._folder.cleanup()
 
     def images(self) -> Iterator[ImageRef]:
-        """The photos in the order of their URIs' bytes, at most `limit`."""
+        """Yield the images in the order of the bytes of their URIs, at most `limit`."""
         limit = "" if self._settings.limit is None else f" limit {self._settings.limit}"
         found = self._con.execute(
             f"select {', '.join(ImageRef._fields)} from wanted order by uri{limit}"
@@ -119,12 +118,12 @@ class Listing:
         while rows := found.fetchmany(10_000):
             yield from map(ImageRef._make, rows)
 
-    def _photos(self) -> Iterator[_Spooled]:
+    def _images(self) -> Iterator[_Spooled]:
         prefix, included = self._settings.images, self._settings.included
         found = False
         for item in self._objects():
             name = storage.relative(prefix, item.uri)
-            if self._is_ours(item.uri):
+            if self._is_excluded(item.uri):
                 continue
             if included.match(name):
                 found = True
@@ -133,9 +132,9 @@ class Listing:
                 self.left_out += 1
         if not found:
             raise ValueError(
-                f"no photos below {prefix}: --include takes none of {self.left_out} objects there"
+                f"no images below {prefix}: --include matches none of its {self.left_out} objects"
                 if self.left_out
-                else f"no photos below {prefix}: {self._nothing()}"
+                else f"no images below {prefix}: {self._why_empty()}"
             )
 
     def _objects(self) -> Iterator[storage.Object]:
@@ -145,23 +144,23 @@ class Listing:
 
     @property
     def inventory_etag(self) -> str | None:
-        """The inventory's own, None where there is none."""
+        """The ETag of the inventory, None without one."""
         return self._inventory.etag if self._inventory else None
 
     @property
     def outside(self) -> int:
         return self._inventory.outside if self._inventory else 0
 
-    def _nothing(self) -> str:
+    def _why_empty(self) -> str:
         if self._inventory is None:
-            return "nothing is there"
-        return f"all {self.outside} objects of {self._settings.inventory} lie elsewhere"
+            return "it is empty"
+        return f"all {self.outside} objects of {self._settings.inventory} are elsewhere"
 
-    def _is_ours(self, uri: str) -> bool:
-        """Whether it is a run's file, or in a folder of labels or results below the photos."""
-        photos, results = storage.join(self._settings.images, ""), self._settings.results
+    def _is_excluded(self, uri: str) -> bool:
+        """Return whether a run wrote the object, or labels or results nested below the images."""
+        images, results = storage.join(self._settings.images, ""), self._settings.results
         places = (storage.join(place, "") for place in (results, self._settings.labels) if place)
-        inside = tuple(place for place in places if place != photos and place.startswith(photos))
+        inside = tuple(place for place in places if place != images and place.startswith(images))
         return uri.startswith(inside) or run_id_of(results, uri) is not None
 
     def _labels(self) -> Iterator[_Spooled]:
@@ -179,24 +178,27 @@ class Listing:
         self._con.execute(f"create view {name} as from read_parquet({files.quote(str(path))})")
 
     def _check_inventory(self) -> None:
-        """Raises ValueError where it says two things of one photo; said twice is said once."""
+        """Raise ValueError if the inventory has conflicting rows for one object.
+
+        Exact duplicates are dropped.
+        """
         if self._inventory is None:
             return
-        self._con.execute("alter view photo rename to photo_rows")
-        self._con.execute("create view photo as select distinct * from photo_rows")
+        self._con.execute("alter view image rename to image_rows")
+        self._con.execute("create view image as select distinct * from image_rows")
         twice = self._con.execute(
-            "select uri from photo group by uri having count(*) > 1 order by uri limit 1"
+            "select uri from image group by uri having count(*) > 1 order by uri limit 1"
         ).fetchone()
         if twice is not None:
             raise ValueError(
-                f"--inventory {self._settings.inventory} has rows of {twice[0]} that differ; "
-                "of a bucket with versions it needs the column IsLatest"
+                f"--inventory {self._settings.inventory} has conflicting rows for {twice[0]}; "
+                "the inventory of a bucket with versions needs the column IsLatest"
             )
 
     def _check_labels(self) -> None:
         for what, rows in (
-            ("labels", "label semi join photo using (stem)"),
-            ("photos share one label", "photo semi join label using (stem)"),
+            ("labels", "label semi join image using (stem)"),
+            ("images share one label", "image semi join label using (stem)"),
         ):
             twice = self._con.execute(
                 f"select min(uri), max(uri) from {rows} group by stem having count(*) > 1 "
@@ -209,7 +211,7 @@ class Listing:
                 )
 
     def _wanted(self) -> str:
-        """A query of what is listed, with --only-new without what is done."""
+        """Return the query of the listed images; with --only-new, of those not done yet."""
         if not self._settings.only_new:
             return "from listed"
         files.load_table(
@@ -217,11 +219,11 @@ class Listing:
         )
         for name, query in (("done", _IS_DONE), ("done_otherwise", _IS_DONE_OTHERWISE)):
             self._con.execute(f"create table {name} as {query}", self._key)
-        is_done = _SAME_PHOTO.format("listed", "done")
+        is_done = _SAME_IMAGE.format("listed", "done")
         self.done_before = self._count(f"listed semi join done on {is_done}")
         new = f"from listed anti join done on {is_done}"
         self._con.execute(f"create view new as {new}")
-        is_done_otherwise = _SAME_PHOTO.format("new", "done_otherwise")
+        is_done_otherwise = _SAME_IMAGE.format("new", "done_otherwise")
         self.done_otherwise = self._count(f"new semi join done_otherwise on {is_done_otherwise}")
         if self._settings.on_model_change == "new-only":
             return f"from new anti join done_otherwise on {is_done_otherwise}"
@@ -232,10 +234,10 @@ class Listing:
         return int(count)
 
     def _done_before(self) -> Iterator[storage.Object]:
-        """The `done/` files of finished runs, then the shards of unfinished ones."""
+        """Yield the `done/` files of finished runs, then the shards of unfinished ones."""
         results = self._settings.results
         keys = list(storage.list_objects(storage.join(results, "done")))
-        last = {run: item for item in keys if (run := _run_that_ends_in(results, item.uri))}
+        last = {run: item for item in keys if (run := _finished_run(results, item.uri))}
         yield from last.values()
         yield from (item for item in filter_parts(keys) if run_id_of(results, item.uri) in last)
         for shard in filter_shards(storage.list_objects(storage.join(results, "images"))):
@@ -243,8 +245,8 @@ class Listing:
                 yield shard
 
 
-def _run_that_ends_in(results: str, uri: str) -> str | None:
-    """The run whose last file of `done/` this is, None for other files."""
+def _finished_run(results: str, uri: str) -> str | None:
+    """Return the run whose last `done/` file this is, or None."""
     run = run_id_of(results, uri)
     return run if run and uri == RunLayout(results=results, run_id=run).done else None
 

@@ -1,9 +1,9 @@
-"""What a run will do, decided once: a listing, cut into shards, written put-if-absent.
+"""The plan of a run, made once: a listing, cut into shards, written put-if-absent.
 
 The listing is spooled to local disk page by page and joined there by DuckDB within a memory
 limit, so a bucket of any size is planned in bounded memory. The plan is `plan.json`, which names
-its parts: Parquet files of at most a wave of shards each, one row a shard. A part's name holds a
-hash of its bytes, so of two drivers that plan at once the first `plan.json` wins and is whole.
+its parts: Parquet files of one batch of shards each, one row per shard. The name of a part holds a
+hash of its bytes, so if two drivers plan at once, the first `plan.json` wins and is complete.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from pipeline.data import storage
 from pipeline.results.layout import RunLayout
 from pipeline.runs.artifacts import read_artifact
 
-WAVE_SHARDS = 10_000
-"""Shards a part, and so a wave: what a driver's memory holds for one data set."""
+MAX_PART_SHARDS = 10_000
+"""Shards per part at most: a part is one Ray data set, bounded by the driver's memory."""
 
-WAVE_IMAGES = 500_000
-"""Images a part at most: its file must fit one put."""
+MAX_PART_IMAGES = 500_000
+"""Images per part at most: its file must fit into one put."""
 
-_ANEW = "another --run-id begins anew, and jobs/clean.py deletes this run"
+_START_OVER = "pass another --run-id to start over, or delete this run with jobs/clean.py"
 
 _NOT_GIVEN = "not given"
 
@@ -47,7 +47,7 @@ _IMAGE = pa.struct(
     ]
 )
 SHARDS = pa.schema([pa.field("shard", pa.int32()), pa.field("images", pa.list_(_IMAGE))])
-"""A part's schema: one row a shard."""
+"""The schema of a part: one row per shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +60,18 @@ class PlanPart:
 
     @property
     def numbers(self) -> range:
-        """The shards' numbers."""
+        """The numbers of the shards."""
         return range(self.first_shard, self.first_shard + self.shards)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanCounts:
-    """What the plan holds, and what it leaves out."""
+    """Counts of what the plan holds, and of what it leaves out."""
 
     images: int = 0
     bytes: int = 0
     shards: int = 0
-    labels: int = 0  # images that have one
+    labels: int = 0  # images that have a label
     left_out: int = 0  # objects that --include does not take
     outside: int = 0  # objects of the inventory that are not below the images, or not current
     done_before: int = 0  # images that earlier runs have done
@@ -104,21 +104,21 @@ class Plan:
 
 
 def run_id_of(settings: BulkSettings, identity: dict[str, Any]) -> str:
-    """The run id given, or else an unfinished run of the same arguments, or else today's.
+    """Return the given run id, or that of an unfinished run with these arguments, or today's.
 
-    With --only-new, today's next one: another run of the day does what came since the last.
+    With --only-new, a number is appended from the second run of the day on.
     """
     if settings.run_id is not None:
         return settings.run_id
-    ending, *former = (
+    suffix, *former = (
         fingerprint({**each, "checkpoint": settings.checkpoint})[:8]
         for each in (identity, *former_identities(identity))
     )
-    today = f"{datetime.now(UTC):%Y-%m-%d}-{ending}"
+    today = f"{datetime.now(UTC):%Y-%m-%d}-{suffix}"
     planned = [
         run
         for run in _runs_planned(settings.results)
-        if {ending, *former}.intersection(run.split("-")[3:4])
+        if {suffix, *former}.intersection(run.split("-")[3:4])
     ]
     unfinished = [run for run in planned if not _is_finished(settings.results, run)]
     if unfinished:
@@ -141,10 +141,12 @@ def _runs_planned(results: str) -> Iterator[str]:
 
 
 def load(layout: RunLayout) -> Plan | None:
-    """The run's plan, None where it has none yet. Raises RunStoppedError, StorageError."""
+    """Return the plan of the run, or None if it has none. Raises RunStoppedError, StorageError."""
     uri = f"{layout.plan}/plan.json"
     try:
-        return read_artifact(uri, Plan.from_json, hint=f"no plan of this version; {_ANEW}")
+        return read_artifact(
+            uri, Plan.from_json, hint=f"it is not a plan of this version; {_START_OVER}"
+        )
     except storage.StorageError as error:
         if error.kind == "vanished":
             return None
@@ -152,10 +154,10 @@ def load(layout: RunLayout) -> Plan | None:
 
 
 def check_same(plan: Plan, identity: dict[str, Any]) -> None:
-    """Raises ValueError where the plan was made for other settings or another checkpoint.
+    """Raise ValueError if the plan was made for other settings or another checkpoint.
 
-    A value that only one of them has differs from every other, None included. A plan that an
-    earlier version made with its default for --include keeps that.
+    A value that only one side has counts as different. A plan that an earlier version made with
+    its default for --include keeps that default.
     """
     for former in former_identities(identity):
         if former["include"] == plan.identity.get("include"):
@@ -164,9 +166,14 @@ def check_same(plan: Plan, identity: dict[str, Any]) -> None:
         before, now = (each.get(name, _NOT_GIVEN) for each in (plan.identity, identity))
         if before != now:
             raise ValueError(
-                f"run id {plan.run_id} belongs to a run with another {name.replace('_', '-')} "
+                f"run id {plan.run_id} belongs to a run with another {_flag_of(name)} "
                 f"({before}, now {now}); take another --run-id"
             )
+
+
+def _flag_of(name: str) -> str:
+    """Return the flag, without dashes, of a value of an identity."""
+    return {"model_changed": "on-model-change"}.get(name, name.replace("_", "-"))
 
 
 def make(
@@ -175,14 +182,15 @@ def make(
     identity: dict[str, Any],
     *,
     write: bool = True,
-    look: Callable[[Iterator[ImageRef]], Iterator[ImageRef]] = iter,
+    observe: Callable[[Iterator[ImageRef]], Iterator[ImageRef]] = iter,
 ) -> Plan:
-    """Lists, cuts and (unless `write` is off) writes the plan; if another was first, that one.
+    """List the images, cut them into shards and, if `write`, store the plan.
 
-    `look` is given the photos on their way into the plan.
+    If another driver stored its plan first, that one is returned. `observe` wraps the images on
+    their way into the plan.
 
-    Raises ValueError where nothing is to be segmented, labels are ambiguous, or the model changed
-    and nobody said what to do then, StorageError.
+    Raises ValueError if there is nothing to segment, labels are ambiguous, or the model changed and
+    --on-model-change is not given; StorageError.
     """
     values: dict[str, Any] = {
         "run_id": layout.run_id,
@@ -194,8 +202,8 @@ def make(
     }
     with Listing(settings, model=values["model"], settings_print=values["settings"]) as listing:
         if write and settings.on_model_change is None and listing.done_otherwise:
-            raise ValueError(_model_changed(listing))
-        counted, parts = _write_parts(settings, layout, look(listing.images()), write=write)
+            raise ValueError(_model_changed_message(listing))
+        counted, parts = _write_parts(settings, layout, observe(listing.images()), write=write)
         counts = PlanCounts(
             **counted,
             left_out=listing.left_out,
@@ -213,13 +221,13 @@ def make(
     return plan
 
 
-def _model_changed(listing: Listing) -> str:
-    """What is said where the photos were done, but otherwise."""
-    everything = "" if listing.done_before else ", so everything is new to this run"
+def _model_changed_message(listing: Listing) -> str:
+    """Return the error for images that were already processed with other settings."""
+    everything = "" if listing.done_before else ", so every image would be new"
     return (
-        f"another model or other settings have done {listing.done_otherwise} of these photos, "
-        f"and these have not{everything}: --on-model-change reprocess does them again, "
-        "--on-model-change new-only leaves them out"
+        f"{listing.done_otherwise} of these images were processed with another model or other "
+        f"settings{everything}: --on-model-change reprocess segments them again, "
+        "--on-model-change new-only skips them"
     )
 
 
@@ -228,7 +236,7 @@ def _write_parts(
 ) -> tuple[dict[str, int], list[PlanPart]]:
     counts = dict.fromkeys(("images", "bytes", "shards", "labels"), 0)
     parts: list[PlanPart] = []
-    for first, shards in _waves(cut(images, settings)):
+    for first, shards in _parts(cut(images, settings)):
         flat = [image for shard in shards for image in shard]
         counts["images"] += len(flat)
         counts["bytes"] += sum(image.bytes for image in flat)
@@ -243,7 +251,7 @@ def _write_parts(
 
 
 def cut(images: Iterator[ImageRef], settings: BulkSettings) -> Iterator[list[ImageRef]]:
-    """Shards of at most `shard_images` images and, with labels, `shard_bytes` bytes, in order."""
+    """Yield shards of at most `shard_images` images and `shard_bytes` bytes (labels included)."""
     shard: list[ImageRef] = []
     held = 0
     for image in images:
@@ -259,9 +267,9 @@ def cut(images: Iterator[ImageRef], settings: BulkSettings) -> Iterator[list[Ima
 
 
 def _fetched_bytes(image: ImageRef, max_object_bytes: int) -> int:
-    """Bytes of the photo and its label.
+    """Return the bytes that are fetched for an image and its label.
 
-    What is over the limit is never fetched, and with a photo its label is not either.
+    An object over the limit is never fetched; without the image, its label is not either.
     """
     if image.bytes > max_object_bytes:
         return 0
@@ -269,22 +277,22 @@ def _fetched_bytes(image: ImageRef, max_object_bytes: int) -> int:
     return image.bytes + (label_bytes if label_bytes <= max_object_bytes else 0)
 
 
-def _waves(shards: Iterator[list[ImageRef]]) -> Iterator[tuple[int, list[list[ImageRef]]]]:
-    """Shards in groups of a wave, each with the number of its first."""
-    wave: list[list[ImageRef]] = []
+def _parts(shards: Iterator[list[ImageRef]]) -> Iterator[tuple[int, list[list[ImageRef]]]]:
+    """Group shards into parts; yield the number of the first shard, and the shards."""
+    part: list[list[ImageRef]] = []
     first = images = 0
     for shard in shards:
-        if len(wave) == WAVE_SHARDS or images + len(shard) > WAVE_IMAGES:
-            yield first, wave
-            first, wave, images = first + len(wave), [], 0
-        wave.append(shard)
+        if len(part) == MAX_PART_SHARDS or images + len(shard) > MAX_PART_IMAGES:
+            yield first, part
+            first, part, images = first + len(part), [], 0
+        part.append(shard)
         images += len(shard)
-    if wave:
-        yield first, wave
+    if part:
+        yield first, part
 
 
 def _part_bytes(first: int, shards: list[list[ImageRef]]) -> bytes:
-    # by columns: a dictionary for each of half a million photos would be half a gigabyte
+    # by columns: half a million dictionaries would take half a gigabyte
     columns = zip(*itertools.chain.from_iterable(shards), strict=True)
     arrays = [pa.array(each, field.type) for each, field in zip(columns, _IMAGE, strict=True)]
     starts = pa.array(itertools.accumulate(map(len, shards), initial=0), pa.int32())
@@ -299,6 +307,6 @@ def _part_bytes(first: int, shards: list[list[ImageRef]]) -> bytes:
 
 
 def read_part(layout: RunLayout, part: PlanPart) -> pa.Table:
-    """The part's shards, one row each. Raises RunStoppedError, StorageError."""
+    """Return the shards of a part, one row each. Raises RunStoppedError, StorageError."""
     uri = f"{layout.plan}/{part.name}"
-    return read_artifact(uri, lambda data: pq.read_table(io.BytesIO(data)), hint=_ANEW)
+    return read_artifact(uri, lambda data: pq.read_table(io.BytesIO(data)), hint=_START_OVER)

@@ -156,7 +156,7 @@ def test_what_does_not_lie_below_the_photos_is_never_read(
     uri = None if name is None else name.format(tmp_path)
     inventory = _parquet([{"uri": uri, "etag": "e", "size": 1}], f"{tmp_path}/i.parquet")
     settings = settings_for(str(tmp_path), labels=None, inventory=inventory)
-    with pytest.raises(ValueError, match=r"all 1 objects of .*i\.parquet lie elsewhere"):
+    with pytest.raises(ValueError, match=r"all 1 objects of .*i\.parquet are elsewhere"):
         _listed(settings)
 
 
@@ -167,8 +167,8 @@ REFUSED: dict[str, tuple[Rows, str]] = {
     "a size that is none": ([{**GOOD, "size": "big"}], r"size None"),
     "a negative size": ([{**GOOD, "size": -1}], r"size -1"),
     "no column of sizes": ([{"uri": "x", "etag": "e"}], "has no column size"),
-    "other columns": ([{"name": "x", "size": 1}], "has the columns name, size, and needs uri"),
-    "two etags": ([GOOD, {**GOOD, "etag": "f"}], r"has rows of .*a\.jpg that differ"),
+    "other columns": ([{"name": "x", "size": 1}], "has the columns name, size, but needs uri"),
+    "two etags": ([GOOD, {**GOOD, "etag": "f"}], r"has conflicting rows for .*a\.jpg"),
 }
 
 
@@ -195,8 +195,8 @@ def test_an_inventory_that_cannot_be_right_is_refused_in_one_line(
         ("i.parquet", b"no Parquet", "cannot be read"),
         ("i.csv.gz", b"no gzip", "cannot be read"),
         ("i.orc", b"ORC", r"take \.parquet, \.csv, \.csv\.gz, or a manifest\.json"),
-        ("manifest.json", b"{}", "no manifest of S3 Inventory"),
-        ("manifest.json", b"[", "no manifest of S3 Inventory"),
+        ("manifest.json", b"{}", "not a manifest of S3 Inventory"),
+        ("manifest.json", b"[", "not a manifest of S3 Inventory"),
         ("none.csv", None, "does not exist"),
     ],
 )

@@ -139,7 +139,7 @@ def test_no_photos_are_refused_saying_where_and_how_many_were_passed_over(
     _put(f"{tmp_path}/photos", *names)
     with pytest.raises(ValueError, match=f"{tmp_path}/photos") as refused:
         listed(settings_for(str(tmp_path)))
-    assert ("--include takes none of 2" if names else "nothing is there") in str(refused.value)
+    assert ("--include matches none of its 2" if names else "it is empty") in str(refused.value)
 
 
 def test_the_limit_takes_the_first_photos(

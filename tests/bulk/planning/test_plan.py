@@ -100,7 +100,7 @@ def test_the_bytes_of_labels_count_as_those_of_photos_do(settings_for: SettingsF
 def test_the_plan_holds_every_photo_once_in_parts_of_a_wave(
     prefix: str, settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "WAVE_SHARDS", 3)
+    monkeypatch.setattr(plan, "MAX_PART_SHARDS", 3)
     _put(prefix, 20)
     storage.write(f"{prefix}/photos/note.txt", b"")
     storage.write(f"{prefix}/labels/004.png", b"label")
@@ -123,7 +123,7 @@ def test_the_plan_holds_every_photo_once_in_parts_of_a_wave(
 def test_a_part_never_holds_more_images_than_fit_one_put(
     tmp_path: Path, settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "WAVE_IMAGES", 5)
+    monkeypatch.setattr(plan, "MAX_PART_IMAGES", 5)
     _put(str(tmp_path), 20)
     settings = settings_for(str(tmp_path), shard_images=2)
     made = _make(settings)
@@ -134,7 +134,7 @@ def test_a_part_never_holds_more_images_than_fit_one_put(
 def test_a_part_holds_what_was_listed_column_by_column(
     prefix: str, settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "WAVE_SHARDS", 3)
+    monkeypatch.setattr(plan, "MAX_PART_SHARDS", 3)
     names = [f"{i:02d} é'%2e.jpg" for i in range(11)]
     for i, name in enumerate(names):
         storage.write(f"{prefix}/photos/{name}", b"x" * (i % 4))
