@@ -27,7 +27,7 @@ interop: $(VENV)/.installed  ## other libraries as oracles; installs them
 	$(BIN)/python -m pytest -m interop
 
 chaos: $(VENV)/.installed  ## faults injected into real runs, for minutes; ends with a table ($CHAOS_TABLE, $CHAOS_SEED)
-	$(BIN)/python -m pytest -m chaos tests/chaos
+	$(BIN)/python -m pytest -m chaos
 
 cluster-test: $(VENV)/.installed  ## several nodes on this machine (as root: a network), minutes
 	$(BIN)/python -m pytest -m cluster

@@ -49,14 +49,10 @@ class Trained:
         return storage.read(f"{self.prefix}/out/{name}")
 
 
-@pytest.fixture(scope="module", params=["local", pytest.param("s3", marks=pytest.mark.s3)])
-def trained(
-    request: pytest.FixtureRequest, ray_session: None, tmp_path_factory: pytest.TempPathFactory
-) -> Trained:
-    """Six steps on two workers, with data and out on this disk, and both on S3."""
-    prefix = str(tmp_path_factory.mktemp("train"))
-    if request.param == "s3":
-        prefix = f"s3://tests/{secrets.token_hex(4)}"
+@pytest.fixture(scope="module")
+def trained(ray_session: None) -> Trained:
+    """Six steps on two workers, with the data set and the output on S3."""
+    prefix = f"s3://tests/{secrets.token_hex(4)}"
     write_dataset(f"{prefix}/set")
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -113,7 +113,13 @@ class Undisturbed(NamedTuple):
         return arguments(str(self.root), *STEPS, "--workers", str(self.workers), out=out)
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one_worker", "two_workers"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(1, id="one_worker"),
+        pytest.param(2, id="two_workers", marks=pytest.mark.chaos),
+    ],
+)
 def undisturbed(
     request: pytest.FixtureRequest, ray_session: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Undisturbed:
