@@ -1,7 +1,7 @@
-"""Families of image formats, and versions of what this pipeline reads of each.
+"""Families of image formats, and a version of the decoding of each.
 
-What is done of an image depends on its family's version (`--only-new`), so that an upgrade which
-reads a format for the first time, or gives other pixels for it, makes only its images new again.
+`--only-new` compares an image's version with the one it was processed with, so an upgrade that
+reads a format for the first time, or decodes it to other pixels, makes only its images new again.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "tiff": (".tif", ".tiff"),
     }
 )
-"""Family -> endings of names, in lower case. The name decides, whatever format the bytes have."""
+"""Family -> file name extensions, in lower case. The name decides, not the bytes."""
 
 VERSIONS: Mapping[str, int] = MappingProxyType({})
-"""Family -> version; 0 for those that are missing, and for names of no family.
+"""Family -> version; 0 for missing families, and for names without a family.
 
-Raise it when images of the family become readable that were not, or get other pixels. A family
-that is added later begins at 1: with --include its images may have been errors before.
+Increase it when more images of the family become readable, or when their pixels change. A family
+added later starts at 1: with --include, its images may have been errors before.
 """
 
 
 def version_of(uri: str) -> int:
-    """The version of the family that the name belongs to."""
-    if not VERSIONS:  # names are asked by the million
+    """Return the version of the format family of a name."""
+    if not VERSIONS:  # fast path: called for millions of names
         return 0
     name = uri.lower()
     for family, version in VERSIONS.items():

@@ -29,9 +29,9 @@ _FILES_PER_QUERY = 1000
 
 _connections: WeakSet[duckdb.DuckDBPyConnection] = WeakSet()
 
-_LACKS_COLUMN = (duckdb.BinderException, duckdb.InvalidInputException)
-"""Raised where the first file of a query, or a later one, lacks a column. Only then are all footers
-read first: through a network that takes twice as long."""
+_MISSING_COLUMN_ERRORS = (duckdb.BinderException, duckdb.InvalidInputException)
+"""Raised if the first or a later file of a query lacks a column. Only then are all footers read in
+advance, which takes twice as long over a network."""
 
 _READ_AHEAD_BYTES = 2**20
 """Of remote files: adjacent columns come with one request, skipped row groups are not read."""
@@ -65,12 +65,12 @@ def connect(
 
 
 def interrupt_queries() -> None:
-    """Make the running queries of all connections raise an error soon; for signal handlers.
+    """Interrupt the running queries of all connections, from a signal handler.
 
-    DuckDB by itself finishes what its threads are at before it raises, which can take minutes.
+    Otherwise DuckDB finishes its threads' current tasks before it raises, which can take minutes.
     """
     for con in list(_connections):
-        with contextlib.suppress(duckdb.Error):  # it is closed
+        with contextlib.suppress(duckdb.Error):  # closed
             con.interrupt()
 
 
@@ -96,7 +96,7 @@ def load_table(
         with storage_errors(results):
             try:
                 con.execute(f"INSERT INTO {table} {select_statement(con, schema, group)}")
-            except _LACKS_COLUMN:
+            except _MISSING_COLUMN_ERRORS:
                 complete = select_statement(con, schema, group, allow_missing=True)
                 con.execute(f"INSERT INTO {table} {complete}")
 
@@ -128,26 +128,26 @@ def select_statement(
 
 @contextlib.contextmanager
 def storage_errors(results: str) -> Iterator[None]:
-    """What DuckDB says of files that it cannot read is a StorageError, in one line."""
+    """Turn DuckDB's errors about unreadable files into StorageError with a one-line message."""
     try:
         yield
     except duckdb.Error as error:
         raise storage.StorageError(
             "access",
-            f"what lies below {results} could not be read: {_gist(error)}; "
-            "the same command goes on once it can",
+            f"cannot read results under {results}: {_summary(error)}; "
+            "rerun the same command once they are readable",
         ) from error
 
 
-def _gist(error: Exception) -> str:
-    """The error without the query's text, and of one of Python's without the traceback."""
+def _summary(error: Exception) -> str:
+    """Return the message without the query's text, or a Python error without its traceback."""
     lines = str(error).partition("\n\nLINE ")[0].strip().splitlines()
     traced = lines and lines[0].startswith("Traceback")
     return (lines[-1] if traced else " ".join(lines)).rstrip(".")
 
 
 def quote(text: str) -> str:
-    """The text as an SQL string."""
+    """Return the text as an SQL string literal."""
     return "'" + text.replace("'", "''") + "'"
 
 

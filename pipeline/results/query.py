@@ -114,9 +114,9 @@ def _started(run: layout.RunLayout) -> datetime | None:
 
 def _views(con: duckdb.DuckDBPyConnection, snapshot: _Snapshot) -> dict[str, str]:
     """Return the SELECT of each view; a view comes after those it uses."""
-    images = files.select_statement(con, tables.IMAGES_OF_OLD, snapshot.images)
+    images = files.select_statement(con, tables.IMAGES_COMMON, snapshot.images)
     finished = files.select_statement(con, tables.CLASSES, snapshot.classes)
-    unfinished = _unnested(files.select_statement(con, tables.IMAGES_OF_OLD, snapshot.unfinished))
+    unfinished = _unnested(files.select_statement(con, tables.IMAGES_COMMON, snapshot.unfinished))
     return {
         "images": images,
         "classes": f"{finished} UNION ALL {unfinished}" if snapshot.unfinished else finished,

@@ -58,14 +58,14 @@ IMAGES = pa.schema(
         pa.field("label_etag", _string),
         pa.field("label_error", _string),
         pa.field("classes", pa.list_(pa.struct(_CLASS_FIELDS))),
-        # younger than the others: missing, which is 0, in what earlier versions wrote
+        # added later: missing, which means 0, in files of earlier versions
         pa.field("format_version", _int16),  # of the image's family, see data/image_formats.py
     ]
 )
 
-IMAGES_OF_OLD = pa.schema([field for field in IMAGES if field.name != "format_version"])
-"""The columns that files of every version have: what views show. For more, every footer would have
-to be read before the first row."""
+IMAGES_COMMON = pa.schema([field for field in IMAGES if field.name != "format_version"])
+"""Columns that files of every version have: the columns of the views. Showing more would require
+reading every footer before the first row."""
 
 CLASSES = pa.schema(
     [pa.field("uri", _string, nullable=False), pa.field("run_id", _string, nullable=False)]
@@ -82,7 +82,7 @@ DONE = pa.schema(
         pa.field("status", _string, nullable=False),
         pa.field("error_kind", _string),
         pa.field("run_id", _string, nullable=False),
-        pa.field("format_version", _int16),  # younger than the others, as in IMAGES
+        pa.field("format_version", _int16),  # added later, as in IMAGES
     ]
 )
 
@@ -133,8 +133,8 @@ RUNS = pa.schema(
         pa.field("cost", pa.float64()),  # null without a price
         pa.field("inventory", _string),  # read instead of a listing
         pa.field("inventory_etag", _string),
-        pa.field("wait_seconds", pa.float64()),  # of actor_seconds: the network waited for images
-        pa.field("infer_seconds", pa.float64()),  # of actor_seconds: the network computed
+        pa.field("wait_seconds", pa.float64()),  # part of actor_seconds: waiting for images
+        pa.field("infer_seconds", pa.float64()),  # part of actor_seconds: running the network
     ]
 )
 
@@ -165,8 +165,8 @@ def classes_from_footer(metadata: Mapping[bytes, bytes]) -> Classes:
     )
 
 
-def completed(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The table with the columns of `schema`, null where an earlier version did not write them."""
+def add_missing_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return the table with all columns of `schema`; those it lacks are null."""
     columns = [
         table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type)
         for field in schema

@@ -96,7 +96,7 @@ def test_a_shard_that_is_cut_off_is_named(tmp_path: Path, capsys: Capture) -> No
     layout = segmented(str(tmp_path))
     storage.write(layout.shard(0), storage.read(layout.shard(0))[:100])
     said = failed(str(tmp_path), capsys)
-    assert f"what lies below {layout.results} could not be read: " in said
+    assert f"cannot read results under {layout.results}: " in said
     assert layout.shard(0) in said
 
 
@@ -122,6 +122,6 @@ def test_storage_that_is_away_at_the_end_of_a_run_is_one_line_and_the_same_comma
     layout = segmented(s3_prefix)
     with proxy.ruled(Rule(fault="denied", path=r"/images/.*parquet$", in_a_row=1000)):
         said = failed(s3_prefix, capsys)
-    assert f"what lies below {layout.results} could not be read: PermissionError: " in said
-    assert "; the same command goes on once it can" in said
+    assert f"cannot read results under {layout.results}: PermissionError: " in said
+    assert "; rerun the same command once they are readable" in said
     assert main(arguments(s3_prefix)) == 0

@@ -88,7 +88,7 @@ class ImageIsolator:
         """
         started = time.monotonic()
         rows = (self._row(shard, i, image) for i, image in enumerate(images))
-        table = pa.concat_tables(tables.completed(each, self._schema) for each in rows)
+        table = pa.concat_tables(tables.add_missing_columns(each, self._schema) for each in rows)
         data = tables.table_to_parquet(table)
         summary = ShardSummary(shard=shard, images=len(images), actor=f"isolated shard {shard}")
         summary.errors.update(kind for kind in table["error_kind"].to_pylist() if kind)
