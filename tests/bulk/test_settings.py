@@ -87,7 +87,7 @@ OTHER_VALUES: dict[str, Any] = {
 }
 
 
-def test_the_fingerprint_differs_where_any_inference_setting_does() -> None:
+def test_any_inference_setting_changes_the_fingerprint() -> None:
     plain = Inference()
     assert set(OTHER_VALUES) == set(asdict(plain))
     prints = {replace(plain, **{name: value}).fingerprint() for name, value in OTHER_VALUES.items()}
@@ -114,7 +114,7 @@ def test_equal_inference_settings_have_one_fingerprint() -> None:
         *({"inference": Inference(**{name: value})} for name, value in OTHER_VALUES.items()),
     ],
 )
-def test_what_changes_the_plan_or_a_mask_changes_the_identity(
+def test_settings_that_change_plan_or_mask_change_the_identity(
     settings_for: SettingsFor, values: dict[str, Any]
 ) -> None:
     plain, other = settings_for("/x"), settings_for("/x", **values)
@@ -122,7 +122,7 @@ def test_what_changes_the_plan_or_a_mask_changes_the_identity(
     assert plain.identity(model="m") != plain.identity(model="n")
 
 
-def test_how_fast_and_how_patiently_a_run_works_is_no_part_of_its_identity(
+def test_speed_and_timeouts_are_not_part_of_the_identity(
     settings_for: SettingsFor,
 ) -> None:
     plain = settings_for("/x").identity(model="m")
@@ -135,24 +135,24 @@ def test_how_fast_and_how_patiently_a_run_works_is_no_part_of_its_identity(
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "A.JPG", "x/y.Jpeg", "x y/z.png", "\n.webp", "ü.TIFF"])
-def test_photos_are_included_in_either_case_and_at_any_depth(
+def test_images_are_included_in_either_case_at_any_depth(
     settings_for: SettingsFor, name: str
 ) -> None:
     assert settings_for("/x").included.match(name)
 
 
 @pytest.mark.parametrize("name", ["a.jpg.txt", "jpg", "a.svg", "a.jpgx", ".jpg/readme"])
-def test_what_is_no_photo_by_its_name_is_not_included(settings_for: SettingsFor, name: str) -> None:
+def test_names_of_other_files_are_not_included(settings_for: SettingsFor, name: str) -> None:
     assert not settings_for("/x").included.match(name)
 
 
-def test_each_pattern_of_include_is_one_of_its_own(settings_for: SettingsFor) -> None:
+def test_each_include_pattern_matches_independently(settings_for: SettingsFor) -> None:
     included = settings_for("/x", include=("a|b", "cats/*.[jp]*g")).included
     taken = ["a|b", "CATS/1.png", "cats/sub/2.JPG"]
     assert [name for name in (*taken, "a", "b", "dogs/1.png") if included.match(name)] == taken
 
 
-def test_relative_folders_mean_the_same_wherever_they_are_said(
+def test_relative_folders_become_absolute(
     settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -188,12 +188,12 @@ IDENTITIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("known", FINGERPRINTS)
-def test_the_fingerprint_of_inference_settings_stays_what_it_was(known: str) -> None:
+def test_the_fingerprint_of_inference_settings_is_pinned(known: str) -> None:
     assert Inference(**FINGERPRINTS[known]).fingerprint() == known
 
 
 @pytest.mark.parametrize("known", IDENTITIES)
-def test_the_identity_of_a_run_stays_what_it_was(known: str) -> None:
+def test_the_identity_of_a_run_is_pinned(known: str) -> None:
     lease, values = IDENTITIES[known]
     common = {"images": "s3://b/photos", "labels": "s3://b/labels", "results": "s3://b/results"}
     settings = BulkSettings(**{**common, "checkpoint": "s3://b/model.safetensors", **values})
@@ -201,13 +201,13 @@ def test_the_identity_of_a_run_stays_what_it_was(known: str) -> None:
     assert settings.work_fingerprint(model="m") == lease
 
 
-def test_every_inference_setting_is_hashed_or_in_the_table_of_those_added_later() -> None:
+def test_every_inference_setting_is_hashed_or_listed_as_added_later() -> None:
     first = {name for values in FINGERPRINTS.values() for name in values}
     assert first == set(OTHER_VALUES) - set(ADDED_LATER)
     assert first | set(ADDED_LATER) == {each.name for each in fields(Inference)}
 
 
-def test_a_setting_added_later_is_hashed_where_it_differs_from_its_first_default(
+def test_a_setting_added_later_is_hashed_if_not_at_its_first_default(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     @dataclass(frozen=True, kw_only=True)

@@ -117,7 +117,7 @@ def whole_run(settings: BulkSettings) -> RunLayout:
 @pytest.mark.s3
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["local", "s3"])
-def test_every_hostile_key_is_one_row_of_its_own_photo_and_nothing_is_written_elsewhere(
+def test_every_hostile_key_is_one_row_and_writes_nowhere_else(
     moto: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     here = tmp_path / "working" / "folder"

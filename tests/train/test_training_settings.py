@@ -156,7 +156,7 @@ def rewritten(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
     run.write_text(json.dumps(before))
 
 
-def test_a_run_that_lacks_a_field_is_resumed_with_the_value_that_its_version_implied(
+def test_a_run_that_lacks_a_field_has_the_value_its_version_implied(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def older(experiment: dict[str, Any]) -> None:

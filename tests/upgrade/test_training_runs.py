@@ -59,7 +59,7 @@ def distance(names: Iterable[str], one: Tensors, other: Tensors) -> float:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_a_killed_run_is_resumed_after_its_checkpoint_and_ends_with_the_same_network(
+def test_a_killed_run_resumes_and_ends_with_the_same_network(
     upload: Upload, stored: Stored, flags: Flags, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, reference = upload("trained-killed"), upload("trained")

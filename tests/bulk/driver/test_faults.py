@@ -57,7 +57,7 @@ def _shards(work: WorkerContext) -> list[str]:
     return [item.uri for item in storage.list_objects(work.layout.images)]
 
 
-def test_storage_that_refuses_everything_stops_the_run_at_its_first_shard(
+def test_storage_that_refuses_everything_aborts_at_the_first_shard(
     many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, photos = many
@@ -75,7 +75,7 @@ def test_storage_that_refuses_everything_stops_the_run_at_its_first_shard(
     assert len(_shards(work)) == 1
 
 
-def test_a_photo_that_is_refused_once_is_asked_for_again_at_the_shards_end(
+def test_an_image_refused_once_is_fetched_again_at_the_end_of_the_shard(
     many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, photos = many
@@ -94,7 +94,7 @@ def test_a_photo_that_is_refused_once_is_asked_for_again_at_the_shards_end(
     assert pq.read_table(io.BytesIO(data)).equals(pq.read_table(io.BytesIO(undisturbed)))
 
 
-def test_fifty_photos_in_a_row_that_fail_in_one_way_stop_the_run(
+def test_fifty_consecutive_failures_of_one_kind_abort_the_run(
     many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, photos = many
@@ -108,7 +108,7 @@ def test_fifty_photos_in_a_row_that_fail_in_one_way_stop_the_run(
     assert len(_shards(work)) == 2
 
 
-def test_failures_that_are_not_in_a_row_stop_nothing(
+def test_failures_that_are_not_consecutive_abort_nothing(
     many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, photos = many
@@ -118,7 +118,7 @@ def test_failures_that_are_not_in_a_row_stop_nothing(
     assert summary.errors == {"access": 59}
 
 
-def test_any_number_of_broken_photos_in_a_row_stops_nothing(
+def test_any_number_of_consecutive_broken_images_aborts_nothing(
     tmp_path: Path,
     settings_for: SettingsFor,
     work_for: WorkFor,
@@ -133,7 +133,7 @@ def test_any_number_of_broken_photos_in_a_row_stops_nothing(
         assert segmenter.segment(0, listed(settings)).errors == {"truncated": 60}
 
 
-def test_a_network_that_fits_no_photo_into_memory_stops_the_run(
+def test_a_network_that_never_fits_into_memory_aborts_the_run(
     many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def too_large(*_: Any, **__: Any) -> Any:
@@ -149,7 +149,7 @@ def test_a_network_that_fits_no_photo_into_memory_stops_the_run(
     assert _shards(work) == []
 
 
-def test_a_batch_that_does_not_fit_is_done_photo_by_photo_and_only_the_large_one_fails(
+def test_a_batch_out_of_memory_is_retried_one_image_at_a_time(
     tmp_path: Path,
     settings_for: SettingsFor,
     work_for: WorkFor,
@@ -178,7 +178,7 @@ def test_a_batch_that_does_not_fit_is_done_photo_by_photo_and_only_the_large_one
     assert (calls, summary.errors) == ([4, 1, 1, 1, 1], {"out_of_memory": 1})
 
 
-def test_a_fault_of_the_network_that_is_not_memory_is_raised_and_nothing_committed(
+def test_other_errors_of_the_network_are_raised_and_nothing_committed(
     many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any, **__: Any) -> Any:
@@ -192,7 +192,7 @@ def test_a_fault_of_the_network_that_is_not_memory_is_raised_and_nothing_committ
     assert _shards(work) == []
 
 
-def test_a_checkpoint_that_was_replaced_after_planning_is_refused(
+def test_a_checkpoint_replaced_after_planning_is_refused(
     tmp_path: Path, settings_for: SettingsFor, work_for: WorkFor, checkpoint: str
 ) -> None:
     copy = tmp_path / "model.safetensors"
@@ -205,7 +205,7 @@ def test_a_checkpoint_that_was_replaced_after_planning_is_refused(
         Segmenter(work)
 
 
-def test_photos_that_change_or_vanish_after_planning_are_rows_of_that_kind(
+def test_images_changed_or_deleted_after_planning_are_rows_of_that_kind(
     many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, photo_of: PhotoOf
 ) -> None:
     settings, photos = many
@@ -218,7 +218,7 @@ def test_photos_that_change_or_vanish_after_planning_are_rows_of_that_kind(
 
 
 @pytest.mark.parametrize("shard_images", [60, 10])
-def test_photos_that_are_gone_with_all_that_lay_there_stop_the_run_and_are_no_rows(
+def test_images_that_disappear_with_their_prefix_abort_the_run(
     many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, shard_images: int
 ) -> None:
     settings, photos = many
@@ -236,7 +236,7 @@ def test_photos_that_are_gone_with_all_that_lay_there_stop_the_run_and_are_no_ro
     assert gone.kind == "vanished"
 
 
-def test_photos_that_are_listed_and_yet_not_there_stop_the_run(
+def test_images_that_are_listed_but_unreadable_abort_the_run(
     many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, photos = many
@@ -246,7 +246,7 @@ def test_photos_that_are_listed_and_yet_not_there_stop_the_run(
         segmenter.segment(0, photos)
 
 
-def test_a_photo_is_deleted_where_a_listing_shows_others_and_not_it(prefix: str) -> None:
+def test_an_image_missing_from_a_listing_of_others_was_deleted(prefix: str) -> None:
     names = [f"{prefix}/photos/{name}.jpg" for name in ("a/1", "b/c/2", "b/d", "e/3")]
     for name in names[1:3]:
         storage.write(name, b"a photo")
@@ -260,7 +260,7 @@ def test_a_photo_is_deleted_where_a_listing_shows_others_and_not_it(prefix: str)
     assert "holds no other objects" in str(asked.check_exists(names[:1]))
 
 
-def test_photos_in_a_row_that_somebody_deleted_are_rows_where_others_are_still_listed(
+def test_consecutive_deleted_images_are_rows_if_others_are_listed(
     prefix: str, settings_for: SettingsFor, work_for: WorkFor, photo_of: PhotoOf, listed: ListedBy
 ) -> None:
     settings = settings_for(prefix, labels=None)
@@ -273,7 +273,7 @@ def test_photos_in_a_row_that_somebody_deleted_are_rows_where_others_are_still_l
         assert segmenter.segment(1, photos[60:]).errors == {"vanished": 60}
 
 
-def test_a_segmenter_that_is_closed_leaves_no_process(
+def test_a_closed_segmenter_leaves_no_process(
     tmp_path: Path, settings_for: SettingsFor, work_for: WorkFor
 ) -> None:
     segmenter = Segmenter(work_for(settings_for(str(tmp_path))))

@@ -80,7 +80,7 @@ def _rows(data: bytes) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("given_before", [True, False])
-def test_labels_that_are_all_refused_stop_the_run_before_their_photos_are_committed(
+def test_refusing_all_labels_aborts_before_images_are_committed(
     labelled: Labelled, work_for: Callable[..., WorkerContext], refuse: Refuse, given_before: bool
 ) -> None:
     settings, photos = labelled
@@ -99,7 +99,7 @@ def test_labels_that_are_all_refused_stop_the_run_before_their_photos_are_commit
     assert not storage.exists(work.layout.shard(2))
 
 
-def test_a_label_that_is_refused_once_is_fetched_again_and_the_network_sees_its_photo_once(
+def test_a_label_refused_once_is_fetched_again_but_inferred_once(
     labelled: Labelled, work_for: Callable[..., WorkerContext], refuse: Refuse, networked: list[int]
 ) -> None:
     settings, photos = labelled
@@ -114,7 +114,7 @@ def test_a_label_that_is_refused_once_is_fetched_again_and_the_network_sees_its_
     assert sum(networked) == 6
 
 
-def test_a_label_that_stays_refused_costs_its_photo_the_scores_and_no_second_look(
+def test_a_label_refused_twice_costs_its_image_only_the_scores(
     labelled: Labelled, work_for: Callable[..., WorkerContext], refuse: Refuse, networked: list[int]
 ) -> None:
     settings, photos = labelled
@@ -128,7 +128,7 @@ def test_a_label_that_stays_refused_costs_its_photo_the_scores_and_no_second_loo
     assert sum(networked) == 45
 
 
-def test_a_label_over_the_size_limit_is_no_refusal(
+def test_a_label_over_the_size_limit_is_not_a_refusal(
     labelled: Labelled, work_for: Callable[..., WorkerContext], refuse: Refuse
 ) -> None:
     settings, photos = labelled
@@ -142,7 +142,7 @@ def test_a_label_over_the_size_limit_is_no_refusal(
     assert {times for uri, times in asked.items() if uri.startswith(settings.images)} == {1}
 
 
-def test_labels_that_are_gone_with_all_that_lay_there_stop_the_run_and_deleted_ones_do_not(
+def test_labels_that_disappear_with_their_prefix_abort_the_run(
     labelled: Labelled, work_for: Callable[..., WorkerContext]
 ) -> None:
     settings, photos = labelled

@@ -101,7 +101,7 @@ def _manifest(prefix: str, rows: Rows, kind: str) -> str:
 
 
 @pytest.mark.parametrize("ending", ["parquet", "csv", "csv.gz"])
-def test_an_inventory_gives_the_photos_that_a_listing_gives(
+def test_an_inventory_gives_the_same_images_as_a_listing(
     prefix: str, settings_for: SettingsFor, ending: str
 ) -> None:
     rows = _plain(_put(prefix))
@@ -117,7 +117,7 @@ def test_an_inventory_gives_the_photos_that_a_listing_gives(
 
 @pytest.mark.s3
 @pytest.mark.parametrize("kind", ["CSV", "Parquet", "its Parquet alone"])
-def test_an_s3_inventory_gives_the_photos_that_a_listing_gives(
+def test_an_s3_inventory_gives_the_same_images_as_a_listing(
     s3_prefix: str, settings_for: SettingsFor, kind: str
 ) -> None:
     rows = _s3s(_put(s3_prefix))
@@ -150,7 +150,7 @@ def test_old_versions_and_deleted_objects_are_left_out_and_counted(
 @pytest.mark.parametrize(
     "name", ["{0}/photos/../secret.jpg", "{0}/photosx/a.jpg", "gs://b/photos/a.jpg", "", None]
 )
-def test_what_does_not_lie_below_the_photos_is_never_read(
+def test_objects_outside_the_images_prefix_are_never_read(
     tmp_path: Path, settings_for: SettingsFor, name: str | None
 ) -> None:
     uri = None if name is None else name.format(tmp_path)
@@ -174,7 +174,7 @@ REFUSED: dict[str, tuple[Rows, str]] = {
 
 @pytest.mark.parametrize("write", [_parquet, _csv])
 @pytest.mark.parametrize("what", REFUSED)
-def test_an_inventory_that_cannot_be_right_is_refused_in_one_line(
+def test_an_invalid_inventory_is_refused_in_one_line(
     tmp_path: Path, settings_for: SettingsFor, what: str, write: Callable[[Rows, str], str]
 ) -> None:
     rows, message = REFUSED[what]
@@ -200,7 +200,7 @@ def test_an_inventory_that_cannot_be_right_is_refused_in_one_line(
         ("none.csv", None, "does not exist"),
     ],
 )
-def test_a_file_that_is_no_inventory_is_refused_in_one_line(
+def test_a_file_that_is_not_an_inventory_is_refused_in_one_line(
     tmp_path: Path, settings_for: SettingsFor, name: str, data: bytes | None, message: str
 ) -> None:
     if data is not None:
@@ -211,7 +211,7 @@ def test_a_file_that_is_no_inventory_is_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
-def test_the_plan_knows_its_inventory_and_another_one_makes_another_run(
+def test_another_inventory_under_the_same_run_id_is_refused(
     tmp_path: Path, settings_for: SettingsFor
 ) -> None:
     uri = _parquet(_plain(_put(str(tmp_path))), f"{tmp_path}/i.parquet")

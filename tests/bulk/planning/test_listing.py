@@ -28,7 +28,7 @@ def _put(prefix: str, *names: str) -> None:
         storage.write(f"{prefix}/{name}", b"x")
 
 
-def test_odd_names_are_listed_once_in_the_order_of_their_bytes(
+def test_odd_names_are_listed_once_in_byte_order(
     prefix: str, settings_for: SettingsFor, listed: ListedBy
 ) -> None:
     _put(f"{prefix}/photos", *ODD_NAMES)
@@ -81,7 +81,7 @@ def test_labels_match_by_relative_path_without_extension(
     ("photos", "labels"),
     [(["a/1.jpg"], ["a/1.png", "a/1.tif"]), (["a/1.jpg", "a/1.png"], ["a/1.png"])],
 )
-def test_ambiguous_labels_and_photos_are_refused_naming_both(
+def test_ambiguous_labels_and_images_are_refused_naming_both(
     tmp_path: Path,
     settings_for: SettingsFor,
     listed: ListedBy,
@@ -96,7 +96,7 @@ def test_ambiguous_labels_and_photos_are_refused_naming_both(
     assert all(name in str(refused.value) for name in ambiguous)
 
 
-def test_photos_that_differ_in_extension_are_fine_where_no_label_is_shared(
+def test_images_may_share_a_stem_if_they_share_no_label(
     tmp_path: Path, settings_for: SettingsFor, listed: ListedBy
 ) -> None:
     _put(f"{tmp_path}/photos", "1.jpg", "1.png", "2.jpg")
@@ -104,7 +104,9 @@ def test_photos_that_differ_in_extension_are_fine_where_no_label_is_shared(
     assert len(listed(settings_for(str(tmp_path)))) == 3
 
 
-def test_what_include_leaves_out_is_counted(tmp_path: Path, settings_for: SettingsFor) -> None:
+def test_objects_that_include_leaves_out_are_counted(
+    tmp_path: Path, settings_for: SettingsFor
+) -> None:
     _put(f"{tmp_path}/photos", "1.jpg", "2.JPG", "3.txt", "sub/4.svg", "5")
     with Listing(settings_for(str(tmp_path)), model="m", settings_print="s") as listing:
         assert len(list(listing.images())) == 2
@@ -114,7 +116,7 @@ def test_what_include_leaves_out_is_counted(tmp_path: Path, settings_for: Settin
         assert (len(list(listing.images())), listing.left_out) == (5, 0)
 
 
-def test_labels_and_results_that_lie_below_the_photos_are_no_photos(
+def test_labels_and_results_nested_below_the_images_are_excluded(
     tmp_path: Path, settings_for: SettingsFor, listed: ListedBy
 ) -> None:
     _put(str(tmp_path), "1.jpg", "labels/1.png", "labels2/2.jpg", "results/report/overlay.png")
@@ -123,7 +125,7 @@ def test_labels_and_results_that_lie_below_the_photos_are_no_photos(
     assert matched == {"1.jpg": f"{tmp_path}/labels/1.png", "labels2/2.jpg": None}
 
 
-def test_photos_and_labels_may_lie_side_by_side(
+def test_images_and_labels_may_share_a_folder(
     tmp_path: Path, settings_for: SettingsFor, listed: ListedBy
 ) -> None:
     _put(str(tmp_path), "1.jpg", "1.png", "2.jpg")
@@ -133,7 +135,7 @@ def test_photos_and_labels_may_lie_side_by_side(
 
 
 @pytest.mark.parametrize("names", [[], ["a.txt", "b.svg"]])
-def test_no_photos_are_refused_saying_where_and_how_many_were_passed_over(
+def test_an_empty_listing_is_refused_with_the_count_of_skipped_objects(
     tmp_path: Path, settings_for: SettingsFor, listed: ListedBy, names: list[str]
 ) -> None:
     _put(f"{tmp_path}/photos", *names)
@@ -142,7 +144,7 @@ def test_no_photos_are_refused_saying_where_and_how_many_were_passed_over(
     assert ("--include matches none of its 2" if names else "it is empty") in str(refused.value)
 
 
-def test_the_limit_takes_the_first_photos(
+def test_the_limit_takes_the_first_images(
     tmp_path: Path, settings_for: SettingsFor, listed: ListedBy
 ) -> None:
     _put(f"{tmp_path}/photos", *(f"{i}.jpg" for i in range(20)))
@@ -151,7 +153,7 @@ def test_the_limit_takes_the_first_photos(
     assert len(listed(settings_for(str(tmp_path), limit=21))) == 20
 
 
-def test_many_objects_come_in_pages_and_all_arrive_in_order(
+def test_a_listing_of_many_pages_arrives_complete_and_in_order(
     tmp_path: Path,
     settings_for: SettingsFor,
     listed: ListedBy,
@@ -181,7 +183,7 @@ def test_a_temporary_folder_with_an_odd_name_does_not_matter(
     assert os.listdir(odd) == []
 
 
-def test_what_is_no_regular_file_is_not_listed(
+def test_only_regular_files_are_listed(
     tmp_path: Path, settings_for: SettingsFor, listed: ListedBy
 ) -> None:
     _put(f"{tmp_path}/photos", "1.jpg")
@@ -191,7 +193,7 @@ def test_what_is_no_regular_file_is_not_listed(
     assert found == ["1.jpg", "3.jpg"]
 
 
-def test_photos_in_a_folder_of_the_results_are_photos(
+def test_images_may_be_nested_below_the_results(
     tmp_path: Path, listed: ListedBy, settings_for: SettingsFor
 ) -> None:
     _put(str(tmp_path), "images/1.jpg", "images/run=a/shard-000000.parquet", "leases/run=a.json")

@@ -79,7 +79,7 @@ def test_shards_respect_images_and_bytes_and_order(settings_for: SettingsFor, se
     assert [photo for shard in shards for photo in shard] == photos
 
 
-def test_an_object_that_is_never_fetched_counts_as_no_bytes(settings_for: SettingsFor) -> None:
+def test_an_object_over_the_limit_counts_as_zero_bytes(settings_for: SettingsFor) -> None:
     settings = settings_for("/x", shard_bytes=100, inference=Inference(max_object_bytes=1000))
     photos = [_photo(0, 60), _photo(1, 1001), _photo(2, 40), _photo(3, 1000), _photo(4, 1)]
     shards = list(plan.cut(iter(photos), settings))
@@ -87,7 +87,7 @@ def test_an_object_that_is_never_fetched_counts_as_no_bytes(settings_for: Settin
     assert list(plan.cut(iter([]), settings)) == []
 
 
-def test_the_bytes_of_labels_count_as_those_of_photos_do(settings_for: SettingsFor) -> None:
+def test_label_bytes_count_toward_the_size_of_a_shard(settings_for: SettingsFor) -> None:
     settings = settings_for("/x", shard_bytes=100, inference=Inference(max_object_bytes=80))
     sizes = [(10, 40), (10, 40), (10, None), (60, 30), (10, 0), (81, 80), (10, 81)]
     photos = [_photo(i, size)._replace(label_bytes=label) for i, (size, label) in enumerate(sizes)]
@@ -97,7 +97,7 @@ def test_the_bytes_of_labels_count_as_those_of_photos_do(settings_for: SettingsF
     assert [[(each.bytes, each.label_bytes) for each in shard] for shard in shards] == expected
 
 
-def test_the_plan_holds_every_photo_once_in_parts_of_a_wave(
+def test_the_plan_holds_every_image_once_in_parts_of_bounded_size(
     prefix: str, settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "MAX_PART_SHARDS", 3)
@@ -120,7 +120,7 @@ def test_the_plan_holds_every_photo_once_in_parts_of_a_wave(
     assert plan.load(_layout(settings)) == made
 
 
-def test_a_part_never_holds_more_images_than_fit_one_put(
+def test_a_part_holds_at_most_as_many_images_as_fit_one_put(
     tmp_path: Path, settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "MAX_PART_IMAGES", 5)
@@ -131,7 +131,7 @@ def test_a_part_never_holds_more_images_than_fit_one_put(
     assert len(_shards(settings, made)) == 10
 
 
-def test_a_part_holds_what_was_listed_column_by_column(
+def test_a_part_equals_the_listing_column_by_column(
     prefix: str, settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "MAX_PART_SHARDS", 3)
@@ -161,9 +161,7 @@ def _listed(prefix: str, place: str) -> list[storage.Object]:
     return list(storage.list_objects(f"{prefix}/{place}"))
 
 
-def test_a_second_make_returns_the_first_plan_whatever_came_later(
-    prefix: str, settings_for: SettingsFor
-) -> None:
+def test_planning_again_returns_the_first_plan(prefix: str, settings_for: SettingsFor) -> None:
     _put(prefix, 5)
     settings = settings_for(prefix, shard_images=2)
     first = _make(settings)
@@ -174,7 +172,7 @@ def test_a_second_make_returns_the_first_plan_whatever_came_later(
     assert len([photo for shard in _shards(settings, second) for photo in shard]) == 5
 
 
-def test_a_plan_that_is_not_to_be_written_is_not(tmp_path: Path, settings_for: SettingsFor) -> None:
+def test_a_dry_plan_writes_nothing(tmp_path: Path, settings_for: SettingsFor) -> None:
     _put(str(tmp_path), 5)
     settings = settings_for(str(tmp_path))
     assert _make(settings, write=False).counts.images == 5
@@ -196,7 +194,7 @@ def test_a_plan_that_is_not_to_be_written_is_not(tmp_path: Path, settings_for: S
         ({"model": "other"}, "model"),
     ],
 )
-def test_other_settings_or_another_checkpoint_are_refused_naming_what_changed(
+def test_other_settings_or_another_checkpoint_are_refused_by_name(
     tmp_path: Path, settings_for: SettingsFor, changed: dict[str, Any], names: str
 ) -> None:
     _put(str(tmp_path), 3)
@@ -214,7 +212,7 @@ def test_other_settings_or_another_checkpoint_are_refused_naming_what_changed(
         assert "\n" not in str(error.value)
 
 
-def test_a_value_that_only_the_plan_or_only_the_arguments_have_is_another(
+def test_a_value_that_only_one_side_has_counts_as_different(
     tmp_path: Path, settings_for: SettingsFor
 ) -> None:
     _put(str(tmp_path), 1)
@@ -234,7 +232,7 @@ def test_a_value_that_only_the_plan_or_only_the_arguments_have_is_another(
             plan.check_same(replace(made, identity=less), identity)
 
 
-def test_an_unfinished_run_keeps_the_patterns_that_were_the_default_for_its_plan(
+def test_an_unfinished_run_keeps_the_default_patterns_of_its_plan(
     prefix: str, settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _put(prefix, 3)
@@ -271,7 +269,7 @@ def test_an_unfinished_run_keeps_the_patterns_that_were_the_default_for_its_plan
     assert plan.make(after, fresh, identity).counts.images == 4
 
 
-def test_drivers_that_plan_at_once_end_with_one_plan_that_is_whole(
+def test_drivers_that_plan_at_once_agree_on_one_complete_plan(
     prefix: str, settings_for: SettingsFor
 ) -> None:
     settings = settings_for(prefix, shard_images=2)
@@ -291,7 +289,7 @@ def test_drivers_that_plan_at_once_end_with_one_plan_that_is_whole(
     assert sum(map(len, shards)) == plans[0].counts.images >= 10
 
 
-def test_an_unfinished_run_of_the_same_arguments_is_continued_and_a_finished_one_is_not(
+def test_the_same_arguments_resume_an_unfinished_run_only(
     prefix: str, settings_for: SettingsFor
 ) -> None:
     _put(prefix, 2)
@@ -308,7 +306,7 @@ def test_an_unfinished_run_of_the_same_arguments_is_continued_and_a_finished_one
     assert plan.run_id_of(replace(settings, run_id="mine"), identity) == "mine"
 
 
-def test_only_new_runs_again_on_the_same_day_under_a_name_of_its_own(
+def test_only_new_gives_each_run_of_a_day_its_own_id(
     tmp_path: Path, fill: Any, settings_for: SettingsFor
 ) -> None:
     fill(str(tmp_path), 1)

@@ -40,7 +40,7 @@ def test_label_ids_equal_what_pillow_stored(decoders: DecoderPool, photo_of: Pho
         np.testing.assert_array_equal(decoders.label(data, expected.shape), expected)
 
 
-def test_what_is_no_photo_has_the_kind_that_decoding_here_gives(
+def test_undecodable_bytes_give_the_same_error_kind_as_in_process(
     decoders: DecoderPool, photo_of: PhotoOf
 ) -> None:
     whole = photo_of(1)[1]
@@ -66,7 +66,7 @@ def test_every_error_of_a_label_is_of_kind_label(decoders: DecoderPool, photo_of
         assert "\n" not in str(wrong.value)
 
 
-def test_many_threads_share_few_children(decoders: DecoderPool, photo_of: PhotoOf) -> None:
+def test_many_threads_share_a_few_children(decoders: DecoderPool, photo_of: PhotoOf) -> None:
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda i: decoders.image(photo_of(i)[1]), range(50)))
     for number, pixels in enumerate(found):

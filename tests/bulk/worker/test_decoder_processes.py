@@ -99,7 +99,7 @@ def _gone_within(pid: int, seconds: float) -> bool:
     return not _is_alive(pid)
 
 
-def test_a_child_that_is_killed_costs_nothing_and_one_that_dies_again_names_its_photo(
+def test_one_crash_is_retried_and_a_second_one_names_the_image(
     slow: bytes,
 ) -> None:
     made = _made()
@@ -127,7 +127,7 @@ def test_a_child_that_is_killed_costs_nothing_and_one_that_dies_again_names_its_
         made.close()
 
 
-def test_a_child_that_died_while_it_was_idle_costs_no_photo() -> None:
+def test_a_child_that_crashed_while_idle_costs_no_image() -> None:
     made = _made()
     try:
         for _ in range(3):
@@ -139,7 +139,7 @@ def test_a_child_that_died_while_it_was_idle_costs_no_photo() -> None:
         made.close()
 
 
-def test_a_child_that_hangs_is_a_timeout_within_the_deadline_and_is_replaced() -> None:
+def test_a_hung_child_times_out_at_the_deadline_and_is_replaced() -> None:
     made = _made(deadline_s=4.0)  # long enough for a replacement to start on a busy machine
     try:
         [pid] = made.pids()
@@ -156,7 +156,7 @@ def test_a_child_that_hangs_is_a_timeout_within_the_deadline_and_is_replaced() -
 
 
 @pytest.mark.parametrize("large", ["pixels", "file"])
-def test_a_photo_that_wants_too_much_memory_is_out_of_memory(slow: bytes, large: str) -> None:
+def test_an_image_that_needs_too_much_memory_is_out_of_memory(slow: bytes, large: str) -> None:
     data = slow if large == "pixels" else SMALL + bytes(150_000_000)
     made = _made(memory_bytes=120 * 2**20)
     try:
@@ -182,7 +182,7 @@ def test_descriptors_do_not_leak(decoders: DecoderPool) -> None:
         assert _descriptors() <= before + 1
 
 
-def test_replaced_children_leave_no_descriptors_and_no_processes() -> None:
+def test_replaced_children_leave_no_descriptors_or_processes() -> None:
     made = _made()
     before = _descriptors()
     pids = set()
@@ -198,7 +198,7 @@ def test_replaced_children_leave_no_descriptors_and_no_processes() -> None:
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)  # not even as zombies
 
 
-def test_many_small_photos_in_memory_hold_few_descriptors(decoders: DecoderPool) -> None:
+def test_many_small_images_in_memory_hold_few_descriptors(decoders: DecoderPool) -> None:
     before = _descriptors()
     held = [decoders.image(SMALL) for _ in range(300)]  # a soft limit of 1024 is usual
     assert _descriptors() < before + 100
@@ -274,7 +274,7 @@ def test_the_child_imports_neither_torch_nor_ray_nor_s3() -> None:
     assert {"torch", "ray", "s3fs", "duckdb", "pyarrow"}.isdisjoint(listed)
 
 
-def test_modules_that_lie_in_the_working_folder_are_not_imported(
+def test_modules_in_the_working_folder_are_not_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "numpy.py").write_text("raise SystemExit('a photo folder is no place for code')")

@@ -67,7 +67,7 @@ def _photos(prefix: str, sizes: list[int], labels: list[bytes] | None = None) ->
     ]
 
 
-def test_photos_come_in_the_order_of_the_plan(prefix: str) -> None:
+def test_images_arrive_in_the_order_of_the_plan(prefix: str) -> None:
     sizes = [3 * (1 + 37 * i % 50) for i in range(60)]
     photos = _photos(prefix, sizes)
     with _loader(FakeDecoders(), count=3) as loader:
@@ -78,7 +78,7 @@ def test_photos_come_in_the_order_of_the_plan(prefix: str) -> None:
     assert [loaded.listed for loaded in again] == photos[::-1]
 
 
-def test_a_replaced_photo_is_changed_a_deleted_one_has_vanished_and_the_others_load(
+def test_replaced_is_changed_deleted_is_vanished_and_the_rest_load(
     prefix: str,
 ) -> None:
     photos = _photos(prefix, [3, 6, 9, 12])
@@ -91,7 +91,7 @@ def test_a_replaced_photo_is_changed_a_deleted_one_has_vanished_and_the_others_l
     assert all(loaded.listed.uri in str(loaded.error) for loaded in found[1:3])
 
 
-def test_a_label_that_is_bad_replaced_or_gone_costs_the_label_alone(prefix: str) -> None:
+def test_a_bad_replaced_or_deleted_label_costs_only_the_label(prefix: str) -> None:
     photos = _photos(prefix, [3, 6, 9, 12], [b"good", b"bad", b"old", b"old"])
     storage.write(str(photos[2].label_uri), b"newer")
     storage.delete([str(photos[3].label_uri)])
@@ -116,7 +116,7 @@ def _count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return reads
 
 
-def test_an_object_over_the_limit_is_an_error_and_never_fetched(
+def test_an_object_over_the_limit_is_an_error_and_is_not_fetched(
     prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photos = _photos(prefix, [3, 6, 9])
@@ -130,7 +130,7 @@ def test_an_object_over_the_limit_is_an_error_and_never_fetched(
     assert sorted(reads) == [photos[0].uri, photos[2].uri]
 
 
-def test_a_label_over_the_limit_is_an_error_of_the_label_and_never_fetched(
+def test_a_label_over_the_limit_is_a_label_error_and_is_not_fetched(
     tmp_path: object, settings_for: SettingsFor, listed: ListedBy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage.write(f"{tmp_path}/photos/1.jpg", b"3")
@@ -150,7 +150,7 @@ def test_a_label_over_the_limit_is_an_error_of_the_label_and_never_fetched(
     [[30_000_000] * 64, [3_000] * 32 + [30_000_000] * 64],
     ids=["large photos", "small ones first"],
 )
-def test_decoded_pixels_that_wait_are_bounded_whatever_the_sizes(
+def test_waiting_decoded_pixels_are_bounded_whatever_the_sizes(
     tmp_path: object, sizes: list[int]
 ) -> None:
     decoders, count = FakeDecoders(), 2
@@ -168,7 +168,7 @@ def test_decoded_pixels_that_wait_are_bounded_whatever_the_sizes(
     assert sorted(decoders.decoded) == sorted(sizes)
 
 
-def test_bytes_of_a_broken_photo_are_counted_as_read(tmp_path: object) -> None:
+def test_bytes_of_a_broken_image_count_as_read(tmp_path: object) -> None:
     photos = _photos(f"{tmp_path}/p", [3])
     storage.write(photos[0].uri, b"broken")
     photos = [ImageRef(*item, None, None) for item in storage.list_objects(f"{tmp_path}/p")]

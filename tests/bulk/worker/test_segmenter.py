@@ -99,7 +99,7 @@ def _close(found: Rows, expected: Rows) -> None:
             assert row[name] == (pytest.approx(value, rel=1e-5) if type(value) is float else value)
 
 
-def test_rows_equal_those_of_looking_at_each_photo_alone(
+def test_rows_equal_those_of_segmenting_each_image_alone(
     prefix: str, fill: Fill, settings_for: SettingsFor, work_for: WorkFor, listed: ListedBy
 ) -> None:
     fill(prefix, 8)
@@ -127,7 +127,7 @@ def test_rows_equal_those_of_looking_at_each_photo_alone(
     assert {"background", "cat", "person", "motorbike"} <= seen
 
 
-def test_a_broken_photo_is_a_row_with_its_kind_and_one_line_that_says_why(
+def test_a_broken_image_is_a_row_with_a_kind_and_a_one_line_reason(
     prefix: str,
     fill: Fill,
     fill_broken: Callable[[str], None],
@@ -169,7 +169,7 @@ def test_a_broken_photo_is_a_row_with_its_kind_and_one_line_that_says_why(
     )
 
 
-def test_a_shards_file_has_the_tables_schema_with_its_footer_and_stays_once_it_is_there(
+def test_a_shard_file_has_schema_and_footer_and_is_never_replaced(
     prefix: str, fill: Fill, settings_for: SettingsFor, work_for: WorkFor, listed: ListedBy
 ) -> None:
     fill(prefix, 2)
@@ -188,7 +188,7 @@ def test_a_shards_file_has_the_tables_schema_with_its_footer_and_stays_once_it_i
         assert storage.read(work.layout.shard(6)) == b"another driver's"
 
 
-def test_two_shards_at_once_give_the_files_of_one_after_the_other(
+def test_two_shards_at_once_equal_two_in_sequence(
     tmp_path: Path, fill: Fill, settings_for: SettingsFor, work_for: WorkFor, listed: ListedBy
 ) -> None:
     fill(str(tmp_path), 16)
@@ -201,7 +201,7 @@ def test_two_shards_at_once_give_the_files_of_one_after_the_other(
     assert at_once == in_turn
 
 
-def test_masks_depend_neither_on_the_batch_nor_on_its_neighbours(
+def test_masks_do_not_depend_on_the_batch(
     tmp_path: Path,
     fill: Fill,
     settings_for: SettingsFor,
