@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import clean, query, report, segment
-from pipeline.data import masks, storage
+from pipeline.data import image_formats, masks, storage
 
 pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("inputs")]
 
@@ -112,6 +112,10 @@ def test_an_unfinished_run_is_resumed_and_gets_the_rows_of_an_undisturbed_one(
     assert mine["actor_seconds"] > usage["actor_seconds"] > 0
     classes = table(f"{results}/classes")
     assert len(classes) == sum(len(row["classes"] or ()) for row in found)
+    # files of both versions in one view
+    assert query.main([results, "select * from images", "--format", "json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert sorted(row["uri"] for row in shown) == planned_uris(results)
 
 
 @pytest.mark.ray
@@ -175,6 +179,23 @@ def test_only_new_with_another_setting_sees_that_others_have_done_all(
     assert segment.main(given) == 2
     [line] = capsys.readouterr().out.splitlines()
     assert f"have done {IMAGES} of these" in line
+
+
+def test_only_new_after_a_format_changed_sees_only_its_images(
+    upload: Upload,
+    flags: Flags,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    results = upload("finished")
+    monkeypatch.setattr(image_formats, "VERSIONS", {"webp": 1})
+    given = [*flags["bulk"], "--results", results, "--only-new", "--dry-run"]
+    assert segment.main([*given, "--calibration-images", "0"]) == 0
+    found = facts(capsys.readouterr().out)
+    changed = sum(row["uri"].endswith(".webp") for row in table(f"{results}/done"))
+    assert 0 < changed < IMAGES
+    assert found["images"] == str(changed)
+    assert found["done_before"] == str(IMAGES - changed)
 
 
 CHANGED: dict[str, tuple[list[str], str]] = {

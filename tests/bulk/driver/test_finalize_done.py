@@ -12,6 +12,7 @@ from pipeline.results import tables
 from pipeline.results.layout import RunLayout
 from tests.bulk.finishing import (
     Made,
+    opened_finish,
     rows_of,
     table_of,
     tuples_of,
@@ -26,6 +27,24 @@ def test_done_holds_the_key_of_every_row(finish_of: Made, prefix: str) -> None:
     in_order = sorted(rows, key=lambda row: str(row["uri"]))
     wanted = [tuple(row.get(name) for name in names) for row in in_order]
     assert tuples_of(table_of(storage.read(layout.done))) == wanted
+
+
+def test_done_keeps_the_format_versions_of_images_that_several_versions_did(
+    tmp_path: Path,
+) -> None:
+    rows = [row | {"format_version": index % 3 or None} for index, row in enumerate(rows_of(40))]
+    finishing, layout = opened_finish(str(tmp_path), rows)
+    shards = sorted(item.uri for item in storage.list_objects(layout.images))
+    assert len(shards) > 2
+    lacking = table_of(storage.read(shards[1])).drop_columns("format_version")
+    storage.write(shards[1], tables.table_to_parquet(lacking))
+    old = set(lacking["uri"].to_pylist())
+    with finishing:
+        finishing.write_done()
+    done = table_of(storage.read(layout.done)).to_pylist()
+    found = {row["uri"]: row["format_version"] for row in done}
+    expected = {row["uri"]: None if row["uri"] in old else row["format_version"] for row in rows}
+    assert found == expected
 
 
 def _done_files(layout: RunLayout) -> list[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import random
 from collections.abc import Callable
@@ -9,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.bulk.planning.listing import ImageRef, Listing
 from pipeline.bulk.settings import BulkSettings
-from pipeline.data import storage
+from pipeline.data import image_formats, storage
 from pipeline.results import tables
 from pipeline.results.layout import RunLayout
 
@@ -251,6 +253,66 @@ def test_what_only_another_model_has_done_is_counted_and_left_out_where_that_is_
             assert (listing.done_before, listing.done_otherwise) == (1, 3)
 
 
+def _in_old_files(results: str) -> None:
+    """Rewrites all files of results as versions did that had no versions of image formats."""
+    for item in list(storage.list_objects(results)):
+        table = pq.read_table(io.BytesIO(storage.read(item.uri)))
+        buffer = io.BytesIO()
+        pq.write_table(table.drop_columns("format_version"), buffer)
+        storage.write(item.uri, buffer.getvalue())
+
+
+@pytest.mark.parametrize("write", [_finished, _unfinished, _finished_in_parts])
+@pytest.mark.parametrize("old", [False, True], ids=["column", "no column"])
+def test_a_raised_format_version_makes_only_images_of_its_family_new(
+    prefix: str,
+    settings_for: SettingsFor,
+    monkeypatch: pytest.MonkeyPatch,
+    write: Callable[..., None],
+    old: bool,
+) -> None:
+    settings = settings_for(prefix, only_new=True, labels=None)
+    for name in ("00.jpg", "01.png", "02.PNG", "03.webp", "04.png", "05.jpeg"):
+        storage.write(f"{prefix}/photos/{name}", b"x")
+    images, _ = _new(settings)
+    errors = {"04": "unsupported", "05": "corrupt"}
+    rows = [_row(image, "a", error_kind=errors.get(Path(image.uri).stem)) for image in images]
+    write(settings.results, "a", rows)
+    # the same images by another model: that does not count as done otherwise
+    write(settings.results, "b", [{**row, "run_id": "b", "model": "old"} for row in rows])
+    if old:
+        _in_old_files(settings.results)
+    assert _names(_new(settings)[0]) == []
+    monkeypatch.setattr(image_formats, "VERSIONS", {"png": 1})
+    with Listing(settings, model="m", settings_print="s") as listing:
+        new = list(listing.images())
+        assert _names(new) == ["01", "02", "04"]
+        assert (listing.done_before, listing.done_otherwise) == (3, 0)
+    fresh = replace(settings, on_model_change="new-only")
+    assert _names(_new(fresh)[0]) == ["01", "02", "04"]
+    # files with and without the column are read together
+    write(settings.results, "c", [_row(image, "c", format_version=1) for image in new[:2]])
+    assert _names(_new(settings)[0]) == ["04"]
+    monkeypatch.setattr(image_formats, "VERSIONS", {"png": 1, "jpeg": 1})
+    assert _names(_new(settings)[0]) == ["00", "04", "05"]
+
+
+def test_a_passing_error_is_tried_again_in_three_runs_after_its_format_was_raised(
+    tmp_path: Path, settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(str(tmp_path), only_new=True)
+    _put(str(tmp_path), 1)
+    [image], _ = _new(settings)
+    found = []
+    for run, version in (("a", 0), ("b", 0), ("c", None), ("d", 1), ("e", 1), ("f", 1)):
+        row = _row(image, run, error_kind="timeout", error="no", format_version=version)
+        _finished(settings.results, run, [row])
+        found.append(len(_new(settings)[0]))
+        if run == "c":
+            monkeypatch.setattr(image_formats, "VERSIONS", {"jpeg": 1})
+    assert found == [1, 1, 0, 1, 1, 0]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_only_new_agrees_with_plain_sets(
     tmp_path: Path, settings_for: SettingsFor, seed: int
@@ -267,6 +329,7 @@ def test_only_new_agrees_with_plain_sets(
             for name in ("etag", "label_etag", "model", "settings"):
                 if draw.random() < 0.15:
                     changes[name] = "other"
+            changes["format_version"] = draw.choice([None, 0, 0, 0, 0, 1])
             runs.setdefault(run, []).append(_row(photo, run, **changes))
     for run, rows in runs.items():
         ends = [_finished, _unfinished, _finished_in_parts, _killed_while_it_wrote_done]
@@ -275,7 +338,12 @@ def test_only_new_agrees_with_plain_sets(
     def is_done(photo: ImageRef) -> bool:
         key = (photo.uri, photo.etag, photo.label_etag, "m", "s")
         names = ("uri", "etag", "label_etag", "model", "settings")
-        same = [r for rows in runs.values() for r in rows if tuple(r[n] for n in names) == key]
+        same = [
+            r
+            for rows in runs.values()
+            for r in rows
+            if tuple(r[n] for n in names) == key and not r["format_version"]
+        ]
         final = any(r["error_kind"] in {None, *tables.PERMANENT_ERRORS} for r in same)
         return final or len({row["run_id"] for row in same}) >= 3
 
@@ -285,6 +353,7 @@ def test_only_new_agrees_with_plain_sets(
         return any(
             (r["uri"], r["etag"], r["label_etag"]) == key
             and (r["model"], r["settings"]) != ("m", "s")
+            and not r["format_version"]
             and r["error_kind"] in {None, *tables.PERMANENT_ERRORS}
             for r in same
         )
