@@ -1,8 +1,8 @@
 """What makes two runs the same: the experiment, and the photos and labels that it is made on.
 
 Enters: settings, splits and what a look at them found. Leaves: plain values for run.json, which is
-written once. A run is resumed where run.json has the same keys with the same values, no more and no
-fewer; for keys that earlier versions did not write, two tables say what their absence means.
+written once. A run is resumed only if run.json has the same keys with the same values. Two tables
+define what it means if a key is missing that earlier versions did not write.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ KEYS = (
     *("experiment", "photos", "labels"),
     *("train_photos", "train_labels", "val_photos", "val_labels"),
 )
-"""The keys of run.json. Any other is of a version that this one does not know."""
+"""The keys of run.json. Any other key was written by a newer version."""
 
 NOT_RECORDED = frozenset({"labels", "train_photos", "train_labels", "val_photos", "val_labels"})
-"""Those that runs of the first versions lack. What they would be is not known, so where they are
-missing they are not compared."""
+"""Keys that the first versions did not write. They are not compared if they are missing."""
 
 ADDED_LATER: Mapping[str, Any] = MappingProxyType({})
-"""Fields of an experiment that were added since ("optimiser.max_steps", dots between) -> the value
-that a run without them was computed with. Write the value itself: a default may change again."""
+"""Fields that were added to `Experiment` later (dotted, such as "optimiser.max_steps") -> the value
+that runs without the field used. Never change an entry, even if the field's default changes."""
+
+_HASHED_COUNTS = ("fingerprint", "pixels", "photo_pixels", "ignored", "holds")
+"""Keys of a survey, in order, whose hash is stored as `labels`. Keys added later are not hashed."""
 
 
 def of_lists(settings: TrainingSettings, train: Split, val: Split) -> Identity:
@@ -57,8 +59,8 @@ def of_contents(train: Survey, val: Survey) -> Identity:
     `labels` are the counts of those to train on, all that runs of older versions know.
     """
     counts = json.loads(replace(train, fingerprint="").to_json())
-    del counts["photos_sha256"], counts["labels_sha256"]
-    held = json.dumps(counts, separators=(",", ":"))
+    hashed = {name: counts[name] for name in _HASHED_COUNTS}
+    held = json.dumps(hashed, separators=(",", ":"))
     return {
         "labels": hashlib.sha256(held.encode()).hexdigest()[:16],
         "train_photos": train.images_sha256[:16],
@@ -74,7 +76,7 @@ def check_experiment(settings: TrainingSettings) -> None:
 
 
 def check_same(out: str, identity: Identity) -> None:
-    """Raises ValueError where `out` holds another run, by those of `KEYS` that `identity` has."""
+    """Raise ValueError if `out` holds another run, judged by the keys that `identity` has."""
     uri = storage.join(out, checkpoints.RUN)
     if not storage.exists(uri):
         # nothing exists in a bucket that is not there, but only a listing says so
@@ -92,9 +94,9 @@ def check_same(out: str, identity: Identity) -> None:
 
 
 def _stored(uri: str) -> Identity:
-    """The identity in run.json, with the values of `ADDED_LATER` that it lacks.
+    """Return the identity in run.json, completed from `ADDED_LATER`.
 
-    Raises ValueError where it has an experiment that this version does not know, or none.
+    Raises ValueError if this version cannot read its experiment.
     """
     stored: Identity = json.loads(storage.read(uri))
     experiment = stored.get("experiment", {})
