@@ -59,6 +59,7 @@ def shared(group: ProcessGroup) -> tuple[dict[str, torch.Tensor], float]:
     return dict(module.named_buffers()), float(module.weight.detach())
 
 
+@pytest.mark.process
 def test_every_worker_gets_the_buffers_of_rank_0_and_keeps_its_weights(tmp_path: Path) -> None:
     expected = dict(Buffered(0).named_buffers())
     for rank, (buffers, weight) in enumerate(tiny.run_workers(3, tmp_path, shared)):

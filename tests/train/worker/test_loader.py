@@ -84,6 +84,7 @@ def test_a_batch_has_the_decoded_and_augmented_images_of_its_draws(
             assert (batch.labels[position].numpy() == label).all()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("loaders", [1, 2])
 def test_loader_processes_do_not_change_a_byte(config: LoaderConfig, loaders: int) -> None:
     assert equal(load_all(config, loaders=loaders), load_all(config))
@@ -108,7 +109,7 @@ def test_the_parts_of_all_workers_make_up_the_batch(config: LoaderConfig, world_
             assert torch.equal(part.images[position // world_size], whole.images[position])
 
 
-@pytest.mark.parametrize("loaders", [0, 1])
+@pytest.mark.parametrize("loaders", [0, pytest.param(1, marks=pytest.mark.process)])
 def test_an_unusable_label_replaces_its_batch_by_an_error(
     config: LoaderConfig, loaders: int, tmp_path: Path
 ) -> None:
@@ -139,6 +140,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.process
 def test_loader_processes_exit_when_their_trainer_is_killed(
     config: LoaderConfig, tmp_path: Path
 ) -> None:

@@ -159,6 +159,7 @@ def test_four_steps_equal_plain_pytorch(class_weights: tuple[float, ...] | None)
     assert_close(found, expected, create_trainer(case, ProcessGroup())[0].model)
 
 
+@pytest.mark.process
 def test_fp32_steps_of_three_workers_differ_from_fp64_only_by_rounding(tmp_path: Path) -> None:
     exact = Case(kinks=False)
     expected_losses, expected = plain_pytorch(exact)
@@ -183,6 +184,7 @@ CASES = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", CASES)
 def test_several_workers_equal_one_with_the_same_global_batch(name: str, tmp_path: Path) -> None:
     case = CASES[name]
