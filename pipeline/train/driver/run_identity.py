@@ -1,8 +1,7 @@
-"""What makes two runs the same: the experiment, and the photos and labels that it is made on.
+"""Run identity: the experiment, and the images and labels of its data.
 
-Enters: settings, splits and what a look at them found. Leaves: plain values for run.json, which is
-written once. A run is resumed only if run.json has the same keys with the same values. Two tables
-define what it means if a key is missing that earlier versions did not write.
+It is written to run.json once. A run is resumed only if run.json has the same keys with the same
+values. Two tables define what it means if a key is missing that earlier versions did not write.
 """
 
 from __future__ import annotations
@@ -41,22 +40,22 @@ _HASHED_COUNTS = ("fingerprint", "pixels", "photo_pixels", "ignored", "holds")
 
 
 def of_lists(settings: TrainingSettings, train: Split, val: Split) -> Identity:
-    """What is known before a file is read: the experiment, and the names of the photos."""
-    known = hashlib.sha256()
+    """Return what is known before reading a file: the experiment, and the names of the images."""
+    names = hashlib.sha256()
     for split in (train, val):
         for pair in split.pairs:
-            known.update(storage.relative(settings.data, pair.image).encode() + b"\0")
-        known.update(b"\n")
+            names.update(storage.relative(settings.data, pair.image).encode() + b"\0")
+        names.update(b"\n")
     return {
         "experiment": json.loads(settings.experiment.to_json()),
-        "photos": known.hexdigest()[:16],
+        "photos": names.hexdigest()[:16],
     }
 
 
 def of_contents(train: Survey, val: Survey) -> Identity:
-    """What the files hold: the bytes of photos and labels, the same for every copy of the set.
+    """Return the identity of the images' and labels' bytes, the same for every copy of the data.
 
-    `labels` are the counts of those to train on, all that runs of older versions know.
+    `labels` is a hash of the class counts of the training labels.
     """
     counts = json.loads(replace(train, fingerprint="").to_json())
     hashed = {name: counts[name] for name in _HASHED_COUNTS}
@@ -71,7 +70,7 @@ def of_contents(train: Survey, val: Survey) -> Identity:
 
 
 def check_experiment(settings: TrainingSettings) -> None:
-    """Raises ValueError where --out holds a run of another experiment, on whatever photos."""
+    """Raise ValueError if --out holds a run of another experiment, on any data."""
     check_same(settings.out, {"experiment": json.loads(settings.experiment.to_json())})
 
 
@@ -79,7 +78,7 @@ def check_same(out: str, identity: Identity) -> None:
     """Raise ValueError if `out` holds another run, judged by the keys that `identity` has."""
     uri = storage.join(out, checkpoints.RUN)
     if not storage.exists(uri):
-        # nothing exists in a bucket that is not there, but only a listing says so
+        # `exists` is False in a missing bucket too; a listing raises
         next(iter(storage.list_pages(out)), None)
         return
     stored = _stored(uri)
@@ -88,8 +87,8 @@ def check_same(out: str, identity: Identity) -> None:
     found = differences(json.dumps(mine), json.dumps(theirs))
     if found:
         raise ValueError(
-            f"{out} holds another run ({'; '.join(found[:3])}): give it another --out, or the "
-            "arguments and files that it was begun with"
+            f"{out} holds another run ({'; '.join(found[:3])}); give another --out, or the "
+            "arguments and files that the run was started with"
         )
 
 
@@ -103,7 +102,7 @@ def _stored(uri: str) -> Identity:
     try:
         Experiment.from_json(json.dumps(experiment))
     except ValueError as error:
-        raise ValueError(f"{uri} cannot be gone on with: {error}") from None
+        raise ValueError(f"{uri} cannot be resumed: {error}") from None
     for path, value in ADDED_LATER.items():
         *groups, name = path.split(".")
         values = experiment

@@ -132,7 +132,7 @@ def test_values_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ValueError, match="--eval-output-stride 7"):
         Experiment(evaluation=EvaluationConfig(eval_output_stride=7))
     odd = ModelConfig(atrous_rates=(3,))
-    with pytest.raises(ValueError, match=r"--eval-output-stride 32.*no integers"):
+    with pytest.raises(ValueError, match=r"--eval-output-stride 32.*must be integers"):
         Experiment(model=odd, evaluation=EvaluationConfig(eval_output_stride=32))
     with pytest.raises(ValueError, match=r"--no-upsample-logits .*give --no-auxiliary"):
         Experiment(model=tiny.RESNET, optimizer=OptimizerConfig(upsample_logits=False))
