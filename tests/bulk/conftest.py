@@ -22,7 +22,7 @@ from pipeline.data import storage
 from pipeline.model.weights import checkpoint_fingerprint
 from pipeline.results.layout import RunLayout
 from tests.bulk.finishing import Made, Rows, opened_finish
-from tests.small_photos import DEMO, encoded, photo
+from tests.small_images import DEMO, encoded, photo
 
 BROKEN = {
     "broken/empty.jpg": "empty",

@@ -11,7 +11,7 @@ import pytest
 from pipeline.data import storage
 from tests.chaos.outcomes import OUTCOMES, as_table
 from tests.chaos.world import BROKEN, GOOD, World
-from tests.small_photos import photo
+from tests.small_images import photo
 
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 

@@ -15,7 +15,7 @@ from tests.chaos.hooks.sitecustomize import DEADLY, GREED_BYTES, GREEDY
 from tests.chaos.nodes import Nodes
 from tests.chaos.outcomes import check, watched
 from tests.chaos.world import BUCKET, Run, World, results_of
-from tests.small_photos import photo
+from tests.small_images import photo
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
 

@@ -17,7 +17,7 @@ from tests.chaos.outcomes import check, watched
 from tests.chaos.world import BUCKET, World, results_of, rows_of, undisturbed, wait_for_shards
 from tests.plain_loop import seen
 from tests.proxy import Rule
-from tests.small_photos import photo
+from tests.small_images import photo
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
 

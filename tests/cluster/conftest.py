@@ -23,7 +23,7 @@ from tests.cluster.several_nodes import (
     World,
     as_table,
 )
-from tests.small_photos import photo
+from tests.small_images import photo
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 
 from jobs.segment import main
 from pipeline.data import masks
-from tests.small_photos import photo
+from tests.small_images import photo
 
 pytestmark = [pytest.mark.gpu, pytest.mark.ray, pytest.mark.slow]
 

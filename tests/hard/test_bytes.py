@@ -20,7 +20,7 @@ import pytest
 from pipeline.bulk.worker.decode import DecodeError, DecodeLimits, DecoderPool
 from pipeline.data.images import IMAGE_ERROR_KINDS, ImageError, Pixels, decode
 from pipeline.data.labels import VOC
-from tests.small_photos import photo
+from tests.small_images import photo
 
 MAX_PIXELS = 1_000_000
 HANG_S = 30

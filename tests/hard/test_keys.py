@@ -30,7 +30,7 @@ from pipeline.data.storage import s3
 from pipeline.model.weights import checkpoint_fingerprint
 from pipeline.results.layout import RunLayout
 from pipeline.results.query import connect
-from tests.small_photos import DEMO, encoded
+from tests.small_images import DEMO, encoded
 
 CHECKPOINT = str(DEMO / "tfzoo-voc-mobilenetv2.safetensors")
 PREFIX = "photos/night"

@@ -16,7 +16,7 @@ from pipeline.bulk.settings import BulkSettings
 from pipeline.bulk.worker.decode import DecodeLimits, DecoderPool
 from pipeline.bulk.worker.load import Loader
 from pipeline.data.labels import VOC
-from tests.small_photos import encoded
+from tests.small_images import encoded
 
 HUGE_BYTES = 5 * 2**30
 

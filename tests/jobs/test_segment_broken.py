@@ -19,7 +19,7 @@ from pipeline.data import storage
 from pipeline.data.storage import s3
 from pipeline.results.layout import RunLayout
 from tests.proxy import Proxy, Rule
-from tests.small_photos import DEMO, photo
+from tests.small_images import DEMO, photo
 
 Capture = pytest.CaptureFixture[str]
 

@@ -18,7 +18,7 @@ from jobs.segment import main
 from pipeline.data import storage
 from pipeline.results import query
 from pipeline.runs import lease
-from tests.small_photos import DEMO, photo
+from tests.small_images import DEMO, photo
 
 pytestmark = [
     *(pytest.mark.ray, pytest.mark.s3, pytest.mark.slow, pytest.mark.timeout(600)),
