@@ -1,6 +1,6 @@
-"""Small real photos with their labels, by number; the same number gives the same bytes everywhere.
+"""Small real images with labels, by number; the same number gives the same bytes everywhere.
 
-They are the demo's, cropped a little differently each and scaled down, so that the committed
+They are the demo's images, each cropped a little differently and scaled down, so that the committed
 checkpoint sees real cats, persons and motorbikes.
 """
 
@@ -20,7 +20,7 @@ SIZES = ((96, 128), (128, 96), (97, 129), (96, 96))  # height, width
 
 @cache
 def _originals() -> tuple[tuple[str, Image.Image, Image.Image], ...]:
-    """(stem, photo, label) of the demo's photos."""
+    """(stem, image, label) of the demo's images."""
     found = []
     for name, data in demo_images().items():
         stem = Path(name).stem
@@ -29,16 +29,16 @@ def _originals() -> tuple[tuple[str, Image.Image, Image.Image], ...]:
     return tuple(found)
 
 
-def encoded(image: Image.Image, kind: str) -> bytes:
-    """The image as a file of that kind."""
+def encode(image: Image.Image, kind: str) -> bytes:
+    """Return the image as the bytes of a file of that kind."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **({"quality": 90} if kind == "JPEG" else {}))
     return buffer.getvalue()
 
 
 @cache
-def photo(number: int) -> tuple[str, bytes, bytes]:
-    """Name, photo and label (PNG) of that number; every third photo is a PNG."""
+def small_image(number: int) -> tuple[str, bytes, bytes]:
+    """Return name, image and label (PNG) of that number; every third image is a PNG."""
     stem, image, label = _originals()[number % len(_originals())]
     height, width = SIZES[number % len(SIZES)]
     left, top = (7 * number) % 40, (5 * number) % 30
@@ -47,4 +47,4 @@ def photo(number: int) -> tuple[str, bytes, bytes]:
     ids = label.resize((width, height), Image.Resampling.NEAREST, box=box)
     kind = "PNG" if number % 3 == 0 else "JPEG"
     name = f"{number % 2}/{number:04d}-{stem}.{'png' if kind == 'PNG' else 'jpg'}"
-    return name, encoded(small, kind), encoded(ids, "PNG")
+    return name, encode(small, kind), encode(ids, "PNG")

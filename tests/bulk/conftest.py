@@ -1,6 +1,6 @@
-"""A bucket of small real photos with their labels, and of objects that are none.
+"""Small real images with labels, and broken ones, under a prefix; settings to segment them.
 
-Below a prefix: `photos/` (what `fill` and `fill_broken` put), `labels/`, `results/`.
+Under the prefix: `images/` and `labels/` (written by `fill` and `fill_broken`), `results/`.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ from pipeline.bulk.worker.segmenter import WorkerContext
 from pipeline.data import storage
 from pipeline.model.weights import checkpoint_fingerprint
 from pipeline.results.layout import RunLayout
-from tests.bulk.finishing import Made, Rows, opened_finish
-from tests.small_images import DEMO, encoded, photo
+from tests.bulk.made_runs import FinalizerFor, Rows, make_finalizer
+from tests.small_images import DEMO, encode, small_image
 
 BROKEN = {
     "broken/empty.jpg": "empty",
     "broken/text.jpg": "not_an_image",
     "broken/truncated.jpg": "truncated",
 }
-"""What `fill_broken` puts below `photos/`, and the kind of error that each must become."""
+"""Objects that `fill_broken` writes to `images/`, and the error kind that each must become."""
 
 BAD_LABELS = {"bad-label/size.png": "but its image is", "bad-label/class.png": "class 77"}
-"""Good photos of `fill_broken` whose label is of another size, or holds a class out of range."""
+"""Good images of `fill_broken` whose label has another size, or a class out of range."""
 
 Fill = Callable[[str, int], None]
 SettingsFor = Callable[..., BulkSettings]
 
 
-@pytest.fixture(scope="session")
-def photo_of() -> Callable[[int], tuple[str, bytes, bytes]]:
-    """number -> name, photo and label."""
-    return photo
+@pytest.fixture(scope="session", name="small_image")
+def _small_image() -> Callable[[int], tuple[str, bytes, bytes]]:
+    """`small_image(number)`: name, image and label."""
+    return small_image
 
 
 @pytest.fixture(scope="session")
 def fill() -> Fill:
-    """`fill(prefix, count)` puts so many photos with their labels."""
+    """`fill(prefix, count)` writes `count` images with their labels."""
 
     def put(prefix: str, count: int) -> None:
         for number in range(count):
-            name, image, label = photo(number)
-            storage.write(f"{prefix}/photos/{name}", image)
+            name, image, label = small_image(number)
+            storage.write(f"{prefix}/images/{name}", image)
             storage.write(f"{prefix}/labels/{name.rpartition('.')[0]}.png", label)
 
     return put
@@ -59,18 +59,18 @@ def fill() -> Fill:
 
 @pytest.fixture(scope="session")
 def fill_broken() -> Callable[[str], None]:
-    """`fill_broken(prefix)` puts the objects of BROKEN, and the photos of BAD_LABELS."""
+    """`fill_broken(prefix)` writes the objects of BROKEN, and the images of BAD_LABELS."""
 
     def put(prefix: str) -> None:
-        _, jpeg, label = photo(1)
-        contents = (b"", b"this is a letter, not a photo\n", jpeg[: len(jpeg) // 2])
+        _, jpeg, label = small_image(1)
+        contents = (b"", b"this is a letter, not an image\n", jpeg[: len(jpeg) // 2])
         for name, data in zip(BROKEN, contents, strict=True):
-            storage.write(f"{prefix}/photos/{name}", data)
+            storage.write(f"{prefix}/images/{name}", data)
         ids = Image.open(io.BytesIO(label))
-        larger = encoded(ids.resize((ids.width + 1, ids.height)), "PNG")
-        strange = encoded(Image.new("L", ids.size, 77), "PNG")
+        larger = encode(ids.resize((ids.width + 1, ids.height)), "PNG")
+        strange = encode(Image.new("L", ids.size, 77), "PNG")
         for name, data in zip(BAD_LABELS, (larger, strange), strict=True):
-            storage.write(f"{prefix}/photos/{name[:-4]}.jpg", jpeg)
+            storage.write(f"{prefix}/images/{name[:-4]}.jpg", jpeg)
             storage.write(f"{prefix}/labels/{name}", data)
 
     return put
@@ -78,13 +78,13 @@ def fill_broken() -> Callable[[str], None]:
 
 @pytest.fixture(scope="session")
 def broken_kinds() -> dict[str, str]:
-    """Name below `photos/` -> kind of error, for what `fill_broken` puts."""
+    """Name under `images/` -> error kind, for the objects of `fill_broken`."""
     return dict(BROKEN)
 
 
 @pytest.fixture(scope="session")
 def bad_labels() -> dict[str, str]:
-    """Name below `photos/` -> part of its label's error, for what `fill_broken` puts."""
+    """Name under `images/` -> part of the label error, for the images of `fill_broken`."""
     return {f"{name[:-4]}.jpg": message for name, message in BAD_LABELS.items()}
 
 
@@ -100,7 +100,7 @@ def settings_for(checkpoint: str) -> SettingsFor:
 
     def settings(prefix: str, **overrides: Any) -> BulkSettings:
         values = {
-            "images": f"{prefix}/photos",
+            "images": f"{prefix}/images",
             "labels": f"{prefix}/labels",
             "results": f"{prefix}/results",
             "checkpoint": checkpoint,
@@ -115,7 +115,7 @@ def settings_for(checkpoint: str) -> SettingsFor:
 
 @pytest.fixture
 def work_for() -> Callable[..., WorkerContext]:
-    """`work_for(settings, **changes)`: what a segmenter of that run is given."""
+    """`work_for(settings, **changes)`: the context of the run's workers."""
 
     def work(settings: BulkSettings, **changes: Any) -> WorkerContext:
         values = {
@@ -137,7 +137,7 @@ def work_for() -> Callable[..., WorkerContext]:
 
 @pytest.fixture
 def listed() -> Callable[..., list[ImageRef]]:
-    """`listed(settings)`: the photos that the plan would hold."""
+    """`listed(settings)`: the images of the run's future plan."""
 
     def images(
         settings: BulkSettings, *, model: str = "m", settings_print: str = "s"
@@ -149,12 +149,12 @@ def listed() -> Callable[..., list[ImageRef]]:
 
 
 @pytest.fixture
-def finish_of() -> Iterator[Made]:
-    """Makes the files of a run of these rows below a prefix; the end of that run, opened."""
-    with contextlib.ExitStack() as opened:
+def finalizer_for() -> Iterator[FinalizerFor]:
+    """`finalizer_for(prefix, rows)`: an open finalizer of a run with these rows, and its layout."""
+    with contextlib.ExitStack() as stack:
 
-        def made(prefix: str, rows: Rows) -> tuple[RunFinalizer, RunLayout]:
-            finishing, layout = opened_finish(prefix, rows)
-            return opened.enter_context(finishing), layout
+        def make(prefix: str, rows: Rows) -> tuple[RunFinalizer, RunLayout]:
+            finalizer, layout = make_finalizer(prefix, rows)
+            return stack.enter_context(finalizer), layout
 
-        yield made
+        yield make

@@ -156,7 +156,7 @@ def test_relative_folders_become_absolute(
     settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert settings_for("here").images == os.path.join(tmp_path, "here", "photos")
+    assert settings_for("here").images == os.path.join(tmp_path, "here", "images")
 
 
 FINGERPRINTS: dict[str, dict[str, Any]] = {
@@ -195,7 +195,7 @@ def test_the_fingerprint_of_inference_settings_is_pinned(known: str) -> None:
 @pytest.mark.parametrize("known", IDENTITIES)
 def test_the_identity_of_a_run_is_pinned(known: str) -> None:
     lease, values = IDENTITIES[known]
-    common = {"images": "s3://b/photos", "labels": "s3://b/labels", "results": "s3://b/results"}
+    common = {"images": "s3://b/images", "labels": "s3://b/labels", "results": "s3://b/results"}
     settings = BulkSettings(**{**common, "checkpoint": "s3://b/model.safetensors", **values})
     assert fingerprint(settings.identity(model="m")) == known
     assert settings.work_fingerprint(model="m") == lease

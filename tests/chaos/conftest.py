@@ -11,7 +11,7 @@ import pytest
 from pipeline.data import storage
 from tests.chaos.outcomes import OUTCOMES, as_table
 from tests.chaos.world import BROKEN, GOOD, World
-from tests.small_images import photo
+from tests.small_images import small_image
 
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 
@@ -19,9 +19,9 @@ SEED = int(os.environ.get("CHAOS_SEED", "1"))
 def put_photos(prefix: str) -> None:
     """600 objects of which 18 are no photos: empty ones, letters, and truncated ones."""
     for number in range(GOOD):
-        name, data, _ = photo(number)
+        name, data, _ = small_image(number)
         storage.write(f"{prefix}/{name}", data)
-    cut = photo(1)[1]
+    cut = small_image(1)[1]
     for number in range(BROKEN):
         data = (b"", b"a letter", cut[: len(cut) // 2])[number % 3]
         storage.write(f"{prefix}/{number % 2}/broken-{number:02d}.jpg", data)

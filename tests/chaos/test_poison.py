@@ -15,7 +15,7 @@ from tests.chaos.hooks.sitecustomize import DEADLY, GREED_BYTES, GREEDY
 from tests.chaos.nodes import Nodes
 from tests.chaos.outcomes import check, watched
 from tests.chaos.world import BUCKET, Run, World, results_of
-from tests.small_images import photo
+from tests.small_images import small_image
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
 
@@ -45,7 +45,7 @@ def _noted(path: Path) -> list[int]:
 
 def _png(first_pixels: tuple[int, ...]) -> bytes:
     """A photo that begins so."""
-    pixels = np.asarray(Image.open(io.BytesIO(photo(3)[1])).convert("RGB")).copy()
+    pixels = np.asarray(Image.open(io.BytesIO(small_image(3)[1])).convert("RGB")).copy()
     pixels.reshape(-1)[: len(first_pixels)] = first_pixels
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -58,7 +58,7 @@ def test_photos_whose_decoder_crashes_or_eats_memory_or_never_returns(
     kinds = {}
     for what, kind in POISON.items():
         uri = f"{BUCKET}/poison/{what}.jpg"
-        storage.write(uri, photo(4)[1] + f"faults:{what}".encode())
+        storage.write(uri, small_image(4)[1] + f"faults:{what}".encode())
         kinds[uri] = [kind]
     killer = world.killer()
     photos = ("--images", BUCKET, "--include", "night/* poison/*")

@@ -17,7 +17,7 @@ from tests.chaos.outcomes import check, watched
 from tests.chaos.world import BUCKET, World, results_of, rows_of, undisturbed, wait_for_shards
 from tests.plain_loop import seen
 from tests.proxy import Rule
-from tests.small_images import photo
+from tests.small_images import small_image
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
 
@@ -102,7 +102,7 @@ def test_photos_deleted_replaced_and_added_while_the_run_goes_on(world: World) -
     results, moving = results_of("moving"), f"{BUCKET}/moving"
     names = [f"{moving}/{number:02d}-{what}.jpg" for number in range(20) for what in ("a", "b")]
     for number, uri in enumerate(names):
-        storage.write(uri, photo(3 * number + 1)[1])
+        storage.write(uri, small_image(3 * number + 1)[1])
     old = undisturbed(moving)
     gone, replaced, kept = names[0::4], names[1::4], [*names[2::4], *names[3::4]]
     killer = world.killer()
@@ -130,7 +130,7 @@ def _wait_for(uri: str, run: Any) -> None:
 def _change(gone: list[str], replaced: list[str], added: list[str]) -> None:
     storage.delete(gone)
     for number, uri in enumerate(replaced + added):
-        storage.write(uri, photo(3 * number + 2)[1])
+        storage.write(uri, small_image(3 * number + 2)[1])
 
 
 def _assert_old_bytes_with_the_old_etag(

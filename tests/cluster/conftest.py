@@ -23,7 +23,7 @@ from tests.cluster.several_nodes import (
     World,
     as_table,
 )
-from tests.small_images import photo
+from tests.small_images import small_image
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +48,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             for name in ("AWS_PROFILE", "RAY_ADDRESS"):
                 patch.delenv(name, raising=False)
             for number in range(PHOTO_COUNT):
-                name, data, _ = photo(number)
+                name, data, _ = small_image(number)
                 storage.write(f"{PHOTOS}/{name}", data)
             rows = plain_loop.rows(PHOTOS, CHECKPOINT, Inference(scales=SCALES))
             assert len(rows) == PHOTO_COUNT

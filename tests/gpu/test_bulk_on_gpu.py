@@ -10,7 +10,7 @@ import pytest
 
 from jobs.segment import main
 from pipeline.data import masks
-from tests.small_images import photo
+from tests.small_images import small_image
 
 pytestmark = [pytest.mark.gpu, pytest.mark.ray, pytest.mark.slow]
 
@@ -27,7 +27,7 @@ def test_a_run_on_a_gpu_gives_nearly_the_masks_of_a_run_on_the_cpu(tmp_path: Pat
     images = tmp_path / "images"
     images.mkdir()
     for number in range(24):
-        name, data, _ = photo(number)
+        name, data, _ = small_image(number)
         (images / Path(name).name).write_bytes(data)
     (images / "broken.jpg").write_bytes(b"not an image")
     found = {}

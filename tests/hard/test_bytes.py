@@ -20,7 +20,7 @@ import pytest
 from pipeline.bulk.worker.decode import DecodeError, DecodeLimits, DecoderPool
 from pipeline.data.images import IMAGE_ERROR_KINDS, ImageError, Pixels, decode
 from pipeline.data.labels import VOC
-from tests.small_images import photo
+from tests.small_images import small_image
 
 MAX_PIXELS = 1_000_000
 HANG_S = 30
@@ -94,7 +94,7 @@ def test_jpegs_with_flipped_bits_are_a_picture_or_a_typed_error() -> None:
     found = set()
     for seed in range(COUNT):
         draw = random.Random(seed)
-        damaged = bytearray(photo(3 * draw.randrange(8) + 1)[1])
+        damaged = bytearray(small_image(3 * draw.randrange(8) + 1)[1])
         assert damaged.startswith(b"\xff\xd8\xff")
         # its tables are at the start: what is wrong there goes furthest
         reach = draw.choice([20, 700, len(damaged)])

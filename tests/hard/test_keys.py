@@ -30,7 +30,7 @@ from pipeline.data.storage import s3
 from pipeline.model.weights import checkpoint_fingerprint
 from pipeline.results.layout import RunLayout
 from pipeline.results.query import connect
-from tests.small_images import DEMO, encoded
+from tests.small_images import DEMO, encode
 
 CHECKPOINT = str(DEMO / "tfzoo-voc-mobilenetv2.safetensors")
 PREFIX = "photos/night"
@@ -71,13 +71,13 @@ def moto() -> Iterator[Any]:
             backend.create_bucket(name, "us-east-1")
         for number, key in enumerate(KEYS):
             photo = Image.new("RGB", (33, 20 + number), (number, 90, 200))
-            backend.put_object("hostile", f"{PREFIX}/{key}", encoded(photo, "PNG"))
+            backend.put_object("hostile", f"{PREFIX}/{key}", encode(photo, "PNG"))
         # who normalises `../x.jpg` reads, and matches as a label, one of these
         for key in ("photos/x.jpg", "x.jpg", "tmp/x.jpg", "photos/x.png", "x.png"):
-            backend.put_object("hostile", key, encoded(Image.new("RGB", (7, 5)), "PNG"))
+            backend.put_object("hostile", key, encode(Image.new("RGB", (7, 5)), "PNG"))
         for key in ("../x", "%2e%2e/x", "nul\0", "<script>alert(1)</script>"):
             label = Image.new("L", (33, 20 + KEYS.index(f"{key}.jpg")), 0)
-            backend.put_object("hostile", f"labels/{key}.png", encoded(label, "PNG"))
+            backend.put_object("hostile", f"labels/{key}.png", encode(label, "PNG"))
         yield backend
     s3.filesystem.cache_clear()
     s3.retrying_filesystem.cache_clear()

@@ -16,7 +16,7 @@ from pipeline.bulk.settings import BulkSettings
 from pipeline.bulk.worker.decode import DecodeLimits, DecoderPool
 from pipeline.bulk.worker.load import Loader
 from pipeline.data.labels import VOC
-from tests.small_images import encoded
+from tests.small_images import encode
 
 HUGE_BYTES = 5 * 2**30
 
@@ -52,7 +52,7 @@ def test_bombs_nothing_and_five_gigabytes_are_error_rows_in_little_memory(tmp_pa
     with (photos / "huge.jpg").open("wb") as file:
         file.write(b"\xff\xd8\xff")
         os.truncate(file.fileno(), HUGE_BYTES)
-    (photos / "good.png").write_bytes(encoded(Image.new("RGB", (31, 17)), "PNG"))
+    (photos / "good.png").write_bytes(encode(Image.new("RGB", (31, 17)), "PNG"))
     settings = BulkSettings(
         images=str(photos), results=str(tmp_path / "results"), checkpoint="/none"
     )

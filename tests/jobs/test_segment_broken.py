@@ -19,7 +19,7 @@ from pipeline.data import storage
 from pipeline.data.storage import s3
 from pipeline.results.layout import RunLayout
 from tests.proxy import Proxy, Rule
-from tests.small_images import DEMO, photo
+from tests.small_images import DEMO, small_image
 
 Capture = pytest.CaptureFixture[str]
 
@@ -35,7 +35,7 @@ def arguments(prefix: str) -> list[str]:
 def segmented(prefix: str) -> RunLayout:
     """A run of two photos whose driver was killed when all shards were done, without Ray."""
     for number in range(2):
-        name, image, _ = photo(number)
+        name, image, _ = small_image(number)
         storage.write(f"{prefix}/photos/{name}", image)
     settings = parse(BulkSettings, arguments(prefix), description="")
     layout = RunLayout(results=settings.results, run_id="a")

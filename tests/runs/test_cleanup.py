@@ -1,4 +1,4 @@
-"""What is deleted is one run, whole, in an order that never shows half of it as finished."""
+"""Deletes one whole run, in an order in which it never looks finished while rows are missing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEARTBEAT_S, STALE_S = 0.2, 1.5
 
 
 def write_all(results: str, run_id: str, *, finished: bool = True) -> RunLayout:
-    """A run with an object in each folder, its lease an hour old."""
+    """Write a run with an object in each folder, and a lease that is an hour old."""
     run = RunLayout(results=results, run_id=run_id)
     write_run(results, run_id, finished=finished)
     storage.write(run.single(17, 3), b"row")
@@ -47,14 +47,14 @@ def write_lease(run: RunLayout, *, age_s: float) -> None:
 
 
 def lease_of(age_s: float) -> bytes:
-    """A lease of another machine, whose heartbeat is so old by this machine's clock."""
+    """Return a lease of another machine, its heartbeat `age_s` old by this machine's clock."""
     beat = datetime.now(UTC) - timedelta(seconds=age_s)
     return json.dumps({"host": "node7", "pid": 42, "heartbeat": beat.isoformat()}).encode()
 
 
 @contextlib.contextmanager
 def beating(uri: str, *, age_s: float = 0.0) -> Iterator[None]:
-    """A driver on another machine, whose clock is so far behind, holds the lease meanwhile."""
+    """Hold the lease as a driver on another machine, whose clock is `age_s` behind."""
     ended = threading.Event()
 
     def beat() -> None:
@@ -77,7 +77,7 @@ def found(results: str, objects: list[storage.Object]) -> list[str]:
     return [storage.relative(results, item.uri) for item in objects]
 
 
-def test_a_run_goes_whole_and_its_neighbours_by_name_stay(prefix: str) -> None:
+def test_a_run_is_deleted_whole_and_runs_with_similar_names_stay(prefix: str) -> None:
     for run_id in ("a1", "a.b", "a-", "A", "a_parquet"):
         write_all(prefix, run_id)
     others = names(prefix)
@@ -88,7 +88,7 @@ def test_a_run_goes_whole_and_its_neighbours_by_name_stay(prefix: str) -> None:
     assert names(prefix) == others
 
 
-def test_the_record_goes_first_and_the_plan_before_its_parts(prefix: str) -> None:
+def test_the_record_is_deleted_first_and_the_plan_before_its_parts(prefix: str) -> None:
     write_all(prefix, "a")
     order = found(prefix, cleanup.find_run(prefix, "a"))
     folders = list(dict.fromkeys(name.partition("/")[0] for name in order))
@@ -97,7 +97,7 @@ def test_the_record_goes_first_and_the_plan_before_its_parts(prefix: str) -> Non
     assert order.index("plans/run=a/plan.json") < order.index("plans/run=a/part-00000-aa.parquet")
 
 
-def test_a_deletion_cut_off_anywhere_is_no_finished_run_and_is_ended_by_another(
+def test_an_interrupted_deletion_can_be_repeated_and_shows_no_finished_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "STALE_S", 0.0)
@@ -114,7 +114,7 @@ def test_a_deletion_cut_off_anywhere_is_no_finished_run_and_is_ended_by_another(
         cleanup.find_run(results, "a")
 
 
-def test_local_folders_go_with_their_last_file_and_temporary_files_too(tmp_path: Path) -> None:
+def test_empty_local_folders_and_temporary_files_are_deleted_too(tmp_path: Path) -> None:
     results = tmp_path / "store"
     run = write_all(str(results), "a")
     (Path(run.images) / f".shard-000009.parquet.{'0' * 16}.tmp").write_bytes(b"half")
@@ -131,7 +131,7 @@ def test_many_objects_are_deleted(prefix: str) -> None:
 
 
 @pytest.mark.parametrize("behind_s", [0, 90, 86_400, -90])
-def test_an_unfinished_run_is_not_deleted_while_somebody_works_on_it_whatever_their_clock_says(
+def test_an_unfinished_run_with_a_live_driver_is_kept_whatever_its_clock(
     prefix: str, behind_s: float
 ) -> None:
     run = write_all(prefix, "a", finished=False)
@@ -145,7 +145,7 @@ def test_an_unfinished_run_is_not_deleted_while_somebody_works_on_it_whatever_th
 
 
 @pytest.mark.parametrize("content", [lease_of(3600), lease_of(0), lease_of(-3600), b"half a lea"])
-def test_an_unfinished_run_whose_lease_does_not_change_while_watched_is_deleted(
+def test_an_unfinished_run_with_a_stale_lease_is_deleted(
     prefix: str, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = write_all(prefix, "a", finished=False)
@@ -157,7 +157,7 @@ def test_an_unfinished_run_whose_lease_does_not_change_while_watched_is_deleted(
 
 
 @pytest.mark.process
-def test_where_there_is_no_lease_or_its_process_is_known_to_be_dead_nobody_waits(
+def test_a_missing_lease_or_an_exited_process_is_known_at_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     results = str(tmp_path)
@@ -171,12 +171,12 @@ def test_where_there_is_no_lease_or_its_process_is_known_to_be_dead_nobody_waits
     assert caplog.text == ""
 
 
-def test_a_finished_run_is_deleted_whatever_its_lease_says(prefix: str) -> None:
+def test_a_finished_run_is_deleted_whatever_its_lease(prefix: str) -> None:
     write_lease(write_all(prefix, "a"), age_s=0)
     assert cleanup.find_run(prefix, "a")
 
 
-def test_leftovers_are_what_finished_runs_no_longer_need(prefix: str) -> None:
+def test_leftovers_include_what_finished_runs_no_longer_need(prefix: str) -> None:
     write_all(prefix, "done")
     write_all(prefix, "open", finished=False)
     assert set(found(prefix, cleanup.find_leftovers(prefix))) == {
@@ -186,22 +186,22 @@ def test_leftovers_are_what_finished_runs_no_longer_need(prefix: str) -> None:
     }
 
 
-def test_the_lease_of_what_is_new_is_a_leftover_once_nobody_holds_it(prefix: str) -> None:
+def test_a_lease_of_only_new_is_a_leftover_once_it_is_free(prefix: str) -> None:
     write_run(prefix, "open", finished=False)
     run = RunLayout(results=prefix, run_id="open")
     write_lease(run, age_s=5)
     with beating(only_new_lease(prefix, "held")):
         assert found(prefix, cleanup.find_leftovers(prefix)) == []
         storage.write(only_new_lease(prefix, "old"), storage.read(run.lease))
-        storage.write(f"{prefix}/leases/notes.txt", b"of a person")
+        storage.write(f"{prefix}/leases/notes.txt", b"of the user")
         assert found(prefix, cleanup.find_leftovers(prefix)) == ["leases/only-new-old.json"]
 
 
-def test_parts_that_the_plan_does_not_name_are_leftovers_once_there_is_a_plan(prefix: str) -> None:
+def test_parts_that_a_plan_does_not_name_are_leftovers(prefix: str) -> None:
     write_run(prefix, "planned", finished=False)
     for run_id in ("planned", "planning", "broken"):
         plan = RunLayout(results=prefix, run_id=run_id).plan
-        storage.write(f"{plan}/part-00000-bb.parquet", b"of the planner that came second")
+        storage.write(f"{plan}/part-00000-bb.parquet", b"of the second planner")
     storage.write(f"{RunLayout(results=prefix, run_id='broken').plan}/plan.json", b"{}")
     assert found(prefix, cleanup.find_leftovers(prefix)) == [
         "plans/run=planned/part-00000-bb.parquet"
@@ -209,7 +209,7 @@ def test_parts_that_the_plan_does_not_name_are_leftovers_once_there_is_a_plan(pr
     assert len(cleanup.find_run(prefix, "planning")) == 1
 
 
-def test_temporary_files_are_leftovers_unless_their_writer_may_still_live(tmp_path: Path) -> None:
+def test_temporary_files_are_leftovers_once_they_are_old(tmp_path: Path) -> None:
     write_run(str(tmp_path), "a", finished=False)
     for name, age_s in (("old", 3600), ("young", 5)):
         file = tmp_path / "images" / "run=a" / f".{name}.{'0' * 16}.tmp"
@@ -220,24 +220,24 @@ def test_temporary_files_are_leftovers_unless_their_writer_may_still_live(tmp_pa
     ]
 
 
-def test_a_run_id_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
+def test_a_run_id_with_a_path_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run id .*must be 1 to 100 letters"):
         cleanup.find_run(str(tmp_path), "../a")
 
 
-def test_what_a_run_left_that_died_before_it_had_a_plan_is_a_leftover(prefix: str) -> None:
-    dead = RunLayout(results=prefix, run_id="dead")
+def test_files_of_a_run_that_crashed_before_its_plan_are_leftovers(prefix: str) -> None:
+    crashed = RunLayout(results=prefix, run_id="crashed")
     planning = RunLayout(results=prefix, run_id="planning")
-    for run in (dead, planning):
+    for run in (crashed, planning):
         storage.write(f"{run.plan}/part-00000-0.parquet", b"part")
-    write_lease(dead, age_s=-1)
+    write_lease(crashed, age_s=-1)
     with beating(planning.lease, age_s=3600):
         assert set(found(prefix, cleanup.find_leftovers(prefix))) == {
-            "leases/run=dead.json",
-            "plans/run=dead/part-00000-0.parquet",
+            "leases/run=crashed.json",
+            "plans/run=crashed/part-00000-0.parquet",
         }
 
 
-def test_cleaning_where_nothing_lies_is_an_error(prefix: str) -> None:
+def test_a_results_prefix_without_objects_is_an_error(prefix: str) -> None:
     with pytest.raises(LookupError, match="there are no results under"):
         cleanup.find_leftovers(f"{prefix}/typo")

@@ -1,4 +1,4 @@
-"""One driver a run: a living one is left alone, a dead one is succeeded, by one."""
+"""One driver per run: the lease of a live one is respected, that of a dead one is taken once."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from pipeline.runs.lease import HeldError, Lease
 
 HEARTBEAT_S, STALE_S = 0.2, 2.0
 LONG_S = 60.0
-"""Where staleness must not be what ended a wait; a busy machine needs seconds for anything."""
+"""For tests in which staleness must not end a wait; a busy machine may need seconds."""
 
-_DIES = """
+_EXITS = """
 import os, sys
 from pipeline.runs.lease import Lease
 Lease(sys.argv[1], "r").acquire()
@@ -42,8 +42,8 @@ def uri(prefix: str) -> str:
     return f"{prefix}/leases/run=r.json"
 
 
-def _of_a_dead_process(uri: str) -> None:
-    subprocess.run([sys.executable, "-c", _DIES, uri], check=True, cwd=Path(__file__).parents[2])
+def _of_an_exited_process(uri: str) -> None:
+    subprocess.run([sys.executable, "-c", _EXITS, uri], check=True, cwd=Path(__file__).parents[2])
 
 
 def _of_a_silent_host(uri: str) -> None:
@@ -55,18 +55,18 @@ def _token(uri: str) -> str:
     return str(json.loads(storage.read(uri))["token"])
 
 
-def test_a_second_driver_is_refused_while_the_first_lives(uri: str) -> None:
+def test_a_second_driver_is_refused_while_the_first_is_alive(uri: str) -> None:
     with lease.hold(uri, "r") as first:
         for _ in range(2):
             with pytest.raises(HeldError, match=f"run r is being worked on by .*:{os.getpid()}"):
                 Lease(uri, "r").acquire()
         assert not first.lost.is_set()
-    with lease.hold(uri, "r"):  # it was given back
+    with lease.hold(uri, "r"):  # it was released
         pass
     assert not storage.exists(uri)
 
 
-def test_who_is_refused_hears_who_works_since_when_and_on_which_run(uri: str) -> None:
+def test_the_refusal_names_the_holder_its_start_and_its_run(uri: str) -> None:
     with lease.hold(uri, "first"):
         since = json.loads(storage.read(uri))["since"]
         assert abs((datetime.now(UTC) - datetime.fromisoformat(since)).total_seconds()) < 60
@@ -84,18 +84,18 @@ def test_other_runs_have_other_leases(prefix: str) -> None:
         pass
 
 
-def test_a_lease_is_given_back_when_its_driver_fails(uri: str) -> None:
+def test_a_lease_is_released_when_its_driver_fails(uri: str) -> None:
     with pytest.raises(RuntimeError, match="stopped"), lease.hold(uri, "r"):
         raise RuntimeError("stopped")
     assert not storage.exists(uri)
 
 
 @pytest.mark.process
-def test_the_lease_of_a_dead_process_is_taken_at_once(
+def test_the_lease_of_an_exited_process_is_taken_at_once(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "STALE_S", LONG_S)
-    _of_a_dead_process(uri)
+    _of_an_exited_process(uri)
     assert storage.exists(uri)
     started = time.monotonic()
     with lease.hold(uri, "r") as held:
@@ -105,8 +105,8 @@ def test_the_lease_of_a_dead_process_is_taken_at_once(
 
 
 @pytest.mark.process
-def test_a_lease_is_cleared_where_its_holder_is_known_to_be_dead(uri: str) -> None:
-    lease.clear_stale(uri)  # there is none
+def test_only_the_lease_of_an_exited_process_is_cleared(uri: str) -> None:
+    lease.clear_stale(uri)  # it does not exist
     _of_a_silent_host(uri)
     lease.clear_stale(uri)
     assert _token(uri) == "x"
@@ -114,12 +114,12 @@ def test_a_lease_is_cleared_where_its_holder_is_known_to_be_dead(uri: str) -> No
     with lease.hold(uri, "r"):
         lease.clear_stale(uri)
         assert storage.exists(uri)
-    _of_a_dead_process(uri)
+    _of_an_exited_process(uri)
     lease.clear_stale(uri)
     assert not storage.exists(uri)
 
 
-def test_the_lease_of_a_silent_host_is_taken_when_it_is_stale_and_not_before(uri: str) -> None:
+def test_the_lease_of_a_silent_host_is_taken_once_it_is_stale(uri: str) -> None:
     _of_a_silent_host(uri)
     started = time.monotonic()
     with lease.hold(uri, "r"):
@@ -127,7 +127,7 @@ def test_the_lease_of_a_silent_host_is_taken_when_it_is_stale_and_not_before(uri
         assert _token(uri) != "x"
 
 
-def test_a_lease_that_is_given_back_while_one_watches_is_taken(
+def test_a_lease_released_while_it_is_watched_is_taken(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "STALE_S", LONG_S)
@@ -140,14 +140,14 @@ def test_a_lease_that_is_given_back_while_one_watches_is_taken(
         assert not held.lost.is_set()
 
 
-def test_a_driver_whose_lease_another_took_is_told_and_leaves_it_to_them(uri: str) -> None:
+def test_a_driver_notices_that_another_took_its_lease_and_leaves_it(uri: str) -> None:
     with lease.hold(uri, "r") as held:
         _of_a_silent_host(uri)
         assert held.lost.wait(30)
     assert _token(uri) == "x"
 
 
-def test_a_lease_that_someone_deleted_is_put_back(uri: str) -> None:
+def test_a_deleted_lease_is_written_again(uri: str) -> None:
     with lease.hold(uri, "r") as held:
         storage.delete([uri])
         deadline = time.monotonic() + 30
@@ -158,8 +158,8 @@ def test_a_lease_that_someone_deleted_is_put_back(uri: str) -> None:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("left_behind", [_of_a_dead_process, _of_a_silent_host])
-def test_of_many_who_want_a_stale_lease_one_gets_it(tmp_path: Path, left_behind: object) -> None:
+@pytest.mark.parametrize("left_behind", [_of_an_exited_process, _of_a_silent_host])
+def test_only_one_of_many_drivers_gets_a_stale_lease(tmp_path: Path, left_behind: object) -> None:
     uri = str(tmp_path / "leases" / "run=r.json")
     assert callable(left_behind)
     left_behind(uri)

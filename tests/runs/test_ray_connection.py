@@ -1,4 +1,4 @@
-"""A Ray that a run starts on this machine: who can reach it, and what is said where it fails."""
+"""A local Ray started by a run: its addresses, its shutdown, and errors when starting it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ sys.stdin.read()
 
 
 def listening(pids: set[int]) -> dict[str, set[str]]:
-    """Address -> the programs of these processes that listen on TCP there, by the kernel's word."""
+    """Return address -> programs of these processes that listen on TCP there, from /proc."""
     sockets = {}
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
@@ -53,7 +53,7 @@ def listening(pids: set[int]) -> dict[str, set[str]]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_ray_that_is_started_here_listens_to_this_machine_alone_and_shows_no_dashboard() -> None:
+def test_a_local_ray_listens_on_loopback_only_and_has_no_dashboard() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with subprocess.Popen(
         [sys.executable, "-c", _START],
@@ -73,12 +73,12 @@ def test_a_ray_that_is_started_here_listens_to_this_machine_alone_and_shows_no_d
             process.communicate("")
     assert any("raylet" in program for programs in found.values() for program in programs)
     assert set(found) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, found
-    # Ray starts that process all the same, for its own counts
+    # Ray starts the dashboard process anyway, for its own metrics
     dashboards = [each for each in commands if "dashboard/dashboard.py" in each]
     assert all("--disable-frontend" in each for each in dashboards), dashboards
 
 
-def test_a_ray_that_does_not_start_in_time_is_one_clear_line(
+def test_a_ray_that_does_not_start_in_time_is_one_clear_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def slow(**_: object) -> None:
@@ -96,11 +96,11 @@ def test_a_ray_that_does_not_start_in_time_is_one_clear_line(
     [
         (False, None, True),
         (False, ValueError, True),
-        (False, KeyboardInterrupt, False),  # there may be a few seconds only
-        (True, None, False),  # it is someone else's
+        (False, KeyboardInterrupt, False),  # a shutdown takes seconds
+        (True, None, False),  # the caller's
     ],
 )
-def test_a_ray_that_a_job_began_is_left_at_its_end(
+def test_a_ray_started_by_a_job_is_shut_down_at_its_end(
     monkeypatch: pytest.MonkeyPatch,
     before: bool,
     ends_with: type[BaseException] | None,

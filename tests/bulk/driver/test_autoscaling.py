@@ -1,4 +1,4 @@
-"""A run on a cluster that has no worker: it waits, the cluster grows, and shrinks after it."""
+"""A run on a cluster without workers waits until the cluster scales up; then it scales down."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.bulk.growing_cluster import GrowingCluster, growing_cluster
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[3]
-PHOTOS = 1500  # Ray Data asks for a second node after some twenty seconds of full work
+IMAGES = 1500  # Ray Data requests a second node after about twenty seconds of full load
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +29,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GrowingCluster
 
 def _command(prefix: Path, checkpoint: str, *more: str) -> list[str]:
     return [
-        *(sys.executable, "jobs/segment.py", "--images", f"{prefix}/photos"),
+        *(sys.executable, "jobs/segment.py", "--images", f"{prefix}/images"),
         *("--results", f"{prefix}/results", "--checkpoint", checkpoint, "--run-id", "r"),
         *("--shard-images", "4", *more),
     ]
 
 
 def _wait_for(condition: Callable[[], bool], seconds: float) -> float:
-    """Seconds until the condition was true."""
+    """Return the seconds until the condition was true."""
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < seconds
@@ -44,10 +44,10 @@ def _wait_for(condition: Callable[[], bool], seconds: float) -> float:
     return time.monotonic() - started
 
 
-def test_a_run_starts_without_workers_the_cluster_grows_for_it_and_shrinks_afterwards(
+def test_the_cluster_grows_for_a_run_and_shrinks_afterwards(
     tmp_path: Path, cluster: GrowingCluster, fill: Any, checkpoint: str
 ) -> None:
-    fill(str(tmp_path), PHOTOS)
+    fill(str(tmp_path), IMAGES)
     assert cluster.nodes() == 1
     command = _command(
         tmp_path,
@@ -68,18 +68,18 @@ def test_a_run_starts_without_workers_the_cluster_grows_for_it_and_shrinks_after
         most = max(most, cluster.nodes())
         most_at_work = max(most_at_work, cluster.actors())
         time.sleep(0.2)
-    said, _ = driver.communicate()
-    assert driver.returncode == 0, said
-    assert f" images={PHOTOS} ok={PHOTOS} errors=0 " in said
+    output, _ = driver.communicate()
+    assert driver.returncode == 0, output
+    assert f" images={IMAGES} ok={IMAGES} errors=0 " in output
     assert most == 3
     assert most_at_work == 2  # each takes the one CPU of its node
     with query.connect(f"{tmp_path}/results") as con:
         rows = con.execute("select count(*), count(distinct uri) from images").fetchall()
-    assert rows == [(PHOTOS, PHOTOS)]
+    assert rows == [(IMAGES, IMAGES)]
     _wait_for(lambda: cluster.nodes() == 1, 200)
 
 
-def test_a_node_that_never_comes_ends_the_run_when_it_was_told_to_and_says_which(
+def test_a_run_gives_up_on_a_missing_node_after_the_start_timeout(
     tmp_path: Path, cluster: GrowingCluster, fill: Any, checkpoint: str
 ) -> None:
     fill(str(tmp_path), 4)
@@ -88,7 +88,8 @@ def test_a_node_that_never_comes_ends_the_run_when_it_was_told_to_and_says_which
         command, cwd=ROOT, env=cluster.environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1, done.stdout
-    assert "waiting for a node with 8 CPUs: 4" in done.stdout.splitlines()[-1]
-    assert "s were in vain (--start-timeout)" in done.stdout.splitlines()[-1]
+    last = done.stdout.splitlines()[-1]
+    assert "gave up waiting for a node with 8 CPUs after 4" in last
+    assert "s (--start-timeout)" in last
     assert "waiting for a node with 8 CPUs, 3" in done.stderr
     assert not list(storage.list_objects(f"{tmp_path}/results/leases"))

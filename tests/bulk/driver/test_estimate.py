@@ -1,4 +1,4 @@
-"""What a dry run promises is what the photos then take, by a loop that writes them all."""
+"""The estimate of a dry run agrees with a loop that writes all images."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from pipeline.results.layout import RunLayout
 POOL = Pool(min_actors=1, max_actors=4, cpus=2, gpus=0.5)
 
 
-def _photos(count: int) -> list[ImageRef]:
+def _images(count: int) -> list[ImageRef]:
     return [ImageRef(f"{i:06d}", "e", i, None, None) for i in range(count)]
 
 
 @pytest.mark.parametrize("count", [0, 1, 23, 24, 25, 48, 100, 1000, 12_345])
-def test_a_sample_is_spread_over_any_number_of_photos_that_pass_unchanged(count: int) -> None:
-    sample, photos = StratifiedSample(24), _photos(count)
-    assert list(sample.observe(iter(photos))) == photos
-    numbers = [photo.bytes for photo in sample.images()]
+def test_a_sample_is_evenly_spaced_over_a_stream_of_any_length(count: int) -> None:
+    sample, images = StratifiedSample(24), _images(count)
+    assert list(sample.observe(iter(images))) == images
+    numbers = [image.bytes for image in sample.images()]
     assert len(numbers) == len(set(numbers)) == min(24, count)
     assert numbers == sorted(numbers)
-    # no stretch of more than an eighth of the photos is without one
+    # every eighth of the images has one
     gaps = [b - a for a, b in zip([0, *numbers], [*numbers, count], strict=True)]
     assert max(gaps) <= max(1, count / 8)
 
@@ -54,7 +54,7 @@ def test_hours_and_seconds_are_those_worked_by_hand() -> None:
 
 
 @pytest.mark.slow
-def test_time_and_bytes_are_about_those_of_a_loop_over_all_photos(
+def test_time_and_bytes_are_close_to_those_of_a_loop_over_all_images(
     tmp_path: Path,
     fill: Any,
     settings_for: Any,
@@ -64,21 +64,21 @@ def test_time_and_bytes_are_about_those_of_a_loop_over_all_photos(
     fill(str(tmp_path), 48)
     settings = settings_for(str(tmp_path), labels=None)
     work = work_for(settings)
-    photos = listed(settings)
-    found = estimate.measure(work, POOL, photos[::4], total=48, shards=3)
+    images = listed(settings)
+    found = estimate.measure(work, POOL, images[::4], total=48, shards=3)
     assert (found.sampled, found.errors) == (12, 0)
     assert not (tmp_path / "results").exists()
     segmenter = Segmenter(work)
-    segmenter.rows_of(0, photos[:1])
+    segmenter.rows_of(0, images[:1])
     started = time.monotonic()
-    sizes = [len(segmenter.rows_of(i, photos[16 * i : 16 * i + 16])[0]) for i in range(3)]
+    sizes = [len(segmenter.rows_of(i, images[16 * i : 16 * i + 16])[0]) for i in range(3)]
     seconds = time.monotonic() - started
     segmenter.close()
     assert found.bytes_written == pytest.approx(sum(sizes), rel=0.3)
-    assert 0.2 < found.actor_hours * 3600 / seconds < 5  # other work on this machine comes and goes
+    assert 0.2 < found.actor_hours * 3600 / seconds < 5  # the machine does other work too
 
 
-def test_a_sample_of_a_written_plan_holds_its_photos_spread_over_its_shards(
+def test_a_sample_of_a_written_plan_is_spread_over_its_shards(
     tmp_path: Path, fill: Any, settings_for: Any, work_for: Any
 ) -> None:
     fill(str(tmp_path), 40)
@@ -88,7 +88,7 @@ def test_a_sample_of_a_written_plan_holds_its_photos_spread_over_its_shards(
     rows = plan.read_part(layout, made.parts[0]).to_pylist()
     order = [image["uri"] for row in rows for image in row["images"]]
     sample = estimate.sample_plan(work_for(settings), made, 8)
-    places = [order.index(photo.uri) for photo in sample]
+    places = [order.index(image.uri) for image in sample]
     assert len(places) == 8
     assert places == sorted(set(places))
     assert places[0] < 5

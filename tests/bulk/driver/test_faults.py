@@ -25,16 +25,16 @@ pytestmark = pytest.mark.process
 SettingsFor = Callable[..., BulkSettings]
 ListedBy = Callable[..., list[ImageRef]]
 WorkFor = Callable[..., WorkerContext]
-PhotoOf = Callable[[int], tuple[str, bytes, bytes]]
+SmallImage = Callable[[int], tuple[str, bytes, bytes]]
 
 
 @pytest.fixture
 def many(
-    tmp_path: Path, photo_of: PhotoOf, settings_for: SettingsFor, listed: ListedBy
+    tmp_path: Path, small_image: SmallImage, settings_for: SettingsFor, listed: ListedBy
 ) -> tuple[BulkSettings, list[ImageRef]]:
     """More photos than make a streak, all of one size."""
     settings = settings_for(str(tmp_path), labels=None)
-    data = photo_of(11)[1]
+    data = small_image(11)[1]
     for i in range(60):
         storage.write(f"{settings.images}/{i:03d}.jpg", data)
     return settings, listed(settings)
@@ -122,11 +122,11 @@ def test_any_number_of_consecutive_broken_images_aborts_nothing(
     tmp_path: Path,
     settings_for: SettingsFor,
     work_for: WorkFor,
-    photo_of: PhotoOf,
+    small_image: SmallImage,
     listed: ListedBy,
 ) -> None:
     settings = settings_for(str(tmp_path), labels=None)
-    data = photo_of(1)[1]
+    data = small_image(1)[1]
     for i in range(60):
         storage.write(f"{settings.images}/{i:03d}.jpg", data[: len(data) // 2])
     with closing(Segmenter(work_for(settings))) as segmenter:
@@ -153,7 +153,7 @@ def test_a_batch_out_of_memory_is_retried_one_image_at_a_time(
     tmp_path: Path,
     settings_for: SettingsFor,
     work_for: WorkFor,
-    photo_of: PhotoOf,
+    small_image: SmallImage,
     listed: ListedBy,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -169,7 +169,7 @@ def test_a_batch_out_of_memory_is_retried_one_image_at_a_time(
 
     settings = settings_for(str(tmp_path), labels=None)
     for number in (11, 23, 35, 47):  # one size
-        storage.write(f"{settings.images}/{number}.jpg", photo_of(number)[1])
+        storage.write(f"{settings.images}/{number}.jpg", small_image(number)[1])
     monkeypatch.setattr(predict, "segment", picky)
     with closing(Segmenter(work_for(settings, batch_images=4))) as segmenter:
         data, summary = segmenter.rows_of(0, listed(settings))
@@ -206,10 +206,10 @@ def test_a_checkpoint_replaced_after_planning_is_refused(
 
 
 def test_images_changed_or_deleted_after_planning_are_rows_of_that_kind(
-    many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, photo_of: PhotoOf
+    many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, small_image: SmallImage
 ) -> None:
     settings, photos = many
-    storage.write(photos[0].uri, photo_of(1)[1])
+    storage.write(photos[0].uri, small_image(1)[1])
     storage.delete([photos[1].uri])
     with closing(Segmenter(work_for(settings))) as segmenter:
         data, _ = segmenter.rows_of(0, photos[:3])
@@ -247,10 +247,10 @@ def test_images_that_are_listed_but_unreadable_abort_the_run(
 
 
 def test_an_image_missing_from_a_listing_of_others_was_deleted(prefix: str) -> None:
-    names = [f"{prefix}/photos/{name}.jpg" for name in ("a/1", "b/c/2", "b/d", "e/3")]
+    names = [f"{prefix}/images/{name}.jpg" for name in ("a/1", "b/c/2", "b/d", "e/3")]
     for name in names[1:3]:
         storage.write(name, b"a photo")
-    asked = storage_probe.StorageProbe(f"{prefix}/photos", f"{prefix}/results")
+    asked = storage_probe.StorageProbe(f"{prefix}/images", f"{prefix}/results")
     assert asked.check_exists({names[0], names[3]}) is None
     for gone in (names[:2], names[2:], names):
         assert f"{gone[0] if gone[0] != names[0] else names[1]} is listed" in str(
@@ -261,11 +261,15 @@ def test_an_image_missing_from_a_listing_of_others_was_deleted(prefix: str) -> N
 
 
 def test_consecutive_deleted_images_are_rows_if_others_are_listed(
-    prefix: str, settings_for: SettingsFor, work_for: WorkFor, photo_of: PhotoOf, listed: ListedBy
+    prefix: str,
+    settings_for: SettingsFor,
+    work_for: WorkFor,
+    small_image: SmallImage,
+    listed: ListedBy,
 ) -> None:
     settings = settings_for(prefix, labels=None)
     for i in range(130):
-        storage.write(f"{settings.images}/{i // 120}/{i:03d}.jpg", photo_of(11)[1])
+        storage.write(f"{settings.images}/{i // 120}/{i:03d}.jpg", small_image(11)[1])
     photos = listed(settings)
     storage.delete([photo.uri for photo in photos[:120]])
     with closing(Segmenter(work_for(settings))) as segmenter:

@@ -1,4 +1,4 @@
-"""The end of a run is a pure function of its shards; plain Python counts again."""
+"""The record of a run equals plain counting over its shards in Python."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from pipeline.data.labels import VOC
 from pipeline.results import files, tables
 from pipeline.results.layout import RunLayout
 from pipeline.runs import lease
-from tests.bulk.finishing import (
-    Made,
+from tests.bulk.made_runs import (
+    FinalizerFor,
     class_parts,
-    opened_finish,
+    make_finalizer,
     rows_of,
     sorted_classes,
     table_of,
@@ -42,8 +42,8 @@ FACTS = {
 }
 
 
-def _record(finishing: RunFinalizer, layout: RunLayout) -> dict[str, Any]:
-    finishing.write_record(finishing.outcome(), FACTS)
+def _record(finalizer: RunFinalizer, layout: RunLayout) -> dict[str, Any]:
+    finalizer.write_record(finalizer.outcome(), FACTS)
     table = table_of(storage.read(layout.record))
     assert table.schema.equals(tables.RUNS, check_metadata=False)
     [row] = table.to_pylist()
@@ -51,14 +51,16 @@ def _record(finishing: RunFinalizer, layout: RunLayout) -> dict[str, Any]:
     return row
 
 
-def test_the_records_numbers_equal_plain_counting(finish_of: Made, prefix: str) -> None:
+def test_the_counts_in_the_record_equal_plain_counting(
+    finalizer_for: FinalizerFor, prefix: str
+) -> None:
     rows = rows_of(90)
-    finishing, layout = finish_of(prefix, rows)
-    record = _record(finishing, layout)
+    finalizer, layout = finalizer_for(prefix, rows)
+    record = _record(finalizer, layout)
     kinds = Counter(row["error_kind"] for row in rows if row["status"] == "error")
     by_count = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
     label_errors = sum("label_error" in row for row in rows)
-    assert finishing.outcome() == Outcome(
+    assert finalizer.outcome() == Outcome(
         images=90,
         ok=90 - kinds.total(),
         errors=kinds.total(),
@@ -90,16 +92,18 @@ def test_the_records_numbers_equal_plain_counting(finish_of: Made, prefix: str) 
     assert {name: record[name] for name in FACTS} == FACTS
 
 
-def test_a_run_without_labels_has_no_iou(finish_of: Made, tmp_path: Path) -> None:
-    record = _record(*finish_of(str(tmp_path), rows_of(10, labels="none", errors="none")))
+def test_a_run_without_labels_has_no_iou(finalizer_for: FinalizerFor, tmp_path: Path) -> None:
+    record = _record(*finalizer_for(str(tmp_path), rows_of(10, labels="none", errors="none")))
     assert (record["mean_iou"], record["class_iou"], record["errors_by_kind"]) == (None, [], [])
 
 
-def test_a_run_of_errors_alone_ends_like_any_other(finish_of: Made, tmp_path: Path) -> None:
-    finishing, layout = finish_of(str(tmp_path), rows_of(30, errors="all"))
-    finishing.write_classes()
-    finishing.write_done()
-    record = _record(finishing, layout)
+def test_a_run_with_only_error_rows_is_finalized_like_any_other(
+    finalizer_for: FinalizerFor, tmp_path: Path
+) -> None:
+    finalizer, layout = finalizer_for(str(tmp_path), rows_of(30, errors="all"))
+    finalizer.write_classes()
+    finalizer.write_done()
+    record = _record(finalizer, layout)
     assert class_parts(layout) == []
     assert table_of(storage.read(layout.done)).num_rows == 30
     assert (record["images"], record["ok"], record["errors"], record["mean_iou"]) == (
@@ -110,14 +114,16 @@ def test_a_run_of_errors_alone_ends_like_any_other(finish_of: Made, tmp_path: Pa
     )
 
 
-def test_the_record_of_a_run_without_photos_can_be_read(finish_of: Made, tmp_path: Path) -> None:
-    finishing, layout = finish_of(str(tmp_path), [])
-    record = _record(finishing, layout)
+def test_the_record_of_a_run_without_images_is_readable(
+    finalizer_for: FinalizerFor, tmp_path: Path
+) -> None:
+    finalizer, layout = finalizer_for(str(tmp_path), [])
+    record = _record(finalizer, layout)
     assert (record["images"], record["class_iou"]) == (0, [])
 
 
-def test_a_run_ends_beside_files_that_are_not_its_own_and_leaves_them(
-    finish_of: Made, prefix: str
+def test_foreign_files_beside_those_of_a_run_are_ignored_and_kept(
+    finalizer_for: FinalizerFor, prefix: str
 ) -> None:
     rows = rows_of(40)
     layout = RunLayout(results=f"{prefix}/o'results [1]", run_id="r")
@@ -128,32 +134,34 @@ def test_a_run_ends_beside_files_that_are_not_its_own_and_leaves_them(
         for name in ("_SUCCESS", "README.txt", "old/part-00000.parquet", "old/shard-000000.parquet")
     ]
     for stray in strays:
-        storage.write(stray, b"of a person")
-    finishing, _ = finish_of(prefix, rows)
-    finishing.write_classes()
-    finishing.write_done()
-    written = _record(finishing, layout)["bytes_written"]
-    there = [item for folder in ours for item in storage.list_objects(folder)]
+        storage.write(stray, b"of the user")
+    finalizer, _ = finalizer_for(prefix, rows)
+    finalizer.write_classes()
+    finalizer.write_done()
+    written = _record(finalizer, layout)["bytes_written"]
+    found = [item for folder in ours for item in storage.list_objects(folder)]
     last = len(storage.read(layout.done))
-    assert written == last + sum(item.size for item in there if item.uri not in strays)
-    assert {item.uri for item in there}.issuperset(strays)
+    assert written == last + sum(item.size for item in found if item.uri not in strays)
+    assert {item.uri for item in found}.issuperset(strays)
     assert tuples_of(table_of(storage.read(layout.class_part(0)))) == sorted_classes(rows)
 
 
-def test_nothing_is_left_on_local_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_temporary_files_are_left_on_local_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    finishing, layout = opened_finish(str(tmp_path), rows_of(30))
-    with finishing:
+    finalizer, layout = make_finalizer(str(tmp_path), rows_of(30))
+    with finalizer:
         assert os.listdir(tmp_path / "temporary")
     assert os.listdir(tmp_path / "temporary") == []
     storage.write(f"{layout.images}/shard-00000009.parquet", b"no Parquet")
-    with pytest.raises(Exception, match="shard-00000009"), finishing:
+    with pytest.raises(Exception, match="shard-00000009"), finalizer:
         pass
     assert os.listdir(tmp_path / "temporary") == []
 
 
-def test_ctrl_c_while_duckdb_works_releases_the_lease_and_says_how_to_resume(
+def test_ctrl_c_during_a_query_releases_the_lease_and_says_how_to_resume(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     uri = str(tmp_path / "lease.json")

@@ -1,4 +1,4 @@
-"""The `classes` table of a run is a pure function of its shards; plain Python sorts again."""
+"""The `classes` table of a run equals a plain sort of its shards' rows in Python."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pipeline.data import storage
 from pipeline.data.labels import VOC
 from pipeline.results import files, tables
 from pipeline.runs.ray_connection import RunStoppedError
-from tests.bulk.finishing import (
-    Made,
+from tests.bulk.made_runs import (
+    FinalizerFor,
     Rows,
     class_parts,
     rows_of,
@@ -27,10 +27,10 @@ from tests.bulk.finishing import (
 )
 
 
-def test_classes_equal_a_plain_sort(finish_of: Made, prefix: str) -> None:
+def test_classes_equal_a_plain_sort(finalizer_for: FinalizerFor, prefix: str) -> None:
     rows = rows_of(60)
-    finishing, layout = finish_of(prefix, rows)
-    finishing.write_classes()
+    finalizer, layout = finalizer_for(prefix, rows)
+    finalizer.write_classes()
     [part] = class_parts(layout)
     table = table_of(part)
     assert tuples_of(table) == sorted_classes(rows)
@@ -38,24 +38,24 @@ def test_classes_equal_a_plain_sort(finish_of: Made, prefix: str) -> None:
     assert tables.classes_from_footer(table.schema.metadata) == VOC
 
 
-def test_many_classes_become_several_parts_each_readable_and_sorted_over_all(
-    finish_of: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_many_classes_are_written_as_several_parts_sorted_over_all(
+    finalizer_for: FinalizerFor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parquet_writer, "PART_BYTES", 20_000)
     monkeypatch.setattr(parquet_writer, "ROW_GROUP", 1000)
     rows = rows_of(900, classes=19)
-    finishing, layout = finish_of(str(tmp_path), rows)
-    finishing.write_classes()
+    finalizer, layout = finalizer_for(str(tmp_path), rows)
+    finalizer.write_classes()
     found = class_parts(layout)
     assert len(found) > 2
     assert all(len(part) >= 20_000 for part in found[:-1])
     assert [row for part in found for row in tuples_of(table_of(part))] == sorted_classes(rows)
-    finishing.write_classes()
+    finalizer.write_classes()
     assert class_parts(layout) == found
 
 
 def _with_threads(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
-    """From now on DuckDB has so many, as on another machine."""
+    """Give DuckDB this number of threads from now on, as on another machine."""
     connect: Callable[..., Any] = files.connect
 
     def connected(*args: Any, **how: Any) -> Any:
@@ -67,7 +67,7 @@ def _with_threads(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
 
 
 def _many_rows() -> Rows:
-    """More classes than two row groups of DuckDB's, in few photos and files."""
+    """Return rows with more classes than two of DuckDB's row groups, in few images and files."""
     draw = random.Random(0)
     rows = rows_of(9000, errors="none", classes=2)
     for row in rows:
@@ -77,22 +77,22 @@ def _many_rows() -> Rows:
 
 
 def _keys(rows: Rows) -> list[tuple[int, float, str]]:
-    """Class, falling fraction and uri of the `classes` table, by hand."""
+    """Return class, fraction and URI of the expected `classes` table."""
     flat = [(row["uri"], each) for row in rows for each in row["classes"]]
     keys = [(each["class_id"], float(np.float32(each["fraction"])), uri) for uri, each in flat]
     return sorted(keys, key=lambda key: (key[0], -key[1], key[2].encode()))
 
 
 @pytest.mark.slow
-def test_a_run_whose_driver_was_killed_among_the_parts_is_ended_with_other_threads(
-    finish_of: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_another_number_of_threads_continues_the_parts_of_a_killed_driver(
+    finalizer_for: FinalizerFor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parquet_writer, "PART_BYTES", 100_000)
     monkeypatch.setattr(parquet_writer, "ROW_GROUP", 11_000)
     rows = _many_rows()
     left, create = [8], storage.create
 
-    def until_killed(uri: str, data: bytes) -> bool:
+    def until_interrupted(uri: str, data: bytes) -> bool:
         if not left[0]:
             raise KeyboardInterrupt
         left[0] -= 1
@@ -100,14 +100,14 @@ def test_a_run_whose_driver_was_killed_among_the_parts_is_ended_with_other_threa
 
     with monkeypatch.context() as patch:
         _with_threads(patch, 1)
-        patch.setattr(storage, "create", until_killed)
-        finishing, layout = finish_of(str(tmp_path), rows)
+        patch.setattr(storage, "create", until_interrupted)
+        finalizer, layout = finalizer_for(str(tmp_path), rows)
         with pytest.raises(KeyboardInterrupt):
-            finishing.write_classes()
+            finalizer.write_classes()
     killed = class_parts(layout)
     assert len(killed) == 8
     _with_threads(monkeypatch, 4)
-    finish_of(str(tmp_path), rows)[0].write_classes()
+    finalizer_for(str(tmp_path), rows)[0].write_classes()
     ended = class_parts(layout)
     assert ended[:8] == killed
     columns = [table_of(part).select(["class_id", "fraction", "uri"]).columns for part in ended]
@@ -121,60 +121,62 @@ def _classes_of(rows: Rows) -> bytes:
 
 
 @pytest.mark.parametrize("errors", ["some", "all"])
-def test_parts_that_another_version_cut_elsewhere_are_replaced_and_those_beyond_the_last_go(
-    finish_of: Made, prefix: str, errors: str
+def test_parts_of_another_version_are_replaced_or_deleted(
+    finalizer_for: FinalizerFor, prefix: str, errors: str
 ) -> None:
     rows = rows_of(60, errors=errors)
-    finishing, layout = finish_of(prefix, rows)
+    finalizer, layout = finalizer_for(prefix, rows)
     stale = _classes_of([{"uri": "s3://b/twice", "run_id": "r", "class_id": 1}])
     for number in (0, 1, 7):
         storage.write(layout.class_part(number), stale)
     for number in (0, 3):
-        storage.write(layout.done_part(number), b"of one who cut the keys elsewhere")
-    finishing.write_classes()
-    finishing.write_done()
+        storage.write(layout.done_part(number), b"of a version with other part boundaries")
+    finalizer.write_classes()
+    finalizer.write_done()
     found = [row for part in class_parts(layout) for row in tuples_of(table_of(part))]
     assert found == sorted_classes(rows)
     assert list(storage.list_objects(layout.done_parts)) == []
 
 
-def test_a_driver_that_wakes_up_after_the_record_replaces_no_parts(
-    finish_of: Made, prefix: str
+def test_a_stale_driver_replaces_no_parts_of_a_finished_run(
+    finalizer_for: FinalizerFor, prefix: str
 ) -> None:
-    finishing, layout = finish_of(prefix, rows_of(30))
+    finalizer, layout = finalizer_for(prefix, rows_of(30))
     storage.write(layout.class_part(0), b"of another version")
     storage.write(layout.record, b"of that one's driver")
     with pytest.raises(RunStoppedError, match="another driver has finished run r"):
-        finishing.write_classes()
+        finalizer.write_classes()
     assert class_parts(layout) == [b"of another version"]
 
 
 @pytest.mark.parametrize("lose", [True, False])
-def test_parts_that_do_not_hold_a_row_for_each_class_of_the_photos_stop_the_run(
-    finish_of: Made, prefix: str, monkeypatch: pytest.MonkeyPatch, lose: bool
+def test_missing_or_surplus_rows_in_the_parts_stop_the_run(
+    finalizer_for: FinalizerFor, prefix: str, monkeypatch: pytest.MonkeyPatch, lose: bool
 ) -> None:
     rows = rows_of(30)
-    finishing, layout = finish_of(prefix, rows)
+    finalizer, layout = finalizer_for(prefix, rows)
     create = storage.create
 
-    def another_meddles(uri: str, data: bytes) -> bool:
+    def another_writes(uri: str, data: bytes) -> bool:
         if not lose:
             create(f"{layout.classes}/part-99999.parquet", data)
         return lose or create(uri, data)
 
-    monkeypatch.setattr(storage, "create", another_meddles)
+    monkeypatch.setattr(storage, "create", another_writes)
     monkeypatch.setattr(storage, "delete", lambda *_, **__: None)
     wanted = len(sorted_classes(rows))
     found = 0 if lose else 2 * wanted
     with pytest.raises(RunStoppedError, match=f"holds {found} rows for {wanted} classes"):
-        finishing.write_classes()
+        finalizer.write_classes()
 
 
-def test_columns_that_are_all_null_keep_their_types(finish_of: Made, tmp_path: Path) -> None:
+def test_columns_that_are_all_null_keep_their_types(
+    finalizer_for: FinalizerFor, tmp_path: Path
+) -> None:
     rows = rows_of(10, labels="none", errors="none")
-    finishing, layout = finish_of(str(tmp_path), rows)
-    finishing.write_classes()
-    finishing.write_done()
+    finalizer, layout = finalizer_for(str(tmp_path), rows)
+    finalizer.write_classes()
+    finalizer.write_done()
     [part] = class_parts(layout)
     assert table_of(part).schema.equals(tables.CLASSES, check_metadata=False)
     done = table_of(storage.read(layout.done))
@@ -182,13 +184,13 @@ def test_columns_that_are_all_null_keep_their_types(finish_of: Made, tmp_path: P
     assert set(done["error_kind"].to_pylist()) == set(done["label_etag"].to_pylist()) == {None}
 
 
-def test_files_are_gathered_some_at_a_time(
-    finish_of: Made, prefix: str, monkeypatch: pytest.MonkeyPatch
+def test_files_are_loaded_a_few_at_a_time(
+    finalizer_for: FinalizerFor, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "_FILES_PER_QUERY", 4)  # of 9 files
     rows = rows_of(90)
-    finishing, layout = finish_of(prefix, rows)
-    finishing.write_classes()
+    finalizer, layout = finalizer_for(prefix, rows)
+    finalizer.write_classes()
     [part] = class_parts(layout)
-    assert finishing.outcome().images == 90
+    assert finalizer.outcome().images == 90
     assert tuples_of(table_of(part)) == sorted_classes(rows)

@@ -29,11 +29,11 @@ Refuse = Callable[..., Counter[str]]
 
 @pytest.fixture
 def labelled(
-    tmp_path: Path, photo_of: Any, settings_for: Callable[..., BulkSettings], listed: Any
+    tmp_path: Path, small_image: Any, settings_for: Callable[..., BulkSettings], listed: Any
 ) -> Labelled:
     """More photos with labels than make a streak."""
     settings = settings_for(str(tmp_path))
-    _, image, label = photo_of(11)
+    _, image, label = small_image(11)
     for i in range(60):
         storage.write(f"{settings.images}/{i:03d}.jpg", image)
         storage.write(f"{settings.labels}/{i:03d}.png", label)

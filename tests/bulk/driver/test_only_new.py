@@ -1,4 +1,4 @@
-"""--only-new leaves out exactly what earlier runs have done; plain sets are the second opinion."""
+"""--only-new skips exactly what earlier runs have done, compared with plain Python sets."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ Row = dict[str, Any]
 
 def _put(prefix: str, count: int) -> None:
     for i in range(count):
-        storage.write(f"{prefix}/photos/{i:02d}.jpg", b"x")
+        storage.write(f"{prefix}/images/{i:02d}.jpg", b"x")
         if i % 2:
             storage.write(f"{prefix}/labels/{i:02d}.png", b"x")
 
 
-def _row(photo: ImageRef, run: str, **values: Any) -> Row:
+def _row(image: ImageRef, run: str, **values: Any) -> Row:
     status = "error" if values.get("error_kind") else "ok"
     common = {"shard": 0, "model": "m", "settings": "s", "status": status, "run_id": run}
-    return {**photo._asdict(), **common, **values}
+    return {**image._asdict(), **common, **values}
 
 
 def _finished(results: str, run: str, rows: list[Row]) -> None:
     layout = RunLayout(results=results, run_id=run)
     done = [{name: row.get(name) for name in tables.DONE.names} for row in rows]
     storage.write(layout.done, tables.rows_to_parquet(done, tables.DONE))
-    # its shards are there too, and must not count twice
+    # its shards exist too, and must not count twice
     storage.write(layout.shard(0), tables.rows_to_parquet(rows, tables.IMAGES))
 
 
 def _finished_in_parts(results: str, run: str, rows: list[Row]) -> None:
-    """As a large run ends: a file of `done` for each row."""
+    """Write a finished run with a part of `done` for each row, as a large run has."""
     layout = RunLayout(results=results, run_id=run)
     *before, last = [{name: row.get(name) for name in tables.DONE.names} for row in rows]
     for number, row in enumerate(before):
@@ -54,8 +54,8 @@ def _finished_in_parts(results: str, run: str, rows: list[Row]) -> None:
     storage.write(layout.shard(0), tables.rows_to_parquet(rows, tables.IMAGES))
 
 
-def _killed_while_it_wrote_done(results: str, run: str, rows: list[Row]) -> None:
-    """All shards are there, and some of the parts of `done`, but not the last."""
+def _killed_while_writing_done(results: str, run: str, rows: list[Row]) -> None:
+    """Write all shards and all parts of `done` but the last one."""
     _finished_in_parts(results, run, rows)
     storage.delete([RunLayout(results=results, run_id=run).done])
 
@@ -71,62 +71,62 @@ def _new(settings: BulkSettings) -> tuple[list[ImageRef], int]:
         return list(listing.images()), listing.done_before
 
 
-def _names(photos: list[ImageRef]) -> list[str]:
-    return [Path(photo.uri).stem for photo in photos]
+def _names(images: list[ImageRef]) -> list[str]:
+    return [Path(image.uri).stem for image in images]
 
 
-def test_what_finished_and_unfinished_runs_have_done_is_left_out_and_counted(
+def test_images_of_finished_and_unfinished_runs_are_skipped_and_counted(
     prefix: str, settings_for: SettingsFor
 ) -> None:
     settings = settings_for(prefix, only_new=True)
     _put(prefix, 8)
-    photos, before = _new(settings)
-    assert (len(photos), before) == (8, 0)
-    _finished(settings.results, "a", [_row(photo, "a") for photo in photos[:3]])
-    _unfinished(settings.results, "b", [_row(photo, "b") for photo in photos[2:5]])
+    images, before = _new(settings)
+    assert (len(images), before) == (8, 0)
+    _finished(settings.results, "a", [_row(image, "a") for image in images[:3]])
+    _unfinished(settings.results, "b", [_row(image, "b") for image in images[2:5]])
     new, before = _new(settings)
     assert (_names(new), before) == (["05", "06", "07"], 5)
     everything = settings_for(prefix, only_new=False)
     assert len(_new(everything)[0]) == 8
 
 
-@pytest.mark.parametrize("end", [_finished_in_parts, _killed_while_it_wrote_done])
-def test_done_in_parts_counts_each_photo_once_whole_or_half_written(
+@pytest.mark.parametrize("end", [_finished_in_parts, _killed_while_writing_done])
+def test_complete_and_incomplete_parts_of_done_count_each_image_once(
     prefix: str, settings_for: SettingsFor, end: Callable[..., None]
 ) -> None:
     settings = settings_for(prefix, only_new=True)
     _put(prefix, 8)
-    photos, _ = _new(settings)
-    end(settings.results, "a", [_row(photo, "a") for photo in photos[:4]])
-    passing = _row(photos[4], "b", error_kind="timeout", error="no")
-    end(settings.results, "b", [passing, _row(photos[5], "b")])
+    images, _ = _new(settings)
+    end(settings.results, "a", [_row(image, "a") for image in images[:4]])
+    transient = _row(images[4], "b", error_kind="timeout", error="no")
+    end(settings.results, "b", [transient, _row(images[5], "b")])
     new, before = _new(settings)
     assert (_names(new), before) == (["04", "06", "07"], 5)
 
 
-def test_parts_of_done_without_the_last_one_are_not_believed(
+def test_parts_of_done_without_the_last_one_are_ignored(
     prefix: str, settings_for: SettingsFor
 ) -> None:
     settings = settings_for(prefix, only_new=True)
     _put(prefix, 4)
-    photos, _ = _new(settings)
-    rows = [_row(photo, "a") for photo in photos[:3]]
-    _killed_while_it_wrote_done(settings.results, "a", rows)
-    # the shards are what counts: here they tell less than the parts
+    images, _ = _new(settings)
+    rows = [_row(image, "a") for image in images[:3]]
+    _killed_while_writing_done(settings.results, "a", rows)
+    # only the shards count, and here they hold less than the parts
     shard = RunLayout(results=settings.results, run_id="a").shard(0)
     storage.write(shard, tables.rows_to_parquet(rows[:1], tables.IMAGES))
     assert _names(_new(settings)[0]) == ["01", "02", "03"]
 
 
-def test_what_people_and_tools_put_beside_the_files_of_runs_is_passed_over(
+def test_foreign_files_beside_those_of_runs_are_ignored(
     prefix: str, settings_for: SettingsFor
 ) -> None:
     settings = settings_for(prefix, only_new=True)
     _put(prefix, 8)
-    photos, _ = _new(settings)
-    _finished_in_parts(settings.results, "a", [_row(photo, "a") for photo in photos[:3]])
-    _unfinished(settings.results, "b", [_row(photos[3], "b")])
-    _killed_while_it_wrote_done(settings.results, "c", [_row(photo, "c") for photo in photos[4:6]])
+    images, _ = _new(settings)
+    _finished_in_parts(settings.results, "a", [_row(image, "a") for image in images[:3]])
+    _unfinished(settings.results, "b", [_row(images[3], "b")])
+    _killed_while_writing_done(settings.results, "c", [_row(image, "c") for image in images[4:6]])
     for stray in (
         "images/_SUCCESS",
         "images/README.txt",
@@ -140,25 +140,25 @@ def test_what_people_and_tools_put_beside_the_files_of_runs_is_passed_over(
         "done/run=a/notes.parquet",
         "done/run=c/_SUCCESS",
     ):
-        storage.write(f"{settings.results}/{stray}", b"of a person")
+        storage.write(f"{settings.results}/{stray}", b"of the user")
     new, before = _new(settings)
     assert (_names(new), before) == (["06", "07"], 6)
 
 
-def test_the_limit_counts_new_photos_alone(tmp_path: Path, settings_for: SettingsFor) -> None:
+def test_the_limit_counts_only_new_images(tmp_path: Path, settings_for: SettingsFor) -> None:
     settings = settings_for(str(tmp_path), only_new=True, limit=2)
     _put(str(tmp_path), 6)
-    photos, _ = _new(settings_for(str(tmp_path)))
-    _finished(settings.results, "a", [_row(photo, "a") for photo in photos[:3]])
+    images, _ = _new(settings_for(str(tmp_path)))
+    _finished(settings.results, "a", [_row(image, "a") for image in images[:3]])
     assert _names(_new(settings)[0]) == ["03", "04"]
 
 
-def test_a_changed_photo_label_model_or_setting_makes_a_photo_new(
+def test_a_change_of_image_label_model_or_settings_makes_an_image_new(
     tmp_path: Path, settings_for: SettingsFor
 ) -> None:
     settings = settings_for(str(tmp_path), only_new=True)
     _put(str(tmp_path), 8)
-    photos, _ = _new(settings)
+    images, _ = _new(settings)
     changes: list[Row] = [
         {},
         {},
@@ -169,46 +169,46 @@ def test_a_changed_photo_label_model_or_setting_makes_a_photo_new(
         {"label_etag": "added since"},
         {"label_etag": None},
     ]
-    rows = [_row(photo, "a", **change) for photo, change in zip(photos, changes, strict=True)]
+    rows = [_row(image, "a", **change) for image, change in zip(images, changes, strict=True)]
     _finished(settings.results, "a", rows)
     assert _names(_new(settings)[0]) == ["02", "03", "04", "05", "06", "07"]
 
 
 @pytest.mark.parametrize("kind", sorted(tables.PERMANENT_ERRORS))
-def test_a_permanent_error_is_not_tried_again(
+def test_a_permanent_error_is_not_retried(
     tmp_path: Path, settings_for: SettingsFor, kind: str
 ) -> None:
     settings = settings_for(str(tmp_path), only_new=True)
     _put(str(tmp_path), 2)
-    photos, _ = _new(settings)
-    _finished(settings.results, "a", [_row(photos[0], "a", error_kind=kind, error="no")])
+    images, _ = _new(settings)
+    _finished(settings.results, "a", [_row(images[0], "a", error_kind=kind, error="no")])
     assert _names(_new(settings)[0]) == ["01"]
 
 
 @pytest.mark.parametrize(
     "kind", ["access", "timeout", "worker_died", "out_of_memory", "vanished", "changed"]
 )
-def test_a_passing_error_is_tried_in_three_runs(
+def test_a_transient_error_is_retried_in_three_runs(
     tmp_path: Path, settings_for: SettingsFor, kind: str
 ) -> None:
     settings = settings_for(str(tmp_path), only_new=True)
     _put(str(tmp_path), 2)
-    photos, _ = _new(settings)
+    images, _ = _new(settings)
     found = []
     for run, write in (("a", _finished), ("b", _unfinished), ("c", _finished)):
-        write(settings.results, run, [_row(photos[0], run, error_kind=kind, error="no")])
+        write(settings.results, run, [_row(images[0], run, error_kind=kind, error="no")])
         found.append(_names(_new(settings)[0]))
     assert found == [["00", "01"], ["00", "01"], ["01"]]
 
 
-def test_a_photo_that_succeeds_after_a_passing_error_is_done(
+def test_an_image_that_succeeds_after_a_transient_error_is_done(
     tmp_path: Path, settings_for: SettingsFor
 ) -> None:
     settings = settings_for(str(tmp_path), only_new=True)
     _put(str(tmp_path), 2)
-    photos, _ = _new(settings)
-    _finished(settings.results, "a", [_row(photos[0], "a", error_kind="timeout", error="no")])
-    _finished(settings.results, "b", [_row(photos[0], "b")])
+    images, _ = _new(settings)
+    _finished(settings.results, "a", [_row(images[0], "a", error_kind="timeout", error="no")])
+    _finished(settings.results, "b", [_row(images[0], "b")])
     assert _names(_new(settings)[0]) == ["01"]
 
 
@@ -218,29 +218,29 @@ def test_a_results_prefix_with_quote_and_brackets_is_read_like_any_other(
     results = f"{prefix}/o'results [v1]*? %41 é"
     settings = settings_for(prefix, only_new=True, results=results)
     _put(prefix, 4)
-    photos, _ = _new(settings)
-    _finished(results, "a", [_row(photos[0], "a")])
-    _unfinished(results, "b", [_row(photos[1], "b")])
-    # a name that the prefix would match were it a pattern
-    _finished(f"{prefix}/o'results v*? %41 é", "a", [_row(photos[2], "a")])
+    images, _ = _new(settings)
+    _finished(results, "a", [_row(images[0], "a")])
+    _unfinished(results, "b", [_row(images[1], "b")])
+    # a name that the prefix would match as a glob pattern
+    _finished(f"{prefix}/o'results v*? %41 é", "a", [_row(images[2], "a")])
     assert _names(_new(settings)[0]) == ["02", "03"]
 
 
-def test_what_only_another_model_has_done_is_counted_and_left_out_where_that_is_asked_for(
+def test_new_only_skips_images_that_only_another_model_has_done(
     prefix: str, settings_for: SettingsFor
 ) -> None:
     _put(prefix, 8)
-    photos, _ = _new(settings_for(prefix, only_new=True))
+    images, _ = _new(settings_for(prefix, only_new=True))
     changes: list[Row] = [
         {},
         {"model": "old"},
         {"settings": "old"},
-        {"model": "old", "etag": "old"},  # another photo under its name
+        {"model": "old", "etag": "old"},  # another object under the same name
         {"model": "old", "label_etag": "old"},
         {"model": "old", "error_kind": "timeout"},  # no result
         {"model": "old", "error_kind": "truncated"},
     ]
-    rows = [_row(photo, "a", **change) for photo, change in zip(photos, changes, strict=False)]
+    rows = [_row(image, "a", **change) for image, change in zip(images, changes, strict=False)]
     _finished(f"{prefix}/results", "a", rows)
     for answer, names in (
         (None, ["01", "02", "03", "04", "05", "06", "07"]),
@@ -273,7 +273,7 @@ def test_a_raised_format_version_makes_only_images_of_its_family_new(
 ) -> None:
     settings = settings_for(prefix, only_new=True, labels=None)
     for name in ("00.jpg", "01.png", "02.PNG", "03.webp", "04.png", "05.jpeg"):
-        storage.write(f"{prefix}/photos/{name}", b"x")
+        storage.write(f"{prefix}/images/{name}", b"x")
     images, _ = _new(settings)
     errors = {"04": "unsupported", "05": "corrupt"}
     rows = [_row(image, "a", error_kind=errors.get(Path(image.uri).stem)) for image in images]
@@ -320,23 +320,23 @@ def test_only_new_agrees_with_plain_sets(
     draw = random.Random(seed)
     settings = settings_for(str(tmp_path), only_new=True)
     _put(str(tmp_path), 12)
-    photos, _ = _new(settings)
+    images, _ = _new(settings)
     kinds = [None, None, "truncated", "timeout", "timeout", "access", "vanished"]
     runs: dict[str, list[Row]] = {}
-    for run, photo in itertools.product("abcde", photos):
+    for run, image in itertools.product("abcde", images):
         if draw.random() < 0.5:
             changes: Row = {"error_kind": draw.choice(kinds)}
             for name in ("etag", "label_etag", "model", "settings"):
                 if draw.random() < 0.15:
                     changes[name] = "other"
             changes["format_version"] = draw.choice([None, 0, 0, 0, 0, 1])
-            runs.setdefault(run, []).append(_row(photo, run, **changes))
+            runs.setdefault(run, []).append(_row(image, run, **changes))
     for run, rows in runs.items():
-        ends = [_finished, _unfinished, _finished_in_parts, _killed_while_it_wrote_done]
+        ends = [_finished, _unfinished, _finished_in_parts, _killed_while_writing_done]
         draw.choice(ends)(settings.results, run, rows)
 
-    def is_done(photo: ImageRef) -> bool:
-        key = (photo.uri, photo.etag, photo.label_etag, "m", "s")
+    def is_done(image: ImageRef) -> bool:
+        key = (image.uri, image.etag, image.label_etag, "m", "s")
         names = ("uri", "etag", "label_etag", "model", "settings")
         same = [
             r
@@ -347,8 +347,8 @@ def test_only_new_agrees_with_plain_sets(
         final = any(r["error_kind"] in {None, *tables.PERMANENT_ERRORS} for r in same)
         return final or len({row["run_id"] for row in same}) >= 3
 
-    def is_done_otherwise(photo: ImageRef) -> bool:
-        key = (photo.uri, photo.etag, photo.label_etag)
+    def is_done_by_another(image: ImageRef) -> bool:
+        key = (image.uri, image.etag, image.label_etag)
         same = [r for rows in runs.values() for r in rows]
         return any(
             (r["uri"], r["etag"], r["label_etag"]) == key
@@ -359,7 +359,7 @@ def test_only_new_agrees_with_plain_sets(
         )
 
     new, before = _new(settings)
-    assert new == [photo for photo in photos if not is_done(photo)]
-    assert before == len(photos) - len(new)
+    assert new == [image for image in images if not is_done(image)]
+    assert before == len(images) - len(new)
     fresh, _ = _new(replace(settings, on_model_change="new-only"))
-    assert fresh == [photo for photo in new if not is_done_otherwise(photo)]
+    assert fresh == [image for image in new if not is_done_by_another(image)]

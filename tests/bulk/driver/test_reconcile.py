@@ -173,7 +173,7 @@ def test_a_bug_stops_the_run_although_storage_works(work: WorkerContext) -> None
         unpack(pack(ShardSummary(shard=0), fatal="a bug"), work)
 
 
-@pytest.mark.parametrize("gone", ["photos", "labels", "results"])
+@pytest.mark.parametrize("gone", ["images", "labels", "results"])
 def test_storage_that_the_driver_cannot_reach_either_stops_the_run(
     work: WorkerContext, tmp_path: Path, gone: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""Runs through Ray: what a plain loop gives, once for every photo, whatever dies."""
+"""Runs through Ray: the rows of a plain loop, one per image, whatever crashes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from pipeline.runs.ray_connection import RunStoppedError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]
 
-_DIES = """
+_LEAVES_LEASE = """
 import os, sys
 from pipeline.runs.lease import Lease
 Lease(sys.argv[1], "r").acquire()
@@ -45,11 +45,11 @@ os._exit(0)
 
 
 def quiet(*_: object) -> None:
-    """Watches nothing."""
+    """Ignore the progress."""
 
 
 def rows_of(settings: BulkSettings) -> list[dict[str, Any]]:
-    """All rows of the run, by shard and position."""
+    """Return all rows of the run, by shard and position."""
     assert settings.run_id is not None
     layout = RunLayout(results=settings.results, run_id=settings.run_id)
     files = sorted(item.uri for item in storage.list_objects(layout.images))
@@ -59,7 +59,7 @@ def rows_of(settings: BulkSettings) -> list[dict[str, Any]]:
 
 
 def looped(settings: BulkSettings, work: WorkerContext) -> list[dict[str, Any]]:
-    """The rows of a plain loop over the run's plan, without Ray."""
+    """Return the rows of a plain loop over the run's plan, without Ray."""
     assert settings.run_id is not None
     layout = RunLayout(results=settings.results, run_id=settings.run_id)
     known = plan.load(layout)
@@ -74,7 +74,7 @@ def looped(settings: BulkSettings, work: WorkerContext) -> list[dict[str, Any]]:
     return rows
 
 
-def test_rays_rows_are_those_of_a_plain_loop_byte_for_byte(
+def test_rows_equal_those_of_a_plain_loop_byte_for_byte(
     prefix: str, fill: Any, fill_broken: Any, settings_for: Any, work_for: Any
 ) -> None:
     fill(prefix, 22)
@@ -89,7 +89,9 @@ def test_rays_rows_are_those_of_a_plain_loop_byte_for_byte(
     assert (ended.outcome.ok, ended.outcome.errors, ended.outcome.label_errors) == (24, 3, 2)
 
 
-def test_a_finished_run_is_not_touched_again(tmp_path: Path, fill: Any, settings_for: Any) -> None:
+def test_repeating_a_finished_run_changes_nothing(
+    tmp_path: Path, fill: Any, settings_for: Any
+) -> None:
     fill(str(tmp_path), 6)
     settings = settings_for(str(tmp_path), shard_images=3)
     run(settings, quiet)
@@ -99,17 +101,19 @@ def test_a_finished_run_is_not_touched_again(tmp_path: Path, fill: Any, settings
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
 
     layout = RunLayout(results=settings.results, run_id=ended.plan.run_id)
-    storage.write(f"{layout.usage}/0123.json", b"{}")  # its driver died before it had tidied up
+    storage.write(f"{layout.usage}/0123.json", b"{}")  # left by a killed driver
     subprocess.run(
-        [sys.executable, "-c", _DIES, layout.lease], check=True, cwd=Path(__file__).parents[3]
+        [sys.executable, "-c", _LEAVES_LEASE, layout.lease],
+        check=True,
+        cwd=Path(__file__).parents[3],
     )
     assert storage.exists(layout.lease)
     assert run(settings, quiet).nothing_to_do
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
 
 
-def test_a_broken_run_does_what_is_missing_and_new_photos_wait_for_only_new(
-    tmp_path: Path, fill: Any, photo_of: Any, settings_for: Any
+def test_a_resumed_run_completes_its_plan_and_only_new_adds_new_images(
+    tmp_path: Path, fill: Any, small_image: Any, settings_for: Any
 ) -> None:
     prefix = str(tmp_path)
     fill(prefix, 60)
@@ -121,8 +125,8 @@ def test_a_broken_run_does_what_is_missing_and_new_photos_wait_for_only_new(
 
     with pytest.raises(KeyboardInterrupt):
         run(settings, interrupt)
-    name, data, _ = photo_of(100)
-    storage.write(f"{prefix}/photos/{name}", data)
+    name, data, _ = small_image(100)
+    storage.write(f"{prefix}/images/{name}", data)
     layout = RunLayout(results=settings.results, run_id="test")
     first = {item.uri: item.etag for item in storage.list_objects(layout.images)}
     assert 0 < len(first) < 20
@@ -132,11 +136,11 @@ def test_a_broken_run_does_what_is_missing_and_new_photos_wait_for_only_new(
     assert len(rows_of(settings)) == 60
     night = settings_for(prefix, run_id="night", only_new=True)
     run(night, quiet)
-    assert [row["uri"] for row in rows_of(night)] == [f"{prefix}/photos/{name}"]
+    assert [row["uri"] for row in rows_of(night)] == [f"{prefix}/images/{name}"]
     assert not storage.exists(layout.lease)
 
 
-def test_an_actor_that_is_killed_costs_no_photo(
+def test_a_killed_actor_loses_no_image(
     tmp_path: Path, fill: Any, settings_for: Any, work_for: Any
 ) -> None:
     fill(str(tmp_path), 24)
@@ -155,12 +159,12 @@ def test_an_actor_that_is_killed_costs_no_photo(
 
 
 @pytest.mark.timeout(300)
-def test_a_wave_that_is_lost_lets_its_actors_go_before_the_next_one_needs_their_cpus(
+def test_a_lost_batch_releases_its_actors_before_the_next_one_starts(
     tmp_path: Path, fill: Any, settings_for: Any, work_for: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(str(tmp_path), 40)
     # all CPUs of the session
-    slow = Inference(scales=(3.0, 4.0))  # both actors are there before the work is done
+    slow = Inference(scales=(3.0, 4.0))  # both actors start before the work is done
     settings = settings_for(
         str(tmp_path), shard_images=1, cpus_per_actor=2, actors=(2, 2), inference=slow
     )
@@ -178,7 +182,7 @@ def test_a_wave_that_is_lost_lets_its_actors_go_before_the_next_one_needs_their_
     assert rows_of(settings) == looped(settings, work_for(settings))
 
 
-def test_a_pool_grows_from_its_least_to_its_most_actors(
+def test_a_pool_grows_from_its_minimum_to_its_maximum(
     tmp_path: Path, fill: Any, settings_for: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(str(tmp_path), 160)
@@ -194,12 +198,12 @@ def test_a_pool_grows_from_its_least_to_its_most_actors(
     monkeypatch.setattr(StallWatchdog, "check", noted)
     run(settings, quiet)
     grown = [n for n in seen[seen.index(0, seen.index(1)) :] if n]  # after the first shard's one
-    # two may have come between two looks, and the last ones go when their work is done
+    # two may start between two checks, and actors stop when their work is done
     assert (grown[0], max(grown)) == (1, 3)
 
 
 def _actor_processes() -> list[int]:
-    """The processes of Ray Data's actors below this one."""
+    """Return the processes of Ray Data's actors under this one."""
     found = []
     for process in with_descendants(os.getpid()):
         with contextlib.suppress(OSError):
@@ -209,7 +213,7 @@ def _actor_processes() -> list[int]:
     return found
 
 
-def test_too_many_errors_stop_the_run_and_a_larger_fraction_ends_it(
+def test_too_many_errors_stop_the_run_and_a_larger_fraction_completes_it(
     tmp_path: Path, fill: Any, fill_broken: Any, settings_for: Any
 ) -> None:
     fill(str(tmp_path), 4)
@@ -227,12 +231,12 @@ def test_too_many_errors_stop_the_run_and_a_larger_fraction_ends_it(
 
 
 def _put_letters(prefix: str, count: int) -> None:
-    """Puts objects that are no images where the photos are."""
+    """Write objects that are not images to the image prefix."""
     for number in range(count):
-        storage.write(f"{prefix}/photos/letter-{number}.jpg", b"a letter, not a photo")
+        storage.write(f"{prefix}/images/letter-{number}.jpg", b"a letter, not an image")
 
 
-def test_ten_errors_stop_no_run_however_few_photos_it_has(
+def test_ten_errors_never_stop_a_run_however_few_images_it_has(
     tmp_path: Path, fill: Any, settings_for: Any
 ) -> None:
     fill(str(tmp_path), 1)
@@ -242,8 +246,8 @@ def test_ten_errors_stop_no_run_however_few_photos_it_has(
     assert (ended.outcome.ok, ended.outcome.errors) == (1, 10)
 
 
-@pytest.mark.parametrize("folder", ["photos", "labels"])
-def test_what_is_gone_stops_the_run_which_is_continued_once_it_is_back(
+@pytest.mark.parametrize("folder", ["images", "labels"])
+def test_a_lost_prefix_stops_the_run_which_resumes_once_it_is_back(
     tmp_path: Path, fill: Any, settings_for: Any, folder: str
 ) -> None:
     fill(str(tmp_path), 60)
@@ -290,7 +294,7 @@ def test_a_driver_that_waited_for_the_lease_leaves_the_finished_run_alone(
     layout = RunLayout(results=settings.results, run_id="test")
     held = lease.hold
 
-    def late(*given: Any, **more: Any) -> Any:  # another driver does the run before we have it
+    def late(*given: Any, **more: Any) -> Any:  # another driver completes the run first
         monkeypatch.setattr(lease, "hold", held)
         run(settings, quiet)
         records.append(storage.read(layout.record))
@@ -305,7 +309,7 @@ def test_a_driver_that_waited_for_the_lease_leaves_the_finished_run_alone(
     assert storage.read(layout.record) == records[0]
 
 
-def test_a_broken_plan_is_said_in_one_line(tmp_path: Path, fill: Any, settings_for: Any) -> None:
+def test_a_corrupt_plan_is_one_clear_error(tmp_path: Path, fill: Any, settings_for: Any) -> None:
     fill(str(tmp_path), 1)
     settings = settings_for(str(tmp_path))
     layout = RunLayout(results=settings.results, run_id="test")
@@ -314,14 +318,14 @@ def test_a_broken_plan_is_said_in_one_line(tmp_path: Path, fill: Any, settings_f
         run(settings, quiet)
 
 
-def test_a_photos_row_that_is_broken_is_said_in_one_line(
+def test_a_corrupt_row_of_an_isolated_image_is_one_clear_error(
     tmp_path: Path, fill: Any, settings_for: Any, work_for: Any
 ) -> None:
     fill(str(tmp_path), 1)
     work = work_for(settings_for(str(tmp_path)))
     storage.write(work.layout.single(3, 0), b"PAR1 half a r")
     rows = RowBuilder(run_id="test", model=work.model, settings=work.settings, classes=VOC)
-    stage = ImageIsolator(work, Pool(min_actors=1, max_actors=1, cpus=1, gpus=0), rows)
-    photo = ImageRef(f"{tmp_path}/photos/1.jpg", "e", 1, None, None)
+    isolator = ImageIsolator(work, Pool(min_actors=1, max_actors=1, cpus=1, gpus=0), rows)
+    image = ImageRef(f"{tmp_path}/images/1.jpg", "e", 1, None, None)
     with pytest.raises(RunStoppedError, match=r"000003/00000\.parquet is corrupt .*: delete it"):
-        stage.segment(3, [photo])
+        isolator.segment(3, [image])

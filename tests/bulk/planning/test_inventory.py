@@ -32,8 +32,8 @@ NAMES = [
 
 def _put(prefix: str) -> list[storage.Object]:
     for i, name in enumerate(NAMES):
-        storage.write(f"{prefix}/photos/{name}", b"x" * i)
-    return list(storage.list_objects(f"{prefix}/photos"))
+        storage.write(f"{prefix}/images/{name}", b"x" * i)
+    return list(storage.list_objects(f"{prefix}/images"))
 
 
 def _listed(settings: BulkSettings) -> tuple[list[ImageRef], int, int]:
@@ -135,11 +135,11 @@ def test_an_s3_inventory_gives_the_same_images_as_a_listing(
 def test_old_versions_and_deleted_objects_are_left_out_and_counted(
     tmp_path: Path, settings_for: SettingsFor
 ) -> None:
-    photo = {"uri": f"{tmp_path}/photos/a.jpg", "etag": "now", "size": 1}
+    photo = {"uri": f"{tmp_path}/images/a.jpg", "etag": "now", "size": 1}
     rows = [
         {**photo, "is_latest": True, "is_delete_marker": False},
         {**photo, "etag": "before", "is_latest": False, "is_delete_marker": False},
-        {**photo, "uri": f"{tmp_path}/photos/b.jpg", "is_latest": True, "is_delete_marker": True},
+        {**photo, "uri": f"{tmp_path}/images/b.jpg", "is_latest": True, "is_delete_marker": True},
     ]
     for uri in (_parquet(rows, f"{tmp_path}/i.parquet"), _csv(rows, f"{tmp_path}/i.csv")):
         photos, _, outside = _listed(settings_for(str(tmp_path), labels=None, inventory=uri))
@@ -148,7 +148,7 @@ def test_old_versions_and_deleted_objects_are_left_out_and_counted(
 
 
 @pytest.mark.parametrize(
-    "name", ["{0}/photos/../secret.jpg", "{0}/photosx/a.jpg", "gs://b/photos/a.jpg", "", None]
+    "name", ["{0}/images/../secret.jpg", "{0}/imagesx/a.jpg", "gs://b/images/a.jpg", "", None]
 )
 def test_objects_outside_the_images_prefix_are_never_read(
     tmp_path: Path, settings_for: SettingsFor, name: str | None
@@ -160,7 +160,7 @@ def test_objects_outside_the_images_prefix_are_never_read(
         _listed(settings)
 
 
-GOOD = {"uri": "{0}/photos/a.jpg", "etag": "e", "size": 1}
+GOOD = {"uri": "{0}/images/a.jpg", "etag": "e", "size": 1}
 REFUSED: dict[str, tuple[Rows, str]] = {
     "no etag": ([{**GOOD, "etag": None}], r"a\.jpg has etag None and size 1"),
     "no size": ([{**GOOD, "size": None}], r"a\.jpg has etag 'e' and size None"),

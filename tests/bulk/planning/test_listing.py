@@ -31,11 +31,11 @@ def _put(prefix: str, *names: str) -> None:
 def test_odd_names_are_listed_once_in_byte_order(
     prefix: str, settings_for: SettingsFor, listed: ListedBy
 ) -> None:
-    _put(f"{prefix}/photos", *ODD_NAMES)
+    _put(f"{prefix}/images", *ODD_NAMES)
     _put(f"{prefix}/labels", *(f"{name[:-4]}.png" for name in ODD_NAMES))
     found = listed(settings_for(prefix))
     names = sorted(ODD_NAMES, key=lambda name: name.encode())
-    assert [photo.uri for photo in found] == [f"{prefix}/photos/{name}" for name in names]
+    assert [photo.uri for photo in found] == [f"{prefix}/images/{name}" for name in names]
     assert [photo.label_uri for photo in found] == [
         f"{prefix}/labels/{name[:-4]}.png" for name in names
     ]
@@ -47,22 +47,22 @@ def test_odd_names_are_listed_once_in_byte_order(
 def test_names_with_line_breaks_and_backslashes_are_listed_too(
     tmp_path: Path, settings_for: SettingsFor, listed: ListedBy
 ) -> None:
-    _put(f"{tmp_path}/photos", "two\nlines.jpg", "back\\slash.jpg", "\x7f.jpg")
+    _put(f"{tmp_path}/images", "two\nlines.jpg", "back\\slash.jpg", "\x7f.jpg")
     found = [photo.uri for photo in listed(settings_for(str(tmp_path)))]
     assert len(found) == 3
-    assert f"{tmp_path}/photos/two\nlines.jpg" in found
+    assert f"{tmp_path}/images/two\nlines.jpg" in found
 
 
 def test_labels_match_by_relative_path_without_extension(
     prefix: str, settings_for: SettingsFor, listed: ListedBy
 ) -> None:
-    _put(f"{prefix}/photos", "1.jpg", "a/1.jpg", "a/2.PNG", "b.c/3.jpeg", "4.d.jpg", "5.jpg")
+    _put(f"{prefix}/images", "1.jpg", "a/1.jpg", "a/2.PNG", "b.c/3.jpeg", "4.d.jpg", "5.jpg")
     _put(
         f"{prefix}/labels", "a/1.png", "a/2.tif", "b.c/3.png", "4.d.PNG", "4.png", "5.txt", "6.png"
     )
     found = listed(settings_for(prefix))
     matched = {
-        storage.relative(f"{prefix}/photos", photo.uri): photo.label_uri
+        storage.relative(f"{prefix}/images", photo.uri): photo.label_uri
         and storage.relative(f"{prefix}/labels", photo.label_uri)
         for photo in found
     }
@@ -88,7 +88,7 @@ def test_ambiguous_labels_and_images_are_refused_naming_both(
     photos: list[str],
     labels: list[str],
 ) -> None:
-    _put(f"{tmp_path}/photos", *photos)
+    _put(f"{tmp_path}/images", *photos)
     _put(f"{tmp_path}/labels", *labels)
     ambiguous = [f"labels/{name}" for name in labels] if len(labels) > 1 else photos
     with pytest.raises(ValueError, match="differ only in their extension") as refused:
@@ -99,7 +99,7 @@ def test_ambiguous_labels_and_images_are_refused_naming_both(
 def test_images_may_share_a_stem_if_they_share_no_label(
     tmp_path: Path, settings_for: SettingsFor, listed: ListedBy
 ) -> None:
-    _put(f"{tmp_path}/photos", "1.jpg", "1.png", "2.jpg")
+    _put(f"{tmp_path}/images", "1.jpg", "1.png", "2.jpg")
     _put(f"{tmp_path}/labels", "2.png")
     assert len(listed(settings_for(str(tmp_path)))) == 3
 
@@ -107,7 +107,7 @@ def test_images_may_share_a_stem_if_they_share_no_label(
 def test_objects_that_include_leaves_out_are_counted(
     tmp_path: Path, settings_for: SettingsFor
 ) -> None:
-    _put(f"{tmp_path}/photos", "1.jpg", "2.JPG", "3.txt", "sub/4.svg", "5")
+    _put(f"{tmp_path}/images", "1.jpg", "2.JPG", "3.txt", "sub/4.svg", "5")
     with Listing(settings_for(str(tmp_path)), model="m", settings_print="s") as listing:
         assert len(list(listing.images())) == 2
         assert listing.left_out == 3
@@ -138,8 +138,8 @@ def test_images_and_labels_may_share_a_folder(
 def test_an_empty_listing_is_refused_with_the_count_of_skipped_objects(
     tmp_path: Path, settings_for: SettingsFor, listed: ListedBy, names: list[str]
 ) -> None:
-    _put(f"{tmp_path}/photos", *names)
-    with pytest.raises(ValueError, match=f"{tmp_path}/photos") as refused:
+    _put(f"{tmp_path}/images", *names)
+    with pytest.raises(ValueError, match=f"{tmp_path}/images") as refused:
         listed(settings_for(str(tmp_path)))
     assert ("--include matches none of its 2" if names else "it is empty") in str(refused.value)
 
@@ -147,7 +147,7 @@ def test_an_empty_listing_is_refused_with_the_count_of_skipped_objects(
 def test_the_limit_takes_the_first_images(
     tmp_path: Path, settings_for: SettingsFor, listed: ListedBy
 ) -> None:
-    _put(f"{tmp_path}/photos", *(f"{i}.jpg" for i in range(20)))
+    _put(f"{tmp_path}/images", *(f"{i}.jpg" for i in range(20)))
     found = listed(settings_for(str(tmp_path), limit=7))
     assert [Path(photo.uri).name for photo in found] == sorted(f"{i}.jpg" for i in range(20))[:7]
     assert len(listed(settings_for(str(tmp_path), limit=21))) == 20
@@ -163,11 +163,11 @@ def test_a_listing_of_many_pages_arrives_complete_and_in_order(
     names = []
     for i in range(5000):
         names.append(f"{i % 13}/{i * 7919 % 5000:x}.jpg")
-        path = tmp_path / "photos" / names[-1]
+        path = tmp_path / "images" / names[-1]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     found = [
-        storage.relative(f"{tmp_path}/photos", p.uri) for p in listed(settings_for(str(tmp_path)))
+        storage.relative(f"{tmp_path}/images", p.uri) for p in listed(settings_for(str(tmp_path)))
     ]
     assert found == sorted(names)
 
@@ -178,7 +178,7 @@ def test_a_temporary_folder_with_an_odd_name_does_not_matter(
     odd = tmp_path / "it's [a]*"
     odd.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(odd))
-    _put(f"{tmp_path}/photos", "1.jpg")
+    _put(f"{tmp_path}/images", "1.jpg")
     assert len(listed(settings_for(str(tmp_path)))) == 1
     assert os.listdir(odd) == []
 
@@ -186,9 +186,9 @@ def test_a_temporary_folder_with_an_odd_name_does_not_matter(
 def test_only_regular_files_are_listed(
     tmp_path: Path, settings_for: SettingsFor, listed: ListedBy
 ) -> None:
-    _put(f"{tmp_path}/photos", "1.jpg")
-    os.mkfifo(tmp_path / "photos" / "2.jpg")  # who reads it waits for ever
-    (tmp_path / "photos" / "3.jpg").symlink_to(tmp_path / "photos" / "1.jpg")
+    _put(f"{tmp_path}/images", "1.jpg")
+    os.mkfifo(tmp_path / "images" / "2.jpg")  # who reads it waits for ever
+    (tmp_path / "images" / "3.jpg").symlink_to(tmp_path / "images" / "1.jpg")
     found: list[Any] = [Path(photo.uri).name for photo in listed(settings_for(str(tmp_path)))]
     assert found == ["1.jpg", "3.jpg"]
 

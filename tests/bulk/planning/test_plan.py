@@ -29,7 +29,7 @@ def _photo(number: int, size: int) -> ImageRef:
 
 def _put(prefix: str, count: int) -> None:
     for i in range(count):
-        storage.write(f"{prefix}/photos/{i:03d}.jpg", b"x" * i)
+        storage.write(f"{prefix}/images/{i:03d}.jpg", b"x" * i)
 
 
 def _make(settings: BulkSettings, *, model: str = "m", write: bool = True) -> Plan:
@@ -102,13 +102,13 @@ def test_the_plan_holds_every_image_once_in_parts_of_bounded_size(
 ) -> None:
     monkeypatch.setattr(plan, "MAX_PART_SHARDS", 3)
     _put(prefix, 20)
-    storage.write(f"{prefix}/photos/note.txt", b"")
+    storage.write(f"{prefix}/images/note.txt", b"")
     storage.write(f"{prefix}/labels/004.png", b"label")
     settings = settings_for(prefix, shard_images=2)
     made = _make(settings)
     shards = _shards(settings, made)
     flat = [photo for shard in shards for photo in shard]
-    assert [storage.relative(f"{prefix}/photos", photo.uri) for photo in flat] == [
+    assert [storage.relative(f"{prefix}/images", photo.uri) for photo in flat] == [
         f"{i:03d}.jpg" for i in range(20)
     ]
     assert [(part.first_shard, part.shards) for part in made.parts] == [
@@ -137,12 +137,12 @@ def test_a_part_equals_the_listing_column_by_column(
     monkeypatch.setattr(plan, "MAX_PART_SHARDS", 3)
     names = [f"{i:02d} é'%2e.jpg" for i in range(11)]
     for i, name in enumerate(names):
-        storage.write(f"{prefix}/photos/{name}", b"x" * (i % 4))
+        storage.write(f"{prefix}/images/{name}", b"x" * (i % 4))
         if i % 3:  # null in the same columns as labels of others
             storage.write(f"{prefix}/labels/{name[:-4]}.png", b"y" * i)
     settings = settings_for(prefix, shard_images=2)
     made = _make(settings)
-    etags = {o.uri: o.etag for place in ("photos", "labels") for o in _listed(prefix, place)}
+    etags = {o.uri: o.etag for place in ("images", "labels") for o in _listed(prefix, place)}
     found = []
     for part in made.parts:
         table = plan.read_part(_layout(settings), part)
@@ -150,7 +150,7 @@ def test_a_part_equals_the_listing_column_by_column(
         assert table["shard"].to_pylist() == list(part.numbers)
         found += [image for images in table["images"].to_pylist() for image in images]
     for i, (name, image) in enumerate(zip(names, found, strict=True)):
-        uri, label = f"{prefix}/photos/{name}", f"{prefix}/labels/{name[:-4]}.png"
+        uri, label = f"{prefix}/images/{name}", f"{prefix}/labels/{name[:-4]}.png"
         wanted = {"uri": uri, "etag": etags[uri], "bytes": i % 4}
         labels = (label, etags[label], i) if i % 3 else (None, None, None)
         names_of_labels = ("label_uri", "label_etag", "label_bytes")
@@ -165,8 +165,8 @@ def test_planning_again_returns_the_first_plan(prefix: str, settings_for: Settin
     _put(prefix, 5)
     settings = settings_for(prefix, shard_images=2)
     first = _make(settings)
-    storage.write(f"{prefix}/photos/later.jpg", b"later")
-    storage.delete([f"{prefix}/photos/000.jpg"])
+    storage.write(f"{prefix}/images/later.jpg", b"later")
+    storage.delete([f"{prefix}/images/000.jpg"])
     second = _make(settings)
     assert second == first
     assert len([photo for shard in _shards(settings, second) for photo in shard]) == 5
@@ -236,7 +236,7 @@ def test_an_unfinished_run_keeps_the_default_patterns_of_its_plan(
     prefix: str, settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _put(prefix, 3)
-    storage.write(f"{prefix}/photos/new.heic", b"x")
+    storage.write(f"{prefix}/images/new.heic", b"x")
     before = settings_for(prefix, run_id=None)
     identity = before.identity(model="m")
     run_id = plan.run_id_of(before, identity)
@@ -278,7 +278,7 @@ def test_drivers_that_plan_at_once_agree_on_one_complete_plan(
 
     def driver(number: int) -> Plan:
         start.wait()
-        storage.write(f"{prefix}/photos/new-{number}.jpg", b"new")  # each lists something else
+        storage.write(f"{prefix}/images/new-{number}.jpg", b"new")  # each lists something else
         return _make(settings)
 
     with ThreadPoolExecutor(4) as pool:

@@ -14,7 +14,7 @@ from pipeline.bulk.worker.decode import DecodeError, DecodeLimits, DecoderPool
 from pipeline.data import images
 from pipeline.data.labels import VOC
 
-PhotoOf = Callable[[int], tuple[str, bytes, bytes]]
+SmallImage = Callable[[int], tuple[str, bytes, bytes]]
 
 
 @pytest.fixture(scope="module")
@@ -25,25 +25,25 @@ def decoders() -> Iterator[DecoderPool]:
 
 
 def test_pixels_equal_those_decoded_in_this_process(
-    decoders: DecoderPool, photo_of: PhotoOf
+    decoders: DecoderPool, small_image: SmallImage
 ) -> None:
     for number in range(12):
-        _, data, _ = photo_of(number)
+        _, data, _ = small_image(number)
         np.testing.assert_array_equal(decoders.image(data), images.decode(data))
 
 
-def test_label_ids_equal_what_pillow_stored(decoders: DecoderPool, photo_of: PhotoOf) -> None:
+def test_label_ids_equal_what_pillow_stored(decoders: DecoderPool, small_image: SmallImage) -> None:
     for number in range(6):
-        _, _, data = photo_of(number)
+        _, _, data = small_image(number)
         with Image.open(io.BytesIO(data)) as label:
             expected = np.array(label)
         np.testing.assert_array_equal(decoders.label(data, expected.shape), expected)
 
 
 def test_undecodable_bytes_give_the_same_error_kind_as_in_process(
-    decoders: DecoderPool, photo_of: PhotoOf
+    decoders: DecoderPool, small_image: SmallImage
 ) -> None:
-    whole = photo_of(1)[1]
+    whole = small_image(1)[1]
     for data in (b"", b"a letter", whole[: len(whole) // 2], b"%PDF-1.4", whole[:20]):
         with pytest.raises(images.ImageError) as here:
             images.decode(data)
@@ -57,8 +57,10 @@ def test_undecodable_bytes_give_the_same_error_kind_as_in_process(
     assert large.value.kind == "too_large"
 
 
-def test_every_error_of_a_label_is_of_kind_label(decoders: DecoderPool, photo_of: PhotoOf) -> None:
-    _, photo, label = photo_of(1)
+def test_every_error_of_a_label_is_of_kind_label(
+    decoders: DecoderPool, small_image: SmallImage
+) -> None:
+    _, photo, label = small_image(1)
     for data, size in ((label, (5, 7)), (b"", (5, 7)), (photo, (128, 96)), (label[:60], (128, 96))):
         with pytest.raises(DecodeError) as wrong:
             decoders.label(data, size)
@@ -66,9 +68,9 @@ def test_every_error_of_a_label_is_of_kind_label(decoders: DecoderPool, photo_of
         assert "\n" not in str(wrong.value)
 
 
-def test_many_threads_share_a_few_children(decoders: DecoderPool, photo_of: PhotoOf) -> None:
+def test_many_threads_share_a_few_children(decoders: DecoderPool, small_image: SmallImage) -> None:
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda i: decoders.image(photo_of(i)[1]), range(50)))
+        found = list(pool.map(lambda i: decoders.image(small_image(i)[1]), range(50)))
     for number, pixels in enumerate(found):
-        np.testing.assert_array_equal(pixels, images.decode(photo_of(number)[1]))
+        np.testing.assert_array_equal(pixels, images.decode(small_image(number)[1]))
     assert len(decoders.pids()) == 2

@@ -133,7 +133,7 @@ def test_an_object_over_the_limit_is_an_error_and_is_not_fetched(
 def test_a_label_over_the_limit_is_a_label_error_and_is_not_fetched(
     tmp_path: object, settings_for: SettingsFor, listed: ListedBy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage.write(f"{tmp_path}/photos/1.jpg", b"3")
+    storage.write(f"{tmp_path}/images/1.jpg", b"3")
     storage.write(f"{tmp_path}/labels/1.png", b"L" * 101)
     photos = listed(settings_for(str(tmp_path)))
     reads = _count_reads(monkeypatch)

@@ -1,4 +1,4 @@
-"""Runs of made-up rows whose driver has come to the end, and the tables that they should give."""
+"""Runs of random rows that are ready to be finalized, and the expected tables."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pipeline.results import tables
 from pipeline.results.layout import RunLayout
 
 Rows = list[dict[str, Any]]
-Made = Callable[[str, Rows], tuple[RunFinalizer, RunLayout]]
+FinalizerFor = Callable[[str, Rows], tuple[RunFinalizer, RunLayout]]
 
 
-def _class(c: int, draw: random.Random, *, labelled: bool) -> dict[str, Any]:
+def _class(c: int, draw: random.Random, *, labeled: bool) -> dict[str, Any]:
     tp, fp, fn = (draw.choice([0, 0, draw.randrange(1000)]) for _ in range(3))
     scores = {"tp": tp, "fp": fp, "fn": fn, "iou": tp / (tp + fp + fn) if tp + fp + fn else None}
     pixels = draw.choice([0, draw.randrange(1, 10_000)])
@@ -29,18 +29,18 @@ def _class(c: int, draw: random.Random, *, labelled: bool) -> dict[str, Any]:
         "class_id": c,
         "class_name": VOC.names[c],
         "pixels": pixels,
-        # few values, so that many are equal and the uri decides
+        # few values, so that many are equal and the URI decides
         "fraction": draw.choice([0.1, 0.25, 1 / 3, draw.random()]),
         "confidence": draw.random() if pixels else None,
-        **(scores if labelled else {}),
+        **(scores if labeled else {}),
     }
 
 
 def rows_of(count: int, *, labels: str = "some", errors: str = "some", classes: int = 6) -> Rows:
-    """So many rows of `images`, ten a shard, in another order than their URIs'.
+    """Return `count` rows of `images`, ten per shard, not in the order of their URIs.
 
-    `labels` are of "some" or "none", errors of "some", "all" or "none"; each photo has fewer than
-    `classes` classes.
+    "some" or "none" of them have `labels`, and "some", "all" or "none" are `errors`; each image has
+    fewer than `classes` classes.
     """
     draw = random.Random(count)
     rows: Rows = []
@@ -51,18 +51,18 @@ def rows_of(count: int, *, labels: str = "some", errors: str = "some", classes: 
             kind = draw.choice(["truncated", "empty", "timeout"])
             rows.append({**row, "status": "error", "error_kind": kind, "error": "no"})
             continue
-        labelled = labels == "some" and i % 3 > 0
+        labeled = labels == "some" and i % 3 > 0
         found = draw.sample(range(21), draw.randrange(1, classes))
         row |= {"status": "ok", "height": 5, "width": 7, "mask": b"png", "confidence": 0.5}
-        row |= {"label_uri": "l", "label_etag": "x"} if labelled else {}
+        row |= {"label_uri": "l", "label_etag": "x"} if labeled else {}
         row |= {"label_error": "of another size"} if labels == "some" and i % 9 == 0 else {}
-        row["classes"] = [_class(c, draw, labelled=labelled) for c in sorted(found)]
+        row["classes"] = [_class(c, draw, labeled=labeled) for c in sorted(found)]
         rows.append(row)
     return rows
 
 
-def opened_finish(prefix: str, rows: Rows) -> tuple[RunFinalizer, RunLayout]:
-    """Puts the shards of these rows below the prefix; the end of their run, to be entered."""
+def make_finalizer(prefix: str, rows: Rows) -> tuple[RunFinalizer, RunLayout]:
+    """Write the shards of these rows under the prefix; return the finalizer of their run."""
     layout = RunLayout(results=f"{prefix}/o'results [1]", run_id="r")
     schema = tables.with_footer(tables.IMAGES, VOC)
     for shard in {row["shard"] for row in rows}:
@@ -81,7 +81,7 @@ def opened_finish(prefix: str, rows: Rows) -> tuple[RunFinalizer, RunLayout]:
 
 
 def class_parts(layout: RunLayout) -> list[bytes]:
-    """The files of `classes`, in their order."""
+    """Return the files of `classes`, in order."""
     return [
         storage.read(uri) for uri in sorted(o.uri for o in storage.list_objects(layout.classes))
     ]
@@ -92,7 +92,7 @@ def table_of(data: bytes) -> pa.Table:
 
 
 def sorted_classes(rows: Rows) -> list[tuple[Any, ...]]:
-    """The `classes` table by hand, floats as float32 holds them."""
+    """Return the expected `classes` table, with floats rounded to float32."""
     nested = tables.IMAGES.field("classes").type.value_type
     names = [nested.field(i).name for i in range(nested.num_fields)]
     flat = [
