@@ -1,7 +1,7 @@
 """A Ray cluster whose autoscaler starts and stops nodes, each a raylet on this machine.
 
-The provider is Ray's own fake one. `ray.cluster_utils.AutoscalingCluster` would stop every Ray of
-this machine with `ray stop`; here only processes that carry this cluster's mark are ended.
+It uses Ray's fake node provider. `ray.cluster_utils.AutoscalingCluster` would stop every Ray on
+this machine with `ray stop`; here only processes with this cluster's mark are killed.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 
 _TRIES = 3
 _FIXED_PORTS = ("ray-client-server", "dashboard-agent-listen", "dashboard")
-_HEAD_ID = "f" * 51 + "00000"  # what the fake provider calls the head
+_HEAD_ID = "f" * 51 + "00000"  # the head's name in the fake provider
 
 
 class GrowingCluster:
-    """A head without CPUs, and at most `max_workers` nodes of `cpus` CPUs while someone asks."""
+    """A head without CPUs, and up to `max_workers` nodes of `cpus` CPUs on demand."""
 
     def __init__(self, folder: Path, *, max_workers: int, cpus: int, idle_s: float) -> None:
         self._mark = f"mark-{secrets.token_hex(8)}"
@@ -39,17 +39,17 @@ class GrowingCluster:
             "RAY_AUTH_MODE": "disabled",
             "RAY_ADDRESS": self.address,
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_worker_niceness": "0",  # 15 by default: they would starve beside other tests
+            "RAY_worker_niceness": "0",  # 15 by default: workers would starve beside other tests
             "RAY_raylet_start_wait_time_s": "120",  # on a busy machine
         }
 
     def start(self, temporary: str) -> None:
-        """Starts the head. Ray's sockets lie below `temporary`, so its path must be short."""
+        """Start the head. Ray's sockets are created in `temporary`, so its path must be short."""
         command = [
             *(f"{Path(sys.executable).parent}/ray", "start", "--head", f"--port={self._port}"),
             *("--node-ip-address=127.0.0.1", "--num-cpus=0", "--include-dashboard=false"),
             *(f"--autoscaling-config={self._config}", f"--temp-dir={temporary}"),
-            # ports that every other head on this machine would take too
+            # ports that every other head on this machine uses too
             *(f"--{name}-port={_free_port()}" for name in _FIXED_PORTS),
             "--disable-usage-stats",
         ]
@@ -71,22 +71,22 @@ class GrowingCluster:
         raise RuntimeError(self.log.read_text())
 
     def nodes(self) -> int:
-        """The raylets that run, the head's included."""
+        """Return the number of running raylets, including the head's."""
         return sum(b"/raylet/raylet" in line for line in self._processes().values())
 
     def actors(self) -> int:
-        """The actors that see photos, on whatever node."""
+        """Return the number of actors that segment images, on any node."""
         return sum(line.startswith(b"ray::MapWorker") for line in self._processes().values())
 
     def stop(self) -> None:
-        """Ends what belongs to the cluster, and what it starts meanwhile."""
+        """Kill the cluster's processes, including those that it starts meanwhile."""
         while found := self._processes():
             for process in found:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
 
     def _processes(self) -> dict[int, bytes]:
-        """The command lines of the processes that carry the mark."""
+        """Return the command lines of the processes with the mark."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -110,10 +110,10 @@ def _config(address: str, max_workers: int, cpus: int, idle_s: float) -> dict[st
         "upscaling_speed": 1.0,
         "idle_timeout_minutes": idle_s / 60,
         "provider": {
-            # named as a stranger's: for its own name Ray wants a file that its wheel lacks
+            # as an external provider: under its own name Ray needs a file that its wheel lacks
             "type": "external",
             "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
-            "disable_node_updaters": True,  # nothing to install: a node is a process
+            "disable_node_updaters": True,  # a node is a process: nothing to install
             "gcs_address": address,
             "launch_multiple": True,
             "head_node_id": _HEAD_ID,
@@ -137,7 +137,7 @@ def _config(address: str, max_workers: int, cpus: int, idle_s: float) -> dict[st
 def growing_cluster(
     folder: Path, *, max_workers: int, cpus: int = 1, idle_s: float = 40.0
 ) -> Iterator[GrowingCluster]:
-    """A cluster that is a head alone at first, while the block runs."""
+    """Run a cluster that consists of a head at first, while the block runs."""
     cluster = GrowingCluster(folder, max_workers=max_workers, cpus=cpus, idle_s=idle_s)
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as temporary:
         try:

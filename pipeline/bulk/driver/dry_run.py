@@ -22,7 +22,7 @@ from pipeline.results.layout import RunLayout
 
 @dataclass(frozen=True, kw_only=True)
 class DryRunResult:
-    """The existing or future plan, and its estimate, or why there is none."""
+    """The existing or future plan, and its estimate, or why there is no estimate."""
 
     plan: Plan
     estimate: Estimate | None = None
@@ -53,7 +53,7 @@ def dry_run(
     if pool.gpus and not torch.cuda.is_available():
         return DryRunResult(
             plan=known,
-            no_estimate="the run's actors use GPUs and this machine has none to measure on; "
+            no_estimate="the run's actors use GPUs and this machine has no GPU to measure on; "
             "start the dry run on a node with a GPU",
         )
     context = build_worker_context(settings, layout, known, pool)

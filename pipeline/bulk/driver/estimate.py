@@ -99,7 +99,7 @@ def measure(
 ) -> Estimate:
     """Segment the images without writing, and extrapolate to `total` images in `shards` files.
 
-    Raises SystemicError or StorageError if they cannot be read, ValueError if there are none.
+    Raises SystemicError or StorageError if they cannot be read, ValueError if the list is empty.
     """
     if not images:
         raise ValueError("there are no images to measure")

@@ -69,7 +69,7 @@ class Reconciler:
         return images
 
     def complete(self, part: PlanPart) -> None:
-        """Process the part's shards until none is missing. Raises RunStoppedError."""
+        """Process the part's shards until all are committed. Raises RunStoppedError."""
         if missing := self._missing(part):
             shards = plan.read_part(self._context.layout, part)
             self._pool.connect()

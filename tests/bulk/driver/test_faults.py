@@ -1,4 +1,4 @@
-"""What is wrong with everything stops a segmenter; what is wrong with a photo does not."""
+"""Systemic faults stop a segmenter; faults of single images do not."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SmallImage = Callable[[int], tuple[str, bytes, bytes]]
 def many(
     tmp_path: Path, small_image: SmallImage, settings_for: SettingsFor, listed: ListedBy
 ) -> tuple[BulkSettings, list[ImageRef]]:
-    """More photos than make a streak, all of one size."""
+    """More images than a failure streak needs, all of one size."""
     settings = settings_for(str(tmp_path), labels=None)
     data = small_image(11)[1]
     for i in range(60):
@@ -60,50 +60,50 @@ def _shards(work: WorkerContext) -> list[str]:
 def test_storage_that_refuses_everything_aborts_at_the_first_shard(
     many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, photos = many
+    settings, images = many
     work = work_for(settings)
     with closing(Segmenter(work)) as segmenter:
-        segmenter.segment(0, photos[:5])
+        segmenter.segment(0, images[:5])
         _refuse(monkeypatch, lambda _: True)
         with pytest.raises(
             SystemicError, match=r"delivers no images any more: .*004\.jpg: .*denied"
         ):
-            segmenter.segment(1, photos[5:10])
+            segmenter.segment(1, images[5:10])
     assert len(_shards(work)) == 1
-    with closing(Segmenter(work)) as begun_anew, pytest.raises(SystemicError, match="denied"):
-        begun_anew.segment(1, photos[5:10])
+    with closing(Segmenter(work)) as restarted, pytest.raises(SystemicError, match="denied"):
+        restarted.segment(1, images[5:10])
     assert len(_shards(work)) == 1
 
 
 def test_an_image_refused_once_is_fetched_again_at_the_end_of_the_shard(
     many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, photos = many
-    asked: list[str] = []
+    settings, images = many
+    reads: list[str] = []
 
     def once(uri: str) -> bool:
-        asked.append(uri)
-        return uri.endswith("3.jpg") and asked.count(uri) == 1
+        reads.append(uri)
+        return uri.endswith("3.jpg") and reads.count(uri) == 1
 
     with closing(Segmenter(work_for(settings))) as segmenter:
-        undisturbed, _ = segmenter.rows_of(0, photos[:20])
+        expected, _ = segmenter.rows_of(0, images[:20])
         _refuse(monkeypatch, once, kind="timeout")
-        data, summary = segmenter.rows_of(0, photos[:20])
+        data, summary = segmenter.rows_of(0, images[:20])
     assert not summary.errors
-    assert asked.count(photos[3].uri) == asked.count(photos[13].uri) == 2
-    assert pq.read_table(io.BytesIO(data)).equals(pq.read_table(io.BytesIO(undisturbed)))
+    assert reads.count(images[3].uri) == reads.count(images[13].uri) == 2
+    assert pq.read_table(io.BytesIO(data)).equals(pq.read_table(io.BytesIO(expected)))
 
 
 def test_fifty_consecutive_failures_of_one_kind_abort_the_run(
     many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, photos = many
+    settings, images = many
     work = work_for(settings)
     with closing(Segmenter(work)) as segmenter:
         _refuse(monkeypatch, lambda uri: not uri.endswith("005.jpg"))
-        before = [segmenter.segment(i, photos[20 * i : 20 * i + 20]) for i in range(2)]
+        before = [segmenter.segment(i, images[20 * i : 20 * i + 20]) for i in range(2)]
         with pytest.raises(SystemicError, match=r"50 images in a row failed \(access\): .*denied"):
-            segmenter.segment(2, photos[40:])
+            segmenter.segment(2, images[40:])
     assert [summary.errors["access"] for summary in before] == [19, 20]
     assert len(_shards(work)) == 2
 
@@ -111,10 +111,10 @@ def test_fifty_consecutive_failures_of_one_kind_abort_the_run(
 def test_failures_that_are_not_consecutive_abort_nothing(
     many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, photos = many
+    settings, images = many
     with closing(Segmenter(work_for(settings))) as segmenter:
         _refuse(monkeypatch, lambda uri: not uri.endswith("030.jpg"))
-        summary = segmenter.segment(0, photos)
+        summary = segmenter.segment(0, images)
     assert summary.errors == {"access": 59}
 
 
@@ -139,13 +139,13 @@ def test_a_network_that_never_fits_into_memory_aborts_the_run(
     def too_large(*_: Any, **__: Any) -> Any:
         raise MemoryError
 
-    settings, photos = many
+    settings, images = many
     work = work_for(settings)
-    assert len(photos) > FAILURES_IN_A_ROW
+    assert len(images) > FAILURES_IN_A_ROW
     with closing(Segmenter(work)) as segmenter:
         monkeypatch.setattr("pipeline.model.predict.segment", too_large)
         with pytest.raises(SystemicError, match="out_of_memory"):
-            segmenter.segment(0, photos)
+            segmenter.segment(0, images)
     assert _shards(work) == []
 
 
@@ -184,11 +184,11 @@ def test_other_errors_of_the_network_are_raised_and_nothing_committed(
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    settings, photos = many
+    settings, images = many
     work = work_for(settings)
     monkeypatch.setattr("pipeline.model.predict.segment", broken)
     with closing(Segmenter(work)) as segmenter, pytest.raises(RuntimeError, match="illegal"):
-        segmenter.segment(0, photos[:3])
+        segmenter.segment(0, images[:3])
     assert _shards(work) == []
 
 
@@ -208,11 +208,11 @@ def test_a_checkpoint_replaced_after_planning_is_refused(
 def test_images_changed_or_deleted_after_planning_are_rows_of_that_kind(
     many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, small_image: SmallImage
 ) -> None:
-    settings, photos = many
-    storage.write(photos[0].uri, small_image(1)[1])
-    storage.delete([photos[1].uri])
+    settings, images = many
+    storage.write(images[0].uri, small_image(1)[1])
+    storage.delete([images[1].uri])
     with closing(Segmenter(work_for(settings))) as segmenter:
-        data, _ = segmenter.rows_of(0, photos[:3])
+        data, _ = segmenter.rows_of(0, images[:3])
     table = pq.read_table(io.BytesIO(data))
     assert table["error_kind"].to_pylist() == ["changed", "vanished", None]
 
@@ -221,17 +221,19 @@ def test_images_changed_or_deleted_after_planning_are_rows_of_that_kind(
 def test_images_that_disappear_with_their_prefix_abort_the_run(
     many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, shard_images: int
 ) -> None:
-    settings, photos = many
+    settings, images = many
     work = work_for(settings)
-    storage.delete([photo.uri for photo in photos])
+    storage.delete([image.uri for image in images])
     for ours in ("images/run=other/shard-000000.parquet", "leases/only-new-0123.json"):
         storage.write(f"{settings.images}/results/{ours}", b"ours")
     work = replace(work, layout=replace(work.layout, results=f"{settings.images}/results"))
     nothing = rf"{FAILURES_IN_A_ROW if shard_images > 50 else 10} images .*holds no other objects"
     with closing(Segmenter(work)) as segmenter, pytest.raises(CutOffError, match=nothing):
-        segmenter.segment(0, photos[:shard_images])
+        segmenter.segment(0, images[:shard_images])
     assert _shards(work) == []
-    gone = storage_probe.check_access_here(work.layout, settings.images)  # what the driver is told
+    gone = storage_probe.check_access_here(
+        work.layout, settings.images
+    )  # the check that the driver makes
     assert gone is not None
     assert gone.kind == "vanished"
 
@@ -239,25 +241,25 @@ def test_images_that_disappear_with_their_prefix_abort_the_run(
 def test_images_that_are_listed_but_unreadable_abort_the_run(
     many: tuple[BulkSettings, list[ImageRef]], work_for: WorkFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, photos = many
+    settings, images = many
     _refuse(monkeypatch, lambda _: True, kind="vanished")
     stops = pytest.raises(CutOffError, match=r"50 images in a row vanished: .* is listed")
     with closing(Segmenter(work_for(settings))) as segmenter, stops:
-        segmenter.segment(0, photos)
+        segmenter.segment(0, images)
 
 
 def test_an_image_missing_from_a_listing_of_others_was_deleted(prefix: str) -> None:
     names = [f"{prefix}/images/{name}.jpg" for name in ("a/1", "b/c/2", "b/d", "e/3")]
     for name in names[1:3]:
-        storage.write(name, b"a photo")
-    asked = storage_probe.StorageProbe(f"{prefix}/images", f"{prefix}/results")
-    assert asked.check_exists({names[0], names[3]}) is None
+        storage.write(name, b"an image")
+    probe = storage_probe.StorageProbe(f"{prefix}/images", f"{prefix}/results")
+    assert probe.check_exists({names[0], names[3]}) is None
     for gone in (names[:2], names[2:], names):
         assert f"{gone[0] if gone[0] != names[0] else names[1]} is listed" in str(
-            asked.check_exists(gone)
+            probe.check_exists(gone)
         )
     storage.delete(names[1:3])
-    assert "holds no other objects" in str(asked.check_exists(names[:1]))
+    assert "holds no other objects" in str(probe.check_exists(names[:1]))
 
 
 def test_consecutive_deleted_images_are_rows_if_others_are_listed(
@@ -270,11 +272,11 @@ def test_consecutive_deleted_images_are_rows_if_others_are_listed(
     settings = settings_for(prefix, labels=None)
     for i in range(130):
         storage.write(f"{settings.images}/{i // 120}/{i:03d}.jpg", small_image(11)[1])
-    photos = listed(settings)
-    storage.delete([photo.uri for photo in photos[:120]])
+    images = listed(settings)
+    storage.delete([image.uri for image in images[:120]])
     with closing(Segmenter(work_for(settings))) as segmenter:
-        assert segmenter.segment(0, photos[:60]).errors == {"vanished": 60}
-        assert segmenter.segment(1, photos[60:]).errors == {"vanished": 60}
+        assert segmenter.segment(0, images[:60]).errors == {"vanished": 60}
+        assert segmenter.segment(1, images[60:]).errors == {"vanished": 60}
 
 
 def test_a_closed_segmenter_leaves_no_process(

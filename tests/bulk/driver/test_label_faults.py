@@ -1,4 +1,4 @@
-"""Labels that storage refuses stop a run as photos do, or cost a photo its scores and no more."""
+"""Labels that storage refuses stop a run as images do, or cost only an image's scores."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from pipeline.model import predict
 
 pytestmark = pytest.mark.process
 
-Labelled = tuple[BulkSettings, list[ImageRef]]
+Labeled = tuple[BulkSettings, list[ImageRef]]
 Refuse = Callable[..., Counter[str]]
 
 
 @pytest.fixture
-def labelled(
+def labeled(
     tmp_path: Path, small_image: Any, settings_for: Callable[..., BulkSettings], listed: Any
-) -> Labelled:
-    """More photos with labels than make a streak."""
+) -> Labeled:
+    """More images with labels than a failure streak needs."""
     settings = settings_for(str(tmp_path))
     _, image, label = small_image(11)
     for i in range(60):
@@ -42,21 +42,21 @@ def labelled(
 
 @pytest.fixture
 def refuse(monkeypatch: pytest.MonkeyPatch) -> Refuse:
-    """`refuse(which, kind)` lets storage refuse some labels; how often each object was asked for.
+    """`refuse(which, kind)` makes storage refuse labels; returns how often each object was read.
 
-    `which` is given the label's URI, and how often it was asked for by now.
+    `which(uri, reads)` says whether a label is refused that was read `reads` times.
     """
-    read, asked = storage.read, Counter[str]()
+    read, reads = storage.read, Counter[str]()
 
     def refusing(which: Callable[[str, int], bool], kind: Any = "access") -> Counter[str]:
         def reading(uri: str, etag: str | None = None) -> bytes:
-            asked[uri] += 1
-            if uri.endswith(".png") and which(uri, asked[uri]):
+            reads[uri] += 1
+            if uri.endswith(".png") and which(uri, reads[uri]):
                 raise StorageError(kind, f"{uri}: access denied")
             return read(uri, etag)
 
         monkeypatch.setattr(storage, "read", reading)
-        return asked
+        return reads
 
     return refusing
 
@@ -81,76 +81,76 @@ def _rows(data: bytes) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("given_before", [True, False])
 def test_refusing_all_labels_aborts_before_images_are_committed(
-    labelled: Labelled, work_for: Callable[..., WorkerContext], refuse: Refuse, given_before: bool
+    labeled: Labeled, work_for: Callable[..., WorkerContext], refuse: Refuse, given_before: bool
 ) -> None:
-    settings, photos = labelled
+    settings, images = labeled
     work = work_for(settings)
     with closing(Segmenter(work)) as segmenter:
         if given_before:
-            segmenter.rows_of(0, photos[:3])
+            segmenter.rows_of(0, images[:3])
         refuse(lambda *_: True)
         with pytest.raises(
             CutOffError, match=r"delivers no labels any more: .*\.png: access denied"
         ):
-            segmenter.segment(1, photos[3:10])
+            segmenter.segment(1, images[3:10])
         with pytest.raises(SystemicError, match=r"50 labels in a row failed \(access\): .*denied"):
-            segmenter.segment(2, photos[3:])
+            segmenter.segment(2, images[3:])
     assert not storage.exists(work.layout.shard(1))
     assert not storage.exists(work.layout.shard(2))
 
 
 def test_a_label_refused_once_is_fetched_again_but_inferred_once(
-    labelled: Labelled, work_for: Callable[..., WorkerContext], refuse: Refuse, networked: list[int]
+    labeled: Labeled, work_for: Callable[..., WorkerContext], refuse: Refuse, networked: list[int]
 ) -> None:
-    settings, photos = labelled
+    settings, images = labeled
     with closing(Segmenter(work_for(settings))) as segmenter:
-        undisturbed, _ = segmenter.rows_of(0, photos[:6])
+        expected, _ = segmenter.rows_of(0, images[:6])
         networked.clear()
-        asked = refuse(lambda uri, times: uri.endswith("3.png") and times == 1, kind="timeout")
-        data, summary = segmenter.rows_of(0, photos[:6])
-    assert _rows(data) == _rows(undisturbed)
+        reads = refuse(lambda uri, times: uri.endswith("3.png") and times == 1, kind="timeout")
+        data, summary = segmenter.rows_of(0, images[:6])
+    assert _rows(data) == _rows(expected)
     assert summary.label_errors == 0
-    assert asked[str(photos[3].label_uri)] == 2
+    assert reads[str(images[3].label_uri)] == 2
     assert sum(networked) == 6
 
 
 def test_a_label_refused_twice_costs_its_image_only_the_scores(
-    labelled: Labelled, work_for: Callable[..., WorkerContext], refuse: Refuse, networked: list[int]
+    labeled: Labeled, work_for: Callable[..., WorkerContext], refuse: Refuse, networked: list[int]
 ) -> None:
-    settings, photos = labelled
+    settings, images = labeled
     refuse(lambda uri, _: not uri.endswith("30.png"))
     with closing(Segmenter(work_for(settings))) as segmenter:
-        data, summary = segmenter.rows_of(0, photos[:45])
+        data, summary = segmenter.rows_of(0, images[:45])
     rows = _rows(data)
     assert {row["status"] for row in rows} == {"ok"}
-    assert [row["uri"] for row in rows if row["label_error"] is None] == [photos[30].uri]
+    assert [row["uri"] for row in rows if row["label_error"] is None] == [images[30].uri]
     assert summary.label_errors == 44
     assert sum(networked) == 45
 
 
 def test_a_label_over_the_size_limit_is_not_a_refusal(
-    labelled: Labelled, work_for: Callable[..., WorkerContext], refuse: Refuse
+    labeled: Labeled, work_for: Callable[..., WorkerContext], refuse: Refuse
 ) -> None:
-    settings, photos = labelled
-    large = [photo._replace(label_bytes=10**9) for photo in photos]
+    settings, images = labeled
+    large = [image._replace(label_bytes=10**9) for image in images]
     small = replace(settings, inference=Inference(max_object_bytes=10**8))
-    asked = refuse(lambda *_: False)
+    reads = refuse(lambda *_: False)
     with closing(Segmenter(work_for(small))) as segmenter:
         data, summary = segmenter.rows_of(0, large)
     assert summary.label_errors == 60
     assert all("over the limit" in row["label_error"] for row in _rows(data))
-    assert {times for uri, times in asked.items() if uri.startswith(settings.images)} == {1}
+    assert {times for uri, times in reads.items() if uri.startswith(settings.images)} == {1}
 
 
 def test_labels_that_disappear_with_their_prefix_abort_the_run(
-    labelled: Labelled, work_for: Callable[..., WorkerContext]
+    labeled: Labeled, work_for: Callable[..., WorkerContext]
 ) -> None:
-    settings, photos = labelled
-    storage.delete([str(photo.label_uri) for photo in photos[:55]])
+    settings, images = labeled
+    storage.delete([str(image.label_uri) for image in images[:55]])
     with closing(Segmenter(work_for(settings))) as segmenter:
-        assert segmenter.rows_of(0, photos)[1].label_errors == 55
-        storage.delete([str(photo.label_uri) for photo in photos[55:]])
+        assert segmenter.rows_of(0, images)[1].label_errors == 55
+        storage.delete([str(image.label_uri) for image in images[55:]])
         with pytest.raises(
             CutOffError, match=r"50 labels in a row vanished: .* holds no other objects"
         ):
-            segmenter.rows_of(0, photos)
+            segmenter.rows_of(0, images)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from ray.data import DataContext
 
 from cluster.local import with_descendants
 from pipeline.bulk.driver.actor_pool import Pool, images_of
@@ -79,6 +81,8 @@ def test_rows_equal_those_of_a_plain_loop_byte_for_byte(
 ) -> None:
     fill(prefix, 22)
     fill_broken(prefix)
+    context = DataContext.get_current()
+    level = logging.getLogger("ray.data").level
     settings = settings_for(prefix, shard_images=5, actors=(2, 2))
     ended = run(settings, quiet)
     rows = rows_of(settings)
@@ -87,6 +91,13 @@ def test_rows_equal_those_of_a_plain_loop_byte_for_byte(
     assert rows == looped(settings, work_for(settings))
     assert ended.outcome is not None
     assert (ended.outcome.ok, ended.outcome.errors, ended.outcome.label_errors) == (24, 3, 2)
+    assert DataContext.get_current() is context
+    assert logging.getLogger("ray.data").level == level
+    record = RunLayout(results=settings.results, run_id="test").record
+    [row] = pq.read_table(io.BytesIO(storage.read(record))).to_pylist()
+    assert row["infer_seconds"] > 0
+    assert row["wait_seconds"] > 0
+    assert row["infer_seconds"] + row["wait_seconds"] < row["actor_seconds"]
 
 
 def test_repeating_a_finished_run_changes_nothing(
