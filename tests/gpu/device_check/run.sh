@@ -6,11 +6,13 @@ check=tests/gpu/device_check
 package=${PACKAGE:-.check/site.tar.xz}
 export OUT=${OUT:-${TMPDIR:-/tmp}/device_check} PYTHONUNBUFFERED=1
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 # leave CUDA_VISIBLE_DEVICES alone for actors without GPU
-site=$OUT/site images=$OUT/images
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+site=$work/site images=$work/images
 python=${PYTHON:-python3} device=${DEVICE:-cuda} parts=${*:-forms bulk steps tests}
 
 mkdir -p "$OUT"
-if [[ -f $package && ! -d $site ]]; then
+if [[ -f $package ]]; then
   mkdir "$site" && xz -dc -T0 "$package" | tar -x -C "$site" || exit 1
 fi
 export PYTHONPATH=$PWD/$check/shim:$PWD:$site
@@ -41,6 +43,5 @@ echo "== data set written at ${SECONDS} s"
   part 90 steps $python -m tests.gpu.device_check.steps --device $device --images "$images" ${STEPS:-}
 }
 part 60 tests $python -m pytest tests/gpu -q -p no:cacheprovider --maxfail=5
-rm -rf "$site" "$images"
 echo "== end at ${SECONDS} s; results are in $OUT"
 exit $failed
