@@ -16,8 +16,8 @@ from tests.small_images import small_image
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 
 
-def put_photos(prefix: str) -> None:
-    """600 objects of which 18 are no photos: empty ones, letters, and truncated ones."""
+def put_images(prefix: str) -> None:
+    """600 objects of which 18 are no images: empty ones, letters, and truncated ones."""
     for number in range(GOOD):
         name, data, _ = small_image(number)
         storage.write(f"{prefix}/{name}", data)
@@ -29,11 +29,11 @@ def put_photos(prefix: str) -> None:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """The server, its proxy, and the photos."""
+    """The server, its proxy, and the images."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("AWS_PROFILE", raising=False)
         patch.delenv("RAY_ADDRESS", raising=False)
-        made = World(tmp_path_factory.mktemp("chaos"), put_photos)
+        made = World(tmp_path_factory.mktemp("chaos"), put_images)
         yield made
         made.close()
 

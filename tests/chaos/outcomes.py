@@ -77,9 +77,9 @@ def check(
     kinds: Mapping[str, Collection[str]] | None = None,
     rows: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:
-    """Asserts that the run's rows are those of the undisturbed loop, each photo once.
+    """Asserts that the run's rows are those of the undisturbed loop, each image once.
 
-    `kinds` are photos that must be errors of one of these kinds, by URI; `rows` those of the
+    `kinds` are images that must be errors of one of these kinds, by URI; `rows` those of the
     undisturbed loop, all of the world's by default; `results` where they lie, the run's own place
     by default.
     """

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.s3, pytest.mark.ti
 IN_A_ROW = 6
 
 READ = {
-    # photos 0010, 0110 and 0210, and so on: they lie in few shards, so that waits are shared
+    # images 0010, 0110 and 0210, and so on: they lie in few shards, so that waits are shared
     "503 SlowDown": Rule(fault="slow_down", path=r"/0[0-2]10-", in_a_row=IN_A_ROW),
     "500": Rule(fault="internal", path=r"/0[0-2]12-", in_a_row=IN_A_ROW),
     "connection reset": Rule(fault="reset", path=r"/0[0-2]14-", in_a_row=IN_A_ROW),
@@ -23,7 +23,7 @@ READ = {
     "flipped byte": Rule(fault="flipped", path=r"/0[0-2]18-", in_a_row=IN_A_ROW),
     "slow bytes": Rule(fault="slow_bytes", path=r"/0[0-2]20-", in_a_row=IN_A_ROW),
     "hang": Rule(fault="hang", path=r"/00(22|24)-"),
-    "listing: 503 SlowDown": Rule(fault="slow_down", path=r"^/photos/?$", in_a_row=IN_A_ROW),
+    "listing: 503 SlowDown": Rule(fault="slow_down", path=r"^/images/?$", in_a_row=IN_A_ROW),
 }
 WRITTEN = {
     "503 SlowDown": Rule(fault="slow_down", path=r"/shard-000003", in_a_row=IN_A_ROW),

@@ -1,4 +1,4 @@
-"""kill -9 of whatever works on a run, at a named stage: each photo is there once, undamaged."""
+"""kill -9 of whatever works on a run, at a named stage: each image is there once, undamaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Photos that kill the process that touches them: each is an error row, and nobody else's."""
+"""Images that kill the process that touches them: each is an error row, and nobody else's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.small_images import small_image
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
 
-LONGER_S = 60.0  # a photo, at most
+LONGER_S = 60.0  # an image, at most
 POISON = {"crash": "worker_died", "eat": "out_of_memory", "hang": "timeout"}
 
 
@@ -44,7 +44,7 @@ def _noted(path: Path) -> list[int]:
 
 
 def _png(first_pixels: tuple[int, ...]) -> bytes:
-    """A photo that begins so."""
+    """An image that begins so."""
     pixels = np.asarray(Image.open(io.BytesIO(small_image(3)[1])).convert("RGB")).copy()
     pixels.reshape(-1)[: len(first_pixels)] = first_pixels
     buffer = io.BytesIO()
@@ -52,7 +52,7 @@ def _png(first_pixels: tuple[int, ...]) -> bytes:
     return buffer.getvalue()
 
 
-def test_photos_whose_decoder_crashes_or_eats_memory_or_never_returns(
+def test_images_whose_decoder_crashes_or_eats_memory_or_never_returns(
     world: World, control_s: float
 ) -> None:
     kinds = {}
@@ -61,9 +61,9 @@ def test_photos_whose_decoder_crashes_or_eats_memory_or_never_returns(
         storage.write(uri, small_image(4)[1] + f"faults:{what}".encode())
         kinds[uri] = [kind]
     killer = world.killer()
-    photos = ("--images", BUCKET, "--include", "night/* poison/*")
+    images = ("--images", BUCKET, "--include", "night/* poison/*")
     with watched("decoder: segfault, all memory, no return", results_of("poison")) as line:
-        run = world.done("poison", *photos)
+        run = world.done("poison", *images)
         line.injected = len(_noted(killer.folder / "poisoned"))
     check(world, "poison", line, kinds=kinds)
     assert _loads(run, killer.folder) == 1
@@ -71,15 +71,15 @@ def test_photos_whose_decoder_crashes_or_eats_memory_or_never_returns(
     assert line.seconds < control_s + len(kinds) * LONGER_S * world.crowd
 
 
-def test_a_photo_whose_inference_kills_the_actor_with_shards_queued_on_it(
+def test_a_image_whose_inference_kills_the_actor_with_shards_queued_on_it(
     world: World, control_s: float
 ) -> None:
     uri = f"{BUCKET}/deadly/0.png"
     storage.write(uri, _png(DEADLY))
     killer = world.killer()
-    photos = ("--images", BUCKET, "--include", "night/* deadly/*")
+    images = ("--images", BUCKET, "--include", "night/* deadly/*")
     with watched("an actor that dies during inference", results_of("deadly")) as line:
-        world.done("deadly", *photos)
+        world.done("deadly", *images)
         line.injected = len(_noted(killer.folder / "poisoned"))
     check(world, "deadly", line, kinds={uri: ["worker_died"]})
     assert line.injected == 4  # among others, beside nothing queued, and twice alone
@@ -88,7 +88,7 @@ def test_a_photo_whose_inference_kills_the_actor_with_shards_queued_on_it(
 
 @pytest.fixture
 def small_node(world: World) -> Iterator[Nodes]:
-    """A node on which Ray kills who takes two thirds of what the greedy photo does."""
+    """A node on which Ray kills who takes two thirds of what the greedy image does."""
     total, free = _memory("MemTotal"), _memory("MemAvailable")
     if free < 1.5 * GREED_BYTES:
         pytest.skip("the machine has too little memory to spare")
@@ -106,16 +106,16 @@ def _memory(name: str) -> int:
     return int(line.split()[1]) << 10
 
 
-def test_a_photo_for_which_the_node_kills_the_actor_to_save_its_memory(
+def test_a_image_for_which_the_node_kills_the_actor_to_save_its_memory(
     world: World, small_node: Nodes
 ) -> None:
     uri = f"{BUCKET}/greedy/0.png"
     storage.write(uri, _png(GREEDY))
     few = {name: row for name, row in world.rows.items() if "/night/0/000" in name}
     killer = world.killer()
-    photos = ("--images", BUCKET, "--include", "night/0/000* greedy/*", "--shard-images", "4")
+    images = ("--images", BUCKET, "--include", "night/0/000* greedy/*", "--shard-images", "4")
     with watched("an actor that is killed for memory", results_of("greedy")) as line:
-        run = world.run("greedy", *photos, nodes=small_node)
+        run = world.run("greedy", *images, nodes=small_node)
         assert run.wait() == 0, run.said
         line.injected = len(_noted(killer.folder / "poisoned"))
     check(world, "greedy", line, kinds={uri: ["out_of_memory"]}, rows=few)

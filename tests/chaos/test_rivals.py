@@ -1,4 +1,4 @@
-"""Who else is at work: drivers of the same run, other runs, zombies, and who changes the photos."""
+"""Who else is at work: drivers of the same run, other runs, zombies, and who changes the images."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_zombie_puts_that_arrive_after_their_run_has_ended(world: World) -> None
     assert "there is nothing to do" in again.said
 
 
-def test_photos_deleted_replaced_and_added_while_the_run_goes_on(world: World) -> None:
+def test_images_deleted_replaced_and_added_while_the_run_goes_on(world: World) -> None:
     results, moving = results_of("moving"), f"{BUCKET}/moving"
     names = [f"{moving}/{number:02d}-{what}.jpg" for number in range(20) for what in ("a", "b")]
     for number, uri in enumerate(names):
@@ -106,10 +106,10 @@ def test_photos_deleted_replaced_and_added_while_the_run_goes_on(world: World) -
     old = undisturbed(moving)
     gone, replaced, kept = names[0::4], names[1::4], [*names[2::4], *names[3::4]]
     killer = world.killer()
-    photos = ("--images", BUCKET, "--include", "night/* moving/*")
-    with watched("photos deleted, replaced, added", results) as line:
-        with _gate(killer.folder):  # the first shard, of moving photos, is fetched or is not
-            run = world.run("moving", *photos)
+    images = ("--images", BUCKET, "--include", "night/* moving/*")
+    with watched("images deleted, replaced, added", results) as line:
+        with _gate(killer.folder):  # the first shard, of moving images, is fetched or is not
+            run = world.run("moving", *images)
             _wait_for(f"{results}/plans/run=moving/plan.json", run)
             _change(gone[::2], replaced[::2], [f"{moving}/added-0.jpg"])
         wait_for_shards(run, results, "moving", 1)

@@ -1,4 +1,4 @@
-"""What is wrong with everything stops a run within a minute, and costs no photo its row."""
+"""What is wrong with everything stops a run within a minute, and costs no image its row."""
 
 from __future__ import annotations
 
@@ -103,16 +103,16 @@ def test_a_disk_that_is_full(world: World, small_disk: Callable[[int], Path]) ->
     check(world, "disk", line, results=results)
 
 
-def test_a_tenth_of_the_photos_broken(world: World) -> None:
+def test_a_tenth_of_the_images_broken(world: World) -> None:
     kinds = {}
     for number in range(50):
         uri = f"{BUCKET}/broken/{number:02d}.jpg"
         storage.write(uri, b"a letter" * (number % 2))
         kinds[uri] = ["not_an_image" if number % 2 else "empty"]
-    photos = ("--images", BUCKET, "--include", "broken/* night/*")
-    with watched("10 % of the photos broken", results_of("tenth")) as line:
-        run = world.run("tenth", *photos)
+    images = ("--images", BUCKET, "--include", "broken/* night/*")
+    with watched("10 % of the images broken", results_of("tenth")) as line:
+        run = world.run("tenth", *images)
         _stops(world, run, "over --max-error-fraction 0.06")
         line.injected = len(kinds)
-        world.done("tenth", *photos, "--max-error-fraction", "0.2")
+        world.done("tenth", *images, "--max-error-fraction", "0.2")
     check(world, "tenth", line, kinds=kinds)

@@ -1,10 +1,10 @@
-"""What every fault is injected into: 600 photos on a real S3 server behind the proxy, and runs.
+"""What every fault is injected into: 600 images on a real S3 server behind the proxy, and runs.
 
 Runs are real ones, `python jobs/segment.py` as a process of its own, on a Ray that is started once
 for all of them: that is what takes most of a small run's time. What they leave is compared
 with the rows of a plain loop that no fault met.
 
-Photos that a test adds lie beside the 600, so that `--images s3://photos` takes both.
+Images that a test adds lie beside the 600, so that `--images s3://images` takes both.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.proxy import Proxy
 from tests.slowdown import slowdown
 
 ROOT = Path(__file__).parents[2]
-BUCKET = "s3://photos"
+BUCKET = "s3://images"
 PHOTOS = f"{BUCKET}/night"
 CHECKPOINT = "jobs/demo/tfzoo-voc-mobilenetv2.safetensors"
 GOOD, BROKEN = 582, 18
@@ -78,7 +78,7 @@ class Run:
 
 
 class World:
-    """The server, the proxy, the photos, and the rows that undisturbed photos have."""
+    """The server, the proxy, the images, and the rows that undisturbed images have."""
 
     def __init__(self, folder: Path, put: Callable[[str], None]) -> None:
         self.folder = folder
@@ -107,7 +107,7 @@ class World:
     def start_server(self) -> None:
         """Starts the S3 server, where it was before if it was started before."""
         variables = self._server.enter_context(
-            s3_server(self.folder / "s3", buckets=("photos", "results"), ports=self._ports)
+            s3_server(self.folder / "s3", buckets=("images", "results"), ports=self._ports)
         )
         os.environ.update(variables)
 
@@ -128,7 +128,7 @@ class World:
         return Killer(self.folder / "faults", seed)
 
     def run(self, name: str, *flags: str, nodes: Nodes | None = None) -> Run:
-        """Starts the run `name` on all photos, through the proxy, on the world's Ray or `nodes`.
+        """Starts the run `name` on all images, through the proxy, on the world's Ray or `nodes`.
 
         `flags` are names and values.
         """
@@ -190,5 +190,5 @@ def rows_of(results: str, run_id: str) -> list[dict[str, Any]]:
 
 
 def undisturbed(images: str) -> dict[str, dict[str, Any]]:
-    """uri -> the row of what lies there now, by a plain loop, broken photos too."""
+    """uri -> the row of what lies there now, by a plain loop, broken images too."""
     return plain_loop.rows(images, CHECKPOINT, Inference(), include=("*",))

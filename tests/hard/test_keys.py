@@ -1,7 +1,7 @@
-"""Keys that nobody would choose: each photo is one row with its own pixels, and nothing leaks out.
+"""Keys that nobody would choose: each image is one row with its own pixels, and nothing leaks out.
 
 The server is moto, which unlike others takes every key that S3 takes. Keys are put into its memory
-without our code, and photos of different heights tell whether the right one was read.
+without our code, and images of different heights tell whether the right one was read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pipeline.results.query import connect
 from tests.small_images import DEMO, encode
 
 CHECKPOINT = str(DEMO / "tfzoo-voc-mobilenetv2.safetensors")
-PREFIX = "photos/night"
+PREFIX = "images/night"
 
 KEYS = [
     *("../x.jpg", "../../../tmp/x.jpg", "a/../x.jpg", "./x.jpg", "x.jpg/..", "..", "/x.jpg"),
@@ -70,10 +70,10 @@ def moto() -> Iterator[Any]:
         for name in ("hostile", "results"):
             backend.create_bucket(name, "us-east-1")
         for number, key in enumerate(KEYS):
-            photo = Image.new("RGB", (33, 20 + number), (number, 90, 200))
-            backend.put_object("hostile", f"{PREFIX}/{key}", encode(photo, "PNG"))
+            image = Image.new("RGB", (33, 20 + number), (number, 90, 200))
+            backend.put_object("hostile", f"{PREFIX}/{key}", encode(image, "PNG"))
         # who normalises `../x.jpg` reads, and matches as a label, one of these
-        for key in ("photos/x.jpg", "x.jpg", "tmp/x.jpg", "photos/x.png", "x.png"):
+        for key in ("images/x.jpg", "x.jpg", "tmp/x.jpg", "images/x.png", "x.png"):
             backend.put_object("hostile", key, encode(Image.new("RGB", (7, 5)), "PNG"))
         for key in ("../x", "%2e%2e/x", "nul\0", "<script>alert(1)</script>"):
             label = Image.new("L", (33, 20 + KEYS.index(f"{key}.jpg")), 0)

@@ -43,18 +43,18 @@ def peak_kib() -> int:
 
 @pytest.mark.slow
 def test_bombs_nothing_and_five_gigabytes_are_error_rows_in_little_memory(tmp_path: Path) -> None:
-    photos = tmp_path / "photos"
-    photos.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     for name, side in (("13000.png", 13_000), ("40000.png", 40_000)):
-        (photos / name).write_bytes(bomb(side))
-    assert 20_000 <= (photos / "13000.png").stat().st_size < 30_000
-    (photos / "empty.jpg").touch()
-    with (photos / "huge.jpg").open("wb") as file:
+        (images / name).write_bytes(bomb(side))
+    assert 20_000 <= (images / "13000.png").stat().st_size < 30_000
+    (images / "empty.jpg").touch()
+    with (images / "huge.jpg").open("wb") as file:
         file.write(b"\xff\xd8\xff")
         os.truncate(file.fileno(), HUGE_BYTES)
-    (photos / "good.png").write_bytes(encode(Image.new("RGB", (31, 17)), "PNG"))
+    (images / "good.png").write_bytes(encode(Image.new("RGB", (31, 17)), "PNG"))
     settings = BulkSettings(
-        images=str(photos), results=str(tmp_path / "results"), checkpoint="/none"
+        images=str(images), results=str(tmp_path / "results"), checkpoint="/none"
     )
     decoders = DecoderPool(1, DecodeLimits(max_pixels=settings.inference.max_pixels), VOC)
     pids = decoders.pids()

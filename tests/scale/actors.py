@@ -70,11 +70,11 @@ class Measured(ShardSummary):
 
 
 def _plan(settings: BulkSettings, layout: RunLayout, shards: int) -> PlanPart:
-    photos = (
-        ImageRef(f"/photos/{i:09d}.jpg", "e" * 32, 1, None, None)
+    images = (
+        ImageRef(f"/images/{i:09d}.jpg", "e" * 32, 1, None, None)
         for i in range(shards * SHARD_IMAGES)
     )
-    _, [part] = plan._write_parts(settings, layout, photos, write=True)
+    _, [part] = plan._write_parts(settings, layout, images, write=True)
     return part
 
 

@@ -1,4 +1,4 @@
-"""What the end of a run costs: minutes and peak memory at 100 thousand to 10 million photos.
+"""What the end of a run costs: minutes and peak memory at 100 thousand to 10 million images.
 
     python -m tests.scale.ending [PHOTOS ...]
 
@@ -28,10 +28,10 @@ STEPS = ("nothing", "end")
 SHARD_IMAGES = 64
 CLASSES_EACH = 3
 DISTINCT_SHARDS = 15_625
-"""Shards of a million photos. Further ones are hard links to these: a reader pays the same."""
+"""Shards of a million images. Further ones are hard links to these: a reader pays the same."""
 
 
-def fill(results: str, photos: int) -> None:
+def fill(results: str, images: int) -> None:
     """The `images` files of the run."""
     from pipeline.data.labels import VOC
     from pipeline.results import tables
@@ -40,21 +40,21 @@ def fill(results: str, photos: int) -> None:
     layout = RunLayout(results=results, run_id="made-up")
     Path(layout.images).mkdir(parents=True)
     schema = tables.with_footer(tables.IMAGES, VOC)
-    draw = random.Random(photos)
-    for shard, first in enumerate(range(0, photos, SHARD_IMAGES)):
+    draw = random.Random(images)
+    for shard, first in enumerate(range(0, images, SHARD_IMAGES)):
         if shard >= DISTINCT_SHARDS:
-            assert first + SHARD_IMAGES <= photos, f"{photos} photos are no whole shards"
+            assert first + SHARD_IMAGES <= images, f"{images} images are no whole shards"
             os.link(layout.shard(shard % DISTINCT_SHARDS), layout.shard(shard))
             continue
         rows = [
-            _row(photos, i, shard, draw) for i in range(first, min(photos, first + SHARD_IMAGES))
+            _row(images, i, shard, draw) for i in range(first, min(images, first + SHARD_IMAGES))
         ]
         with open(layout.shard(shard), "wb") as file:  # no fsync: they need not last
             pq.write_table(pa.Table.from_pylist(rows, schema=schema), file, compression="zstd")
 
 
-def _row(photos: int, number: int, shard: int, draw: random.Random) -> Row:
-    key, etag, size = made_up(PHOTOS, photos, number)
+def _row(images: int, number: int, shard: int, draw: random.Random) -> Row:
+    key, etag, size = made_up(PHOTOS, images, number)
     row = {"uri": f"s3://{PHOTOS}/{key}", "etag": etag, "bytes": size, "run_id": "made-up"}
     row |= {"shard": shard, "model": "m", "settings": "s", "status": "ok", "mask": b"\x89" * 200}
     classes = [_class(class_id, draw) for class_id in draw.sample(range(21), CLASSES_EACH)]
@@ -68,7 +68,7 @@ def _class(class_id: int, draw: random.Random) -> Row:
     return {**row, "tp": pixels // 2, "fp": pixels - pixels // 2, "fn": 7, "iou": 0.5}
 
 
-def step(name: str, results: str, photos: int) -> Row:
+def step(name: str, results: str, images: int) -> Row:
     """Does the step in this process; what it took, and the process's peak."""
     from pipeline.bulk.driver import run  # noqa: F401 - as much as a driver imports
     from pipeline.bulk.driver.finalize import Outcome, RunFinalizer
@@ -78,17 +78,17 @@ def step(name: str, results: str, photos: int) -> Row:
 
     layout = RunLayout(results=results, run_id="made-up")
     values = {"fingerprint": "f", "identity": {}, "model": "m", "settings": "s"}
-    counts = PlanCounts(images=photos, shards=-(-photos // SHARD_IMAGES))
+    counts = PlanCounts(images=images, shards=-(-images // SHARD_IMAGES))
     started_at = "2026-11-01T12:00:00+00:00"
     plan = Plan(run_id="made-up", started_at=started_at, counts=counts, **values)
     finish = RunFinalizer(layout, plan, VOC)
-    nothing = Outcome(images=photos, ok=photos, errors=0, label_errors=0, errors_by_kind=())
+    nothing = Outcome(images=images, ok=images, errors=0, label_errors=0, errors_by_kind=())
     facts = {"checkpoint": "c", "checkpoint_sha256": "0", "code_version": "1"}
     facts |= {"bytes_read": 0, "seconds": 1.0, "images_per_second": None}
 
     def end() -> None:
         with finish:
-            assert finish.outcome().images == photos
+            assert finish.outcome().images == images
             finish.write_classes()
             finish.write_done()
             finish.write_record(nothing, facts)
@@ -105,16 +105,16 @@ def written(results: str, folder: str) -> tuple[int, int]:
     )
 
 
-def all_steps(photos: int, steps: Sequence[str] = STEPS) -> Iterator[Row]:
-    """A row a step: what it took at that many photos."""
-    rows = {"classes": CLASSES_EACH * photos, "done": photos, "runs": 1}
+def all_steps(images: int, steps: Sequence[str] = STEPS) -> Iterator[Row]:
+    """A row a step: what it took at that many images."""
+    rows = {"classes": CLASSES_EACH * images, "done": images, "runs": 1}
     with tempfile.TemporaryDirectory() as results:
-        fill(results, photos)
+        fill(results, images)
         for name in steps:
             took = in_a_process(
-                "tests.scale.ending", "--step", name, "--results", results, str(photos)
+                "tests.scale.ending", "--step", name, "--results", results, str(images)
             )
-            row: Row = {"photos": photos, "step": name, **took}
+            row: Row = {"images": images, "step": name, **took}
             if name == "end":
                 found = {folder: written(results, folder) for folder in rows}
                 assert {folder: count for folder, (count, _) in found.items()} == rows
@@ -125,15 +125,15 @@ def all_steps(photos: int, steps: Sequence[str] = STEPS) -> Iterator[Row]:
 def main() -> None:
     """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("photos", type=int, nargs="*", default=SIZES)
+    parser.add_argument("images", type=int, nargs="*", default=SIZES)
     parser.add_argument("--step", choices=STEPS, help="that step alone, in this process")
     parser.add_argument("--results")
     arguments = parser.parse_args()
     if arguments.step:
-        print(json.dumps(step(arguments.step, arguments.results, arguments.photos[0])))
+        print(json.dumps(step(arguments.step, arguments.results, arguments.images[0])))
         return
-    columns = ("photos", "step", "minutes", "cpu_minutes", "peak_mib", "disk_mib", "written_mib")
-    print_table(columns, (row for photos in arguments.photos for row in all_steps(photos)))
+    columns = ("images", "step", "minutes", "cpu_minutes", "peak_mib", "disk_mib", "written_mib")
+    print_table(columns, (row for images in arguments.images for row in all_steps(images)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A bucket of any number of photos that never were: the i-th is a function of i.
+"""A bucket of any number of images that never were: the i-th is a function of i.
 
 The stub server lists from it, and the tests know from it what a plan must hold. Below the prefix
 `<n>/` lie exactly n objects, in the order of their names, which is that of their numbers. Names
@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 from typing import NamedTuple
 
-PHOTOS, LABELS = "photos", "labels"
-"""The buckets: n photos below `<n>/`, and a label for each of them."""
+PHOTOS, LABELS = "images", "labels"
+"""The buckets: n images below `<n>/`, and a label for each of them."""
 
 
 class MadeUp(NamedTuple):

@@ -1,14 +1,14 @@
-"""What a driver's planning costs: minutes and peak memory at 100 thousand to 10 million photos.
+"""What a driver's planning costs: minutes and peak memory at 100 thousand to 10 million images.
 
     python -m tests.scale.planning [PHOTOS ...]
 
 Each step is a fresh process with all that a driver imports, over the real storage code and a stub
-S3 server (`stub_s3.py`) of made-up photos:
+S3 server (`stub_s3.py`) of made-up images:
 
     nothing    imports alone
     plan       list, sort, cut, write the plan
-    labelled   the same with a label for each photo
-    only_new   the same where an earlier run has done all but every hundredth photo
+    labelled   the same with a label for each image
+    only_new   the same where an earlier run has done all but every hundredth image
     resume     take up the plan with half of its shards done, wave by wave to the end; nothing is
                segmented: a wave's shards appear at once
 
@@ -40,15 +40,15 @@ SIZES = (100_000, 1_000_000, 10_000_000)
 STEPS = ("nothing", "plan", "labelled", "only_new", "resume")
 SHARD_IMAGES = 64
 NEW_EVERY = 100
-"""An earlier run has done all photos but those whose number divides by this."""
+"""An earlier run has done all images but those whose number divides by this."""
 
 
-def results_of(photos: int) -> str:
-    """Where the runs over that many photos are."""
-    return f"s3://results/{photos}"
+def results_of(images: int) -> str:
+    """Where the runs over that many images are."""
+    return f"s3://results/{images}"
 
 
-def step(name: str, photos: int) -> Row:
+def step(name: str, images: int) -> Row:
     """Does the step in this process; what it took, and the process's peak."""
     from pipeline.bulk.driver import run  # noqa: F401 - as much as a driver imports
     from pipeline.bulk.planning import plan
@@ -56,9 +56,9 @@ def step(name: str, photos: int) -> Row:
     from pipeline.results.layout import RunLayout
 
     settings = BulkSettings(
-        images=f"s3://{PHOTOS}/{photos}",
-        labels=f"s3://{LABELS}/{photos}" if name == "labelled" else None,
-        results=results_of(photos),
+        images=f"s3://{PHOTOS}/{images}",
+        labels=f"s3://{LABELS}/{images}" if name == "labelled" else None,
+        results=results_of(images),
         checkpoint="/none",
         run_id="plan" if name == "resume" else name,
         only_new=name == "only_new",
@@ -102,21 +102,21 @@ def fill_shards(images: str, first: int, stop: int) -> None:
     urlopen(Request(url, method="PUT", headers={FILL: f"{first} {stop}"})).close()
 
 
-def put_done(photos: int, *, model: str, settings: str, new_every: int = NEW_EVERY) -> None:
-    """The `done/` file of an earlier run over all photos but every so many; 0 is over all."""
+def put_done(images: int, *, model: str, settings: str, new_every: int = NEW_EVERY) -> None:
+    """The `done/` file of an earlier run over all images but every so many; 0 is over all."""
     from pipeline.results import tables
 
     constants = {"model": model, "settings": settings, "status": "ok", "run_id": "earlier"}
     with tempfile.NamedTemporaryFile() as file:
         with pq.ParquetWriter(file.name, tables.DONE, compression="zstd") as writer:
-            for first in range(0, photos, 100_000):
+            for first in range(0, images, 100_000):
                 rows = []
-                for i in range(first, min(photos, first + 100_000)):
+                for i in range(first, min(images, first + 100_000)):
                     if not new_every or i % new_every:
-                        key, etag, _ = made_up(PHOTOS, photos, i)
+                        key, etag, _ = made_up(PHOTOS, images, i)
                         rows.append({"uri": f"s3://{PHOTOS}/{key}", "etag": etag, **constants})
                 writer.write_table(pa.Table.from_pylist(rows, schema=tables.DONE))
-        _put(f"{results_of(photos)}/done/run=earlier.parquet", Path(file.name))
+        _put(f"{results_of(images)}/done/run=earlier.parquet", Path(file.name))
 
 
 def _put(uri: str, file: Path) -> None:
@@ -126,13 +126,13 @@ def _put(uri: str, file: Path) -> None:
         urlopen(Request(url, data=data, method="PUT", headers=headers)).close()
 
 
-def plan_bytes_and_check(photos: int, run: str) -> int:
-    """Bytes of the plan, after a look that it holds each photo once, in order, and no other."""
+def plan_bytes_and_check(images: int, run: str) -> int:
+    """Bytes of the plan, after a look that it holds each image once, in order, and no other."""
     stub = pafs.S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"])
-    folder = f"{results_of(photos).removeprefix('s3://')}/plans/run={run}"
+    folder = f"{results_of(images).removeprefix('s3://')}/plans/run={run}"
     with stub.open_input_stream(f"{folder}/plan.json") as file:
         names = [part["name"] for part in json.loads(file.read())["parts"]]
-    numbers = iter(range(0, photos, NEW_EVERY if run == "only_new" else 1))
+    numbers = iter(range(0, images, NEW_EVERY if run == "only_new" else 1))
     shard, held = itertools.count(), 0
     for name in names:
         with stub.open_input_file(f"{folder}/{name}") as file:
@@ -140,24 +140,24 @@ def plan_bytes_and_check(photos: int, run: str) -> int:
             for row in pq.read_table(file).to_pylist():
                 assert row["shard"] == next(shard)
                 for image in row["images"]:
-                    _check_image(image, photos, next(numbers), labelled=run == "labelled")
+                    _check_image(image, images, next(numbers), labelled=run == "labelled")
     assert next(numbers, None) is None
     return held
 
 
-def _check_image(image: Row, photos: int, number: int, *, labelled: bool) -> None:
-    key, etag, size = made_up(PHOTOS, photos, number)
+def _check_image(image: Row, images: int, number: int, *, labelled: bool) -> None:
+    key, etag, size = made_up(PHOTOS, images, number)
     found = (image["uri"], image["etag"], image["bytes"])
     assert found == (f"s3://{PHOTOS}/{key}", etag, size)
-    label_key, *of_label = made_up(LABELS, photos, number)
+    label_key, *of_label = made_up(LABELS, images, number)
     label = (f"s3://{LABELS}/{label_key}", *of_label) if labelled else (None, None, None)
     assert (image["label_uri"], image["label_etag"], image["label_bytes"]) == label
 
 
-def shard_files(photos: int) -> int:
+def shard_files(images: int) -> int:
     """How many files the run that was resumed has."""
     stub = pafs.S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"])
-    folder = f"{results_of(photos).removeprefix('s3://')}/images/run=plan"
+    folder = f"{results_of(images).removeprefix('s3://')}/images/run=plan"
     return sum(
         each.is_file for each in stub.get_file_info(pafs.FileSelector(folder, recursive=True))
     )
@@ -172,42 +172,42 @@ def stub_environment() -> Iterator[None]:
         yield
 
 
-def all_steps(photos: int, steps: tuple[str, ...] = STEPS) -> Iterator[Row]:
-    """A row a step: what it took at that many photos. `plan` comes before `resume`."""
+def all_steps(images: int, steps: tuple[str, ...] = STEPS) -> Iterator[Row]:
+    """A row a step: what it took at that many images. `plan` comes before `resume`."""
     from dataclasses import asdict
 
     from pipeline.bulk.settings import Inference, fingerprint
 
     if "only_new" in steps:
-        put_done(photos, model="m", settings=fingerprint(asdict(Inference())))
-    shards = -(-photos // SHARD_IMAGES)
+        put_done(images, model="m", settings=fingerprint(asdict(Inference())))
+    shards = -(-images // SHARD_IMAGES)
     for name in steps:
         if name == "resume":
-            fill_shards(f"{results_of(photos)}/images/run=plan", 0, shards // 2)
-        took = in_a_process("tests.scale.planning", "--step", name, str(photos))
-        row: Row = {"photos": photos, "step": name, **took}
+            fill_shards(f"{results_of(images)}/images/run=plan", 0, shards // 2)
+        took = in_a_process("tests.scale.planning", "--step", name, str(images))
+        row: Row = {"images": images, "step": name, **took}
         if name in ("plan", "labelled", "only_new"):
-            row["plan_mib"] = plan_bytes_and_check(photos, name) / 2**20
+            row["plan_mib"] = plan_bytes_and_check(images, name) / 2**20
         if name == "resume":
-            assert shard_files(photos) == shards
+            assert shard_files(images) == shards
         yield row
 
 
 def main() -> None:
     """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("photos", type=int, nargs="*", default=SIZES)
+    parser.add_argument("images", type=int, nargs="*", default=SIZES)
     parser.add_argument("--step", choices=STEPS, help="that step alone, in this process")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     arguments = parser.parse_args()
     if arguments.step:
-        print(json.dumps(step(arguments.step, arguments.photos[0])))
+        print(json.dumps(step(arguments.step, arguments.images[0])))
         return
-    columns = ("photos", "step", "minutes", "cpu_minutes", "peak_mib", "disk_mib", "plan_mib")
+    columns = ("images", "step", "minutes", "cpu_minutes", "peak_mib", "disk_mib", "plan_mib")
     with stub_environment():
         print_table(
             columns,
-            (row for n in arguments.photos for row in all_steps(n, tuple(arguments.steps))),
+            (row for n in arguments.images for row in all_steps(n, tuple(arguments.steps))),
         )
 
 

@@ -1,9 +1,9 @@
 """A long run watched: memory of driver, actor and decoder as it goes, files and rows at its end.
 
-    python -m tests.scale.soak shards [COUNT]    one tiny photo each: what a shard costs for good
-    python -m tests.scale.soak images [COUNT]    64 a shard: what a photo costs for good
+    python -m tests.scale.soak shards [COUNT]    one tiny image each: what a shard costs for good
+    python -m tests.scale.soak images [COUNT]    64 a shard: what an image costs for good
 
-The whole product runs, Ray too, with one actor on one CPU over photos of 9 x 7 pixels, so that the
+The whole product runs, Ray too, with one actor on one CPU over images of 9 x 7 pixels, so that the
 network takes little of the time. A row is printed at every twentieth of the way. Memory must be
 flat after the first tenth: `actor` and `decoder` within GROWTH_MIB; `driver` within that and
 DRIVER_KIB_A_SHARD, which Ray keeps of each shard of a wave until the wave ends.
@@ -32,7 +32,7 @@ COLUMNS = ("done", "minutes", "driver_mib", "actor_mib", "decoder_mib")
 
 
 def fill(folder: Path, count: int) -> None:
-    """`count` photos, each of another colour."""
+    """`count` images, each of another colour."""
     for number in range(count):
         path = folder / f"{number // 1000:03d}" / f"{number:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def fill(folder: Path, count: int) -> None:
 
 
 class Memory:
-    """Looks at the memory of this process and of its descendants, a row every so many photos."""
+    """Looks at the memory of this process and of its descendants, a row every so many images."""
 
     def __init__(self, every: int) -> None:
         self._every = every
@@ -98,7 +98,7 @@ def soak(folder: Path, kind: str, count: int, tell: Callable[[Row], None]) -> li
             tell(row)
 
     settings = BulkSettings(
-        images=str(folder / "photos"),
+        images=str(folder / "images"),
         results=str(folder / "results"),
         checkpoint=str(CHECKPOINT),
         run_id="soak",
@@ -112,7 +112,7 @@ def soak(folder: Path, kind: str, count: int, tell: Callable[[Row], None]) -> li
 
 
 def check_rows(folder: Path, kind: str, count: int) -> tuple[int, int]:
-    """Files and rows of the run, read without the product, each photo once."""
+    """Files and rows of the run, read without the product, each image once."""
     files = list((folder / "results/images/run=soak").glob("*"))
     tables = (pq.read_table(file, columns=["uri"]) for file in files)
     uris = [uri for table in tables for uri in table["uri"].to_pylist()]
@@ -142,10 +142,10 @@ def main() -> None:
     print_table(COLUMNS, ())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        fill(folder / "photos", count)
+        fill(folder / "images", count)
         rows = soak(folder, kind, count, print_row)
         files, found = check_rows(folder, kind, count)
-    print(f"{files} files, {found} rows, no photo twice")
+    print(f"{files} files, {found} rows, no image twice")
     print("grew after the first tenth, MiB:", check_flat(rows, kind, count))
 
 

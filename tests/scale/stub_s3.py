@@ -1,9 +1,9 @@
-"""An S3 server without bytes: made-up photos to be listed, and a memory for what a run writes.
+"""An S3 server without bytes: made-up images to be listed, and a memory for what a run writes.
 
     python tests/scale/stub_s3.py
 
 prints its address and serves until its standard input closes. It is a process of its own so that
-its memory and CPU seconds are not the driver's. Buckets `photos` and `labels` are made up
+its memory and CPU seconds are not the driver's. Buckets `images` and `labels` are made up
 (`made_up_bucket.py`); any other bucket keeps what is put there. Signatures are not looked at.
 """
 

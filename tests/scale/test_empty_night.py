@@ -1,4 +1,4 @@
-"""A night without new photos, at 100,000 keys, through the whole job."""
+"""A night without new images, at 100,000 keys, through the whole job."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PHOTOS = 100_000
 
 
 @pytest.mark.slow
-def test_a_night_without_new_photos_ends_in_under_a_minute_at_100_000_keys(
+def test_a_night_without_new_images_ends_in_under_a_minute_at_100_000_keys(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with stub_s3() as variables:
@@ -32,7 +32,7 @@ def test_a_night_without_new_photos_ends_in_under_a_minute_at_100_000_keys(
         model = checkpoint_fingerprint(CHECKPOINT.read_bytes())
         put_done(PHOTOS, model=model, settings=fingerprint(asdict(Inference())), new_every=0)
         command = [
-            *(sys.executable, "jobs/segment.py", "--images", f"s3://photos/{PHOTOS}"),
+            *(sys.executable, "jobs/segment.py", "--images", f"s3://images/{PHOTOS}"),
             *("--results", results_of(PHOTOS), "--checkpoint", str(CHECKPOINT), "--only-new"),
         ]
         started, before = time.monotonic(), os.times().children_user
@@ -40,7 +40,7 @@ def test_a_night_without_new_photos_ends_in_under_a_minute_at_100_000_keys(
         seconds, cpu = time.monotonic() - started, os.times().children_user - before
     assert done.returncode == 0, done.stdout + done.stderr
     *_, words, last = done.stdout.splitlines()
-    assert words == "nothing is new: earlier runs have done every photo"
+    assert words == "nothing is new: earlier runs have done every image"
     assert " images=0 ok=0 errors=0 label_errors=0 shards=0 " in last
     assert f" done_before={PHOTOS} " in last
     print(f"{seconds:.1f} s, {cpu:.1f} CPU s")

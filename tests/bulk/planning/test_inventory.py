@@ -1,4 +1,4 @@
-"""An inventory gives the same photos as a listing; what it should not say is refused by name."""
+"""An inventory gives the same images as a listing; what it should not say is refused by name."""
 
 from __future__ import annotations
 
@@ -109,10 +109,10 @@ def test_an_inventory_gives_the_same_images_as_a_listing(
     rows.append({"uri": f"{prefix}/elsewhere/x.jpg", "etag": "e", "size": 1})
     write = _parquet if ending == "parquet" else _csv
     uri = write(rows, f"{prefix}/o'inventory [1] é.{ending}")
-    photos, left_out, outside = _listed(settings_for(prefix, labels=None, inventory=uri))
+    images, left_out, outside = _listed(settings_for(prefix, labels=None, inventory=uri))
     listed, *_ = _listed(settings_for(prefix, labels=None))
-    assert photos == listed
-    assert (len(photos), left_out, outside) == (len(NAMES) - 1, 1, 1)
+    assert images == listed
+    assert (len(images), left_out, outside) == (len(NAMES) - 1, 1, 1)
 
 
 @pytest.mark.s3
@@ -126,24 +126,24 @@ def test_an_s3_inventory_gives_the_same_images_as_a_listing(
         uri = _parquet(rows, f"{s3_prefix}/i.parquet")
     else:
         uri = _manifest(s3_prefix, rows, kind)
-    photos, left_out, outside = _listed(settings_for(s3_prefix, labels=None, inventory=uri))
+    images, left_out, outside = _listed(settings_for(s3_prefix, labels=None, inventory=uri))
     listed, *_ = _listed(settings_for(s3_prefix, labels=None))
-    assert photos == listed
-    assert (len(photos), left_out, outside) == (len(NAMES) - 1, 1, 1)
+    assert images == listed
+    assert (len(images), left_out, outside) == (len(NAMES) - 1, 1, 1)
 
 
 def test_old_versions_and_deleted_objects_are_left_out_and_counted(
     tmp_path: Path, settings_for: SettingsFor
 ) -> None:
-    photo = {"uri": f"{tmp_path}/images/a.jpg", "etag": "now", "size": 1}
+    image = {"uri": f"{tmp_path}/images/a.jpg", "etag": "now", "size": 1}
     rows = [
-        {**photo, "is_latest": True, "is_delete_marker": False},
-        {**photo, "etag": "before", "is_latest": False, "is_delete_marker": False},
-        {**photo, "uri": f"{tmp_path}/images/b.jpg", "is_latest": True, "is_delete_marker": True},
+        {**image, "is_latest": True, "is_delete_marker": False},
+        {**image, "etag": "before", "is_latest": False, "is_delete_marker": False},
+        {**image, "uri": f"{tmp_path}/images/b.jpg", "is_latest": True, "is_delete_marker": True},
     ]
     for uri in (_parquet(rows, f"{tmp_path}/i.parquet"), _csv(rows, f"{tmp_path}/i.csv")):
-        photos, _, outside = _listed(settings_for(str(tmp_path), labels=None, inventory=uri))
-        assert [(each.uri, each.etag) for each in photos] == [(photo["uri"], "now")]
+        images, _, outside = _listed(settings_for(str(tmp_path), labels=None, inventory=uri))
+        assert [(each.uri, each.etag) for each in images] == [(image["uri"], "now")]
         assert outside == 2
 
 

@@ -23,7 +23,7 @@ from pipeline.results.layout import RunLayout
 SettingsFor = Callable[..., BulkSettings]
 
 
-def _photo(number: int, size: int) -> ImageRef:
+def _image(number: int, size: int) -> ImageRef:
     return ImageRef(f"/p/{number:05d}.jpg", f"e{number}", size, None, None)
 
 
@@ -49,51 +49,49 @@ def _shards(settings: BulkSettings, made: Plan) -> list[list[ImageRef]]:
     return [[ImageRef(**image) for image in row["images"]] for row in rows]
 
 
-def _cut_by_hand(
-    photos: list[ImageRef], images: int, limit: int, huge: int
-) -> list[list[ImageRef]]:
+def _cut_by_hand(images: list[ImageRef], most: int, limit: int, huge: int) -> list[list[ImageRef]]:
     shards: list[list[ImageRef]] = [[]]
-    for photo in photos:
-        together = [*shards[-1], photo]
+    for image in images:
+        together = [*shards[-1], image]
         if shards[-1] and (
-            len(together) > images or sum(p.bytes for p in together if p.bytes <= huge) > limit
+            len(together) > most or sum(p.bytes for p in together if p.bytes <= huge) > limit
         ):
             shards.append([])
-        shards[-1].append(photo)
+        shards[-1].append(image)
     return [shard for shard in shards if shard]
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_shards_respect_images_and_bytes_and_order(settings_for: SettingsFor, seed: int) -> None:
     draw = random.Random(seed)
-    photos = [_photo(i, draw.choice([0, 1, 30, 60, 99, 100, 101, 5000])) for i in range(300)]
-    images, limit, huge = draw.choice([(1, 50, 100), (4, 100, 100), (64, 150, 4999), (3, 1, 5000)])
+    images = [_image(i, draw.choice([0, 1, 30, 60, 99, 100, 101, 5000])) for i in range(300)]
+    most, limit, huge = draw.choice([(1, 50, 100), (4, 100, 100), (64, 150, 4999), (3, 1, 5000)])
     settings = settings_for(
         "/x",
-        shard_images=images,
+        shard_images=most,
         shard_bytes=limit,
         inference=Inference(max_object_bytes=huge),
     )
-    shards = list(plan.cut(iter(photos), settings))
-    assert shards == _cut_by_hand(photos, images, limit, huge)
-    assert [photo for shard in shards for photo in shard] == photos
+    shards = list(plan.cut(iter(images), settings))
+    assert shards == _cut_by_hand(images, most, limit, huge)
+    assert [image for shard in shards for image in shard] == images
 
 
 def test_an_object_over_the_limit_counts_as_zero_bytes(settings_for: SettingsFor) -> None:
     settings = settings_for("/x", shard_bytes=100, inference=Inference(max_object_bytes=1000))
-    photos = [_photo(0, 60), _photo(1, 1001), _photo(2, 40), _photo(3, 1000), _photo(4, 1)]
-    shards = list(plan.cut(iter(photos), settings))
-    assert [[photo.bytes for photo in shard] for shard in shards] == [[60, 1001, 40], [1000], [1]]
+    images = [_image(0, 60), _image(1, 1001), _image(2, 40), _image(3, 1000), _image(4, 1)]
+    shards = list(plan.cut(iter(images), settings))
+    assert [[image.bytes for image in shard] for shard in shards] == [[60, 1001, 40], [1000], [1]]
     assert list(plan.cut(iter([]), settings)) == []
 
 
 def test_label_bytes_count_toward_the_size_of_a_shard(settings_for: SettingsFor) -> None:
     settings = settings_for("/x", shard_bytes=100, inference=Inference(max_object_bytes=80))
     sizes = [(10, 40), (10, 40), (10, None), (60, 30), (10, 0), (81, 80), (10, 81)]
-    photos = [_photo(i, size)._replace(label_bytes=label) for i, (size, label) in enumerate(sizes)]
-    # 81 are not fetched, and a photo of 81 is one whose label is not either
+    images = [_image(i, size)._replace(label_bytes=label) for i, (size, label) in enumerate(sizes)]
+    # 81 are not fetched, and an image of 81 is one whose label is not either
     expected = [sizes[:2], sizes[2:4], sizes[4:]]
-    shards = plan.cut(iter(photos), settings)
+    shards = plan.cut(iter(images), settings)
     assert [[(each.bytes, each.label_bytes) for each in shard] for shard in shards] == expected
 
 
@@ -107,8 +105,8 @@ def test_the_plan_holds_every_image_once_in_parts_of_bounded_size(
     settings = settings_for(prefix, shard_images=2)
     made = _make(settings)
     shards = _shards(settings, made)
-    flat = [photo for shard in shards for photo in shard]
-    assert [storage.relative(f"{prefix}/images", photo.uri) for photo in flat] == [
+    flat = [image for shard in shards for image in shard]
+    assert [storage.relative(f"{prefix}/images", image.uri) for image in flat] == [
         f"{i:03d}.jpg" for i in range(20)
     ]
     assert [(part.first_shard, part.shards) for part in made.parts] == [
@@ -169,7 +167,7 @@ def test_planning_again_returns_the_first_plan(prefix: str, settings_for: Settin
     storage.delete([f"{prefix}/images/000.jpg"])
     second = _make(settings)
     assert second == first
-    assert len([photo for shard in _shards(settings, second) for photo in shard]) == 5
+    assert len([image for shard in _shards(settings, second) for image in shard]) == 5
 
 
 def test_a_dry_plan_writes_nothing(tmp_path: Path, settings_for: SettingsFor) -> None:

@@ -60,8 +60,8 @@ def test_undecodable_bytes_give_the_same_error_kind_as_in_process(
 def test_every_error_of_a_label_is_of_kind_label(
     decoders: DecoderPool, small_image: SmallImage
 ) -> None:
-    _, photo, label = small_image(1)
-    for data, size in ((label, (5, 7)), (b"", (5, 7)), (photo, (128, 96)), (label[:60], (128, 96))):
+    _, image, label = small_image(1)
+    for data, size in ((label, (5, 7)), (b"", (5, 7)), (image, (128, 96)), (label[:60], (128, 96))):
         with pytest.raises(DecodeError) as wrong:
             decoders.label(data, size)
         assert wrong.value.kind == "label"

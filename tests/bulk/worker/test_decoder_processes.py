@@ -1,4 +1,4 @@
-"""Decoder processes may die, hang or want too much: the photo is named, the next one decodes."""
+"""Decoder processes may die, hang or want too much: the image is named, the next one decodes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMALL = _png(5, 7)
 
 @pytest.fixture(scope="module")
 def slow() -> bytes:
-    """A photo of 144 MB of pixels, which takes about half a second."""
+    """An image of 144 MB of pixels, which takes about half a second."""
     return _png(6000, 8000)
 
 
@@ -277,7 +277,7 @@ def test_the_child_imports_neither_torch_nor_ray_nor_s3() -> None:
 def test_modules_in_the_working_folder_are_not_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "numpy.py").write_text("raise SystemExit('a photo folder is no place for code')")
+    (tmp_path / "numpy.py").write_text("raise SystemExit('an image folder is no place for code')")
     monkeypatch.chdir(tmp_path)
     made = _made()
     made.close()

@@ -1,4 +1,4 @@
-"""A shard's photos become pixels in order, each as it was listed, within a budget of memory."""
+"""A shard's images become pixels in order, each as it was listed, within a budget of memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SettingsFor = Callable[..., BulkSettings]
 
 
 class FakeDecoders:
-    """Takes "<width>" as a photo of that many bytes, and counts what was decoded."""
+    """Takes "<width>" as an image of that many bytes, and counts what was decoded."""
 
     def __init__(self) -> None:
         self.decoded: list[int] = []
@@ -55,48 +55,48 @@ def _loader(
         yield loader
 
 
-def _photos(prefix: str, sizes: list[int], labels: list[bytes] | None = None) -> list[ImageRef]:
+def _images(prefix: str, sizes: list[int], labels: list[bytes] | None = None) -> list[ImageRef]:
     for i, size in enumerate(sizes):
         storage.write(f"{prefix}/{i:03d}", b"%d" % size)
     for i, label in enumerate(labels or []):
         storage.write(f"{prefix}-labels/{i:03d}", label)
     truth = list(storage.list_objects(f"{prefix}-labels")) if labels else []
     return [
-        ImageRef(*photo, *(truth[i][:2] if i < len(truth) else (None, None)))
-        for i, photo in enumerate(sorted(storage.list_objects(prefix)))
+        ImageRef(*image, *(truth[i][:2] if i < len(truth) else (None, None)))
+        for i, image in enumerate(sorted(storage.list_objects(prefix)))
     ]
 
 
 def test_images_arrive_in_the_order_of_the_plan(prefix: str) -> None:
     sizes = [3 * (1 + 37 * i % 50) for i in range(60)]
-    photos = _photos(prefix, sizes)
+    images = _images(prefix, sizes)
     with _loader(FakeDecoders(), count=3) as loader:
-        found = list(loader.stream(photos))
-        again = list(loader.stream(photos[::-1]))
-    assert [loaded.listed for loaded in found] == photos
+        found = list(loader.stream(images))
+        again = list(loader.stream(images[::-1]))
+    assert [loaded.listed for loaded in found] == images
     assert [loaded.image.nbytes for loaded in found if loaded.image is not None] == sizes
-    assert [loaded.listed for loaded in again] == photos[::-1]
+    assert [loaded.listed for loaded in again] == images[::-1]
 
 
 def test_replaced_is_changed_deleted_is_vanished_and_the_rest_load(
     prefix: str,
 ) -> None:
-    photos = _photos(prefix, [3, 6, 9, 12])
-    storage.write(photos[1].uri, b"66666")
-    storage.delete([photos[2].uri])
+    images = _images(prefix, [3, 6, 9, 12])
+    storage.write(images[1].uri, b"66666")
+    storage.delete([images[2].uri])
     with _loader(FakeDecoders()) as loader:
-        found = list(loader.stream(photos))
+        found = list(loader.stream(images))
     assert [loaded.error_kind for loaded in found] == [None, "changed", "vanished", None]
     assert [loaded.image is None for loaded in found] == [False, True, True, False]
     assert all(loaded.listed.uri in str(loaded.error) for loaded in found[1:3])
 
 
 def test_a_bad_replaced_or_deleted_label_costs_only_the_label(prefix: str) -> None:
-    photos = _photos(prefix, [3, 6, 9, 12], [b"good", b"bad", b"old", b"old"])
-    storage.write(str(photos[2].label_uri), b"newer")
-    storage.delete([str(photos[3].label_uri)])
+    images = _images(prefix, [3, 6, 9, 12], [b"good", b"bad", b"old", b"old"])
+    storage.write(str(images[2].label_uri), b"newer")
+    storage.delete([str(images[3].label_uri)])
     with _loader(FakeDecoders()) as loader:
-        found = list(loader.stream(photos))
+        found = list(loader.stream(images))
     assert [loaded.error_kind for loaded in found] == [None] * 4
     assert [loaded.label is not None for loaded in found] == [True, False, False, False]
     assert found[0].label_error is None
@@ -119,15 +119,15 @@ def _count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_an_object_over_the_limit_is_an_error_and_is_not_fetched(
     prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    photos = _photos(prefix, [3, 6, 9])
-    storage.write(photos[1].uri, b"6" * 101)
-    photos = [ImageRef(*item, None, None) for item in sorted(storage.list_objects(prefix))]
+    images = _images(prefix, [3, 6, 9])
+    storage.write(images[1].uri, b"6" * 101)
+    images = [ImageRef(*item, None, None) for item in sorted(storage.list_objects(prefix))]
     reads = _count_reads(monkeypatch)
     with _loader(FakeDecoders(), max_object_bytes=100) as loader:
-        found = list(loader.stream(photos))
+        found = list(loader.stream(images))
     assert [loaded.error_kind for loaded in found] == [None, "too_large", None]
     assert "101 bytes are over the limit of 100" in str(found[1].error)
-    assert sorted(reads) == [photos[0].uri, photos[2].uri]
+    assert sorted(reads) == [images[0].uri, images[2].uri]
 
 
 def test_a_label_over_the_limit_is_a_label_error_and_is_not_fetched(
@@ -135,20 +135,20 @@ def test_a_label_over_the_limit_is_a_label_error_and_is_not_fetched(
 ) -> None:
     storage.write(f"{tmp_path}/images/1.jpg", b"3")
     storage.write(f"{tmp_path}/labels/1.png", b"L" * 101)
-    photos = listed(settings_for(str(tmp_path)))
+    images = listed(settings_for(str(tmp_path)))
     reads = _count_reads(monkeypatch)
     with _loader(FakeDecoders(), max_object_bytes=100) as loader:
-        [found] = loader.stream(photos)
+        [found] = loader.stream(images)
     assert (found.error_kind, found.label) == (None, None)
     assert "101" in str(found.label_error)
     assert not found.label_refused
-    assert reads == [photos[0].uri]
+    assert reads == [images[0].uri]
 
 
 @pytest.mark.parametrize(
     "sizes",
     [[30_000_000] * 64, [3_000] * 32 + [30_000_000] * 64],
-    ids=["large photos", "small ones first"],
+    ids=["large images", "small ones first"],
 )
 def test_waiting_decoded_pixels_are_bounded_whatever_the_sizes(
     tmp_path: object, sizes: list[int]
@@ -157,7 +157,7 @@ def test_waiting_decoded_pixels_are_bounded_whatever_the_sizes(
     # each of the threads (two a decoder) may hold one that was begun before its size was known
     allowed = AHEAD_BYTES + 2 * count * max(sizes)
     with _loader(decoders, count=count) as loader:
-        stream = loader.stream(_photos(f"{tmp_path}/p", sizes))
+        stream = loader.stream(_images(f"{tmp_path}/p", sizes))
         consumed = 0
         for loaded in stream:
             assert loaded.image is not None
@@ -169,9 +169,9 @@ def test_waiting_decoded_pixels_are_bounded_whatever_the_sizes(
 
 
 def test_bytes_of_a_broken_image_count_as_read(tmp_path: object) -> None:
-    photos = _photos(f"{tmp_path}/p", [3])
-    storage.write(photos[0].uri, b"broken")
-    photos = [ImageRef(*item, None, None) for item in storage.list_objects(f"{tmp_path}/p")]
+    images = _images(f"{tmp_path}/p", [3])
+    storage.write(images[0].uri, b"broken")
+    images = [ImageRef(*item, None, None) for item in storage.list_objects(f"{tmp_path}/p")]
     with _loader(FakeDecoders()) as loader:
-        [found] = loader.stream(photos)
+        [found] = loader.stream(images)
     assert (found.error_kind, found.fetched_bytes) == ("not_an_image", 6)

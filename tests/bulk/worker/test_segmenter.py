@@ -1,4 +1,4 @@
-"""A shard's file holds what looking at each photo by itself gives, and nothing else."""
+"""A shard's file holds what looking at each image by itself gives, and nothing else."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def _segmenter(work: WorkerContext) -> Iterator[Segmenter]:
         yield segmenter
 
 
-def _rows(work: WorkerContext, photos: list[ImageRef]) -> Rows:
+def _rows(work: WorkerContext, images: list[ImageRef]) -> Rows:
     with _segmenter(work) as segmenter:
-        data, _ = segmenter.rows_of(3, photos)
+        data, _ = segmenter.rows_of(3, images)
     rows: Rows = pq.read_table(io.BytesIO(data)).to_pylist()
     return rows
 
@@ -104,22 +104,22 @@ def test_rows_equal_those_of_segmenting_each_image_alone(
 ) -> None:
     fill(prefix, 8)
     settings = settings_for(prefix)
-    photos = listed(settings)
-    photos[3] = photos[3]._replace(label_uri=None, label_etag=None)
+    images = listed(settings)
+    images[3] = images[3]._replace(label_uri=None, label_etag=None)
     work = work_for(settings)
-    rows = _rows(work, photos)
+    rows = _rows(work, images)
     model = optimize.optimize_for_inference(weights.load(settings.checkpoint)[0])
     seen = set()
-    for photo, row in zip(photos, rows, strict=True):
-        masks, confidences = predict.segment(model, _pixels(photo.uri)[None])
+    for image, row in zip(images, rows, strict=True):
+        masks, confidences = predict.segment(model, _pixels(image.uri)[None])
         mask, confidence = masks[0].numpy(), confidences[0].numpy()
-        label = None if photo.label_uri is None else _pixels(photo.label_uri)
+        label = None if image.label_uri is None else _pixels(image.label_uri)
         np.testing.assert_array_equal(_mask(row), mask)
         assert (row["height"], row["width"]) == mask.shape
         assert row["confidence"] == pytest.approx(confidence.mean(), rel=1e-5)
         _close(row["classes"], _counted(mask, confidence, label))
         for name in ("uri", "etag", "bytes", "label_uri", "label_etag"):
-            assert row[name] == getattr(photo, name)
+            assert row[name] == getattr(image, name)
         assert (row["shard"], row["run_id"], row["status"]) == (3, "test", "ok")
         assert (row["model"], row["settings"]) == (work.model, work.settings)
         assert row["error"] is row["error_kind"] is row["label_error"] is None
@@ -141,8 +141,8 @@ def test_a_broken_image_is_a_row_with_a_kind_and_a_one_line_reason(
     fill_broken(prefix)
     settings = settings_for(prefix, inference=Inference(max_object_bytes=20_000))
     with _segmenter(work_for(settings)) as segmenter:
-        photos = listed(settings)
-        data, summary = segmenter.rows_of(0, photos)
+        images = listed(settings)
+        data, summary = segmenter.rows_of(0, images)
     rows = {
         storage.relative(settings.images, row["uri"]): row
         for row in pq.read_table(io.BytesIO(data)).to_pylist()
@@ -160,7 +160,7 @@ def test_a_broken_image_is_a_row_with_a_kind_and_a_one_line_reason(
         assert {each["tp"] for each in rows[name]["classes"]} == {None}
     assert summary == ShardSummary(
         shard=0,
-        images=len(photos),
+        images=len(images),
         errors=Counter(errors.values()),
         label_errors=2,
         bytes_read=summary.bytes_read,
@@ -174,17 +174,17 @@ def test_a_shard_file_has_schema_and_footer_and_is_never_replaced(
 ) -> None:
     fill(prefix, 2)
     settings = settings_for(prefix)
-    work, photos = work_for(settings), listed(settings)
+    work, images = work_for(settings), listed(settings)
     with _segmenter(work) as segmenter:
-        assert segmenter.segment(5, photos).committed
+        assert segmenter.segment(5, images).committed
         data = storage.read(work.layout.shard(5))
-        assert data == segmenter.rows_of(5, photos)[0]
+        assert data == segmenter.rows_of(5, images)[0]
         schema = pq.read_schema(pa.BufferReader(data))
         assert schema.equals(tables.IMAGES, check_metadata=False)
         assert tables.classes_from_footer(schema.metadata) == VOC
         assert schema.metadata[b"schema_version"] == b"1"
         storage.write(work.layout.shard(6), b"another driver's")
-        assert not segmenter.segment(6, photos).committed
+        assert not segmenter.segment(6, images).committed
         assert storage.read(work.layout.shard(6)) == b"another driver's"
 
 
@@ -193,8 +193,8 @@ def test_two_shards_at_once_equal_two_in_sequence(
 ) -> None:
     fill(str(tmp_path), 16)
     settings = settings_for(str(tmp_path))
-    photos = listed(settings)
-    shards = [photos[i : i + 4] for i in range(0, 16, 4)]
+    images = listed(settings)
+    shards = [images[i : i + 4] for i in range(0, 16, 4)]
     with _segmenter(work_for(settings)) as segmenter, ThreadPoolExecutor(2) as pool:
         in_turn = [segmenter.rows_of(i, shard)[0] for i, shard in enumerate(shards)]
         at_once = list(pool.map(lambda i: segmenter.rows_of(i, shards[i])[0], range(4)))
@@ -213,12 +213,12 @@ def test_masks_do_not_depend_on_the_batch(
     monkeypatch.setattr(optimize, "has_bf16", lambda _: False)
     fill(str(tmp_path), 16)
     settings = settings_for(str(tmp_path))
-    photos = listed(settings)
-    alone = {row["uri"]: row for row in _rows(work_for(settings), photos)}
-    for order in (photos, photos[::-1][:9]):
+    images = listed(settings)
+    alone = {row["uri"]: row for row in _rows(work_for(settings), images)}
+    for order in (images, images[::-1][:9]):
         for row in _rows(work_for(settings, batch_images=4), order):
             same = _mask(row) == _mask(alone[row["uri"]])
             assert same.mean() >= 0.999
             assert abs(row["confidence"] - alone[row["uri"]]["confidence"]) < 1e-3
-    assert list(alone.values())[9:] == _rows(work_for(settings), photos[9:])
+    assert list(alone.values())[9:] == _rows(work_for(settings), images[9:])
     assert _rows(work_for(settings), []) == []

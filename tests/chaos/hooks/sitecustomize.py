@@ -2,10 +2,10 @@
 
 The product knows nothing of it. It wraps the functions that are a run's stages, as their modules
 are imported, so that a test can have a process wait at a named place to be killed there, and so
-that crafted photos do to their process what they say. What is armed lies as files in the folder
+that crafted images do to their process what they say. What is armed lies as files in the folder
 `$FAULTS`: `armed/STAGE.PLACE` is claimed by the first process that comes by, by renaming it to
 `claimed/STAGE.PLACE.PID`; nothing is inferred while there is a `gate`, and what is raises while
-there is a `bug`. `loads` lists the processes that loaded a model, `poisoned` those that a photo
+there is a `bug`. `loads` lists the processes that loaded a model, `poisoned` those that an image
 did something to.
 """
 
@@ -75,13 +75,13 @@ def _devour():
 
 
 POISON = {b"faults:crash": _crash, b"faults:eat": _eat, b"faults:hang": _hang}
-"""What a decoder does with a photo that holds these bytes."""
+"""What a decoder does with an image that holds these bytes."""
 
 DEADLY = (255, 0, 254, 1, 2, 3)
-"""The first two pixels of a photo whose inference kills its process."""
+"""The first two pixels of an image whose inference kills its process."""
 
 GREEDY = (255, 0, 254, 1, 2, 4)
-"""The first two pixels of a photo whose inference eats memory until its process is killed."""
+"""The first two pixels of an image whose inference eats memory until its process is killed."""
 
 GREED_BYTES = 8 << 30
 _GREED_STEP = 256 << 20
@@ -127,7 +127,7 @@ def _wrapped(stage, function):
             return function(*arguments, **named)
         _poisoned(stage, arguments)
         if stage == "decoder" and not counts[stage]:
-            counts[stage] += 1  # it may hold a photo whose decoder was just killed: two condemn
+            counts[stage] += 1  # it may hold an image whose decoder was just killed: two condemn
             return function(*arguments, **named)
         if _claimed(stage, "begin"):
             time.sleep(_WAIT_S)
