@@ -1,4 +1,4 @@
-"""A bucket is listed as it is: every photo once, its label, and without what is done."""
+"""A bucket is listed as it is: every image once, its label, and without what is done."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def test_odd_names_are_listed_once_in_byte_order(
     _put(f"{prefix}/labels", *(f"{name[:-4]}.png" for name in ODD_NAMES))
     found = listed(settings_for(prefix))
     names = sorted(ODD_NAMES, key=lambda name: name.encode())
-    assert [photo.uri for photo in found] == [f"{prefix}/images/{name}" for name in names]
-    assert [photo.label_uri for photo in found] == [
+    assert [image.uri for image in found] == [f"{prefix}/images/{name}" for name in names]
+    assert [image.label_uri for image in found] == [
         f"{prefix}/labels/{name[:-4]}.png" for name in names
     ]
-    for photo in found:  # what was listed is what can be read
-        assert storage.read(photo.uri, photo.etag) == b"x"
-        assert storage.read(str(photo.label_uri), photo.label_etag) == b"x"
+    for image in found:  # what was listed is what can be read
+        assert storage.read(image.uri, image.etag) == b"x"
+        assert storage.read(str(image.label_uri), image.label_etag) == b"x"
 
 
 def test_names_with_line_breaks_and_backslashes_are_listed_too(
     tmp_path: Path, settings_for: SettingsFor, listed: ListedBy
 ) -> None:
     _put(f"{tmp_path}/images", "two\nlines.jpg", "back\\slash.jpg", "\x7f.jpg")
-    found = [photo.uri for photo in listed(settings_for(str(tmp_path)))]
+    found = [image.uri for image in listed(settings_for(str(tmp_path)))]
     assert len(found) == 3
     assert f"{tmp_path}/images/two\nlines.jpg" in found
 
@@ -62,9 +62,9 @@ def test_labels_match_by_relative_path_without_extension(
     )
     found = listed(settings_for(prefix))
     matched = {
-        storage.relative(f"{prefix}/images", photo.uri): photo.label_uri
-        and storage.relative(f"{prefix}/labels", photo.label_uri)
-        for photo in found
+        storage.relative(f"{prefix}/images", image.uri): image.label_uri
+        and storage.relative(f"{prefix}/labels", image.label_uri)
+        for image in found
     }
     assert matched == {
         "1.jpg": None,
@@ -74,23 +74,23 @@ def test_labels_match_by_relative_path_without_extension(
         "4.d.jpg": "4.d.PNG",
         "5.jpg": None,
     }
-    assert all((photo.label_uri is None) == (photo.label_etag is None) for photo in found)
+    assert all((image.label_uri is None) == (image.label_etag is None) for image in found)
 
 
 @pytest.mark.parametrize(
-    ("photos", "labels"),
+    ("images", "labels"),
     [(["a/1.jpg"], ["a/1.png", "a/1.tif"]), (["a/1.jpg", "a/1.png"], ["a/1.png"])],
 )
 def test_ambiguous_labels_and_images_are_refused_naming_both(
     tmp_path: Path,
     settings_for: SettingsFor,
     listed: ListedBy,
-    photos: list[str],
+    images: list[str],
     labels: list[str],
 ) -> None:
-    _put(f"{tmp_path}/images", *photos)
+    _put(f"{tmp_path}/images", *images)
     _put(f"{tmp_path}/labels", *labels)
-    ambiguous = [f"labels/{name}" for name in labels] if len(labels) > 1 else photos
+    ambiguous = [f"labels/{name}" for name in labels] if len(labels) > 1 else images
     with pytest.raises(ValueError, match="differ only in their extension") as refused:
         listed(settings_for(str(tmp_path)))
     assert all(name in str(refused.value) for name in ambiguous)
@@ -121,7 +121,7 @@ def test_labels_and_results_nested_below_the_images_are_excluded(
 ) -> None:
     _put(str(tmp_path), "1.jpg", "labels/1.png", "labels2/2.jpg", "results/report/overlay.png")
     found = listed(settings_for(str(tmp_path), images=str(tmp_path)))
-    matched = {storage.relative(str(tmp_path), photo.uri): photo.label_uri for photo in found}
+    matched = {storage.relative(str(tmp_path), image.uri): image.label_uri for image in found}
     assert matched == {"1.jpg": f"{tmp_path}/labels/1.png", "labels2/2.jpg": None}
 
 
@@ -131,7 +131,7 @@ def test_images_and_labels_may_share_a_folder(
     _put(str(tmp_path), "1.jpg", "1.png", "2.jpg")
     both = {"images": str(tmp_path), "labels": str(tmp_path), "include": ("*.jpg",)}
     found = listed(settings_for(str(tmp_path), **both))
-    assert [photo.label_uri for photo in found] == [f"{tmp_path}/1.png", None]
+    assert [image.label_uri for image in found] == [f"{tmp_path}/1.png", None]
 
 
 @pytest.mark.parametrize("names", [[], ["a.txt", "b.svg"]])
@@ -149,7 +149,7 @@ def test_the_limit_takes_the_first_images(
 ) -> None:
     _put(f"{tmp_path}/images", *(f"{i}.jpg" for i in range(20)))
     found = listed(settings_for(str(tmp_path), limit=7))
-    assert [Path(photo.uri).name for photo in found] == sorted(f"{i}.jpg" for i in range(20))[:7]
+    assert [Path(image.uri).name for image in found] == sorted(f"{i}.jpg" for i in range(20))[:7]
     assert len(listed(settings_for(str(tmp_path), limit=21))) == 20
 
 
@@ -189,7 +189,7 @@ def test_only_regular_files_are_listed(
     _put(f"{tmp_path}/images", "1.jpg")
     os.mkfifo(tmp_path / "images" / "2.jpg")  # who reads it waits for ever
     (tmp_path / "images" / "3.jpg").symlink_to(tmp_path / "images" / "1.jpg")
-    found: list[Any] = [Path(photo.uri).name for photo in listed(settings_for(str(tmp_path)))]
+    found: list[Any] = [Path(image.uri).name for image in listed(settings_for(str(tmp_path)))]
     assert found == ["1.jpg", "3.jpg"]
 
 
@@ -201,4 +201,4 @@ def test_images_may_be_nested_below_the_results(
     every = {"include": ("*",), "labels": None}
     same = settings_for(str(tmp_path), images=str(tmp_path), results=str(tmp_path), **every)
     for settings in (below, same):
-        assert [photo.uri for photo in listed(settings)] == [f"{tmp_path}/images/1.jpg"]
+        assert [image.uri for image in listed(settings)] == [f"{tmp_path}/images/1.jpg"]
