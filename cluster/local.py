@@ -1,17 +1,16 @@
-"""A Ray cluster of several nodes on this machine, for what only a network shows.
+"""A Ray cluster of several nodes on this machine, to test what depends on a network.
 
     python -m cluster.local start --nodes 3        a head without CPUs, and three nodes
     eval "$(python -m cluster.local environment)"  then: ray job submit --working-dir . -- ...
-    python -m cluster.local cut 2                  node 2 is not heard of any more
+    python -m cluster.local cut 2                  node 2 becomes unreachable
     python -m cluster.local restore 2
-    python -m cluster.local drop 3                 killed, for good
+    python -m cluster.local drop 3                 killed and removed
     python -m cluster.local add
     python -m cluster.local stop
 
 As root each node is in a network namespace of its own, with its own address, host name and
 temporary folder, joined by a bridge; otherwise all are on loopback, where no link can be cut. The
-cluster asks for a token. What `stop` ends are this cluster's processes alone. `--folder` keeps what
-is known of it.
+cluster requires a token. `stop` ends only processes of this cluster. `--folder` keeps its state.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ from typing import Any
 from cluster.networks import Loopback, Namespaces, Network, has_namespaces
 
 HEAD = 0
-STORE_BYTES = 200 * 2**20  # of objects a node
+STORE_BYTES = 200 * 2**20  # object store of a node
 _START_S = 180.0
-_TRIES = 3  # a busy machine starts a node too slowly for Ray's patience, which is fixed
+_TRIES = 3  # on a busy machine a node may start too slowly for Ray, whose timeout is fixed
 
 
 class Cluster:
-    """A head, node 0, and nodes that are added and go. `folder` keeps their logs and the token."""
+    """A head (node 0) and nodes that come and go. `folder` keeps their logs and the token."""
 
     def __init__(self, folder: Path, *, cpus: int = 2, network: Network | None = None) -> None:
         self.folder = folder
@@ -51,10 +50,10 @@ class Cluster:
         self._last = HEAD
 
     def start(self, nodes: int, variables: Mapping[str, str] | None = None) -> None:
-        """Starts the head and so many nodes; `variables` are in the environment of all of them.
+        """Start the head and `nodes` nodes, with `variables` in their environments.
 
-        The network is open already: what else lives at its gateway may have been there before.
-        Raises RuntimeError where a node does not start.
+        The network must be open already: other servers may use its gateway before the nodes do.
+        Raises RuntimeError if a node does not start.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         token = self.folder / "token"
@@ -71,7 +70,7 @@ class Cluster:
             self.add()
 
     def add(self) -> int:
-        """Starts another node; its number."""
+        """Start another node and return its number."""
         self._last += 1
         self.network.add(self._last)
         join = f"--address={self.network.address(HEAD)}:{self.network.head_ports[0]}"
@@ -80,12 +79,12 @@ class Cluster:
 
     @property
     def nodes(self) -> list[int]:
-        """All but the head."""
+        """The numbers of all nodes but the head."""
         return sorted(set(self.pids) - {HEAD})
 
     @property
     def environment(self) -> dict[str, str]:
-        """What leads `ray job` and this project's jobs to the cluster."""
+        """Environment variables with which `ray job` and the jobs find the cluster."""
         address = self.network.address(HEAD)
         return {
             "RAY_ADDRESS": f"http://{address}:{self.network.head_ports[1]}",
@@ -94,31 +93,31 @@ class Cluster:
         }
 
     def cut(self, number: int) -> None:
-        """The node's packets are lost from now on."""
+        """Drop all packets of the node from now on."""
         self.network.cut(number)
 
     def restore(self, number: int) -> None:
         self.network.restore(number)
 
     def drop(self, number: int) -> None:
-        """Kills everything on the node, and takes its place away."""
+        """Kill everything on the node and remove it."""
         self._kill(number)
         self.network.remove(number)
 
     def preempt(self, number: int, *, after_s: float = 30.0) -> None:
-        """Tells the node to go, as a cloud does: SIGTERM now, gone after `after_s`."""
+        """Preempt the node as a cloud does: SIGTERM now, removed after `after_s`."""
         os.kill(self.pids[number], signal.SIGTERM)
         time.sleep(after_s)
         self.drop(number)
 
     def stop(self) -> None:
-        """Ends all nodes, and leaves nothing of the network."""
+        """End all nodes and remove the network."""
         for number in sorted(self.pids, reverse=True):
             self.drop(number)
         self.network.close()
 
     def log(self, number: int) -> str:
-        """What the node's `ray start` said."""
+        """Return the output of `ray start` on the node."""
         return (self.folder / f"node-{number}.log").read_text()
 
     def _ray(self, number: int, flags: list[str]) -> None:
@@ -127,15 +126,15 @@ class Cluster:
         command += [f"--object-store-memory={STORE_BYTES}", *flags]
         environment = {**os.environ, **json.loads((self.folder / "variables.json").read_text())}
         environment |= self.environment
-        environment.pop("RAY_ADDRESS")  # it would join, not start
+        environment.pop("RAY_ADDRESS")  # with it, `ray start` would join a cluster
         environment["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
         for _ in range(_TRIES):
             self._launch(number, command, environment)
-            if self._comes_up(number):
+            if self._has_started(number):
                 return
             self._kill(number)
         self.network.remove(number)
-        raise RuntimeError(f"node {number} does not start: {self.log(number)[-1000:]}")
+        raise RuntimeError(f"node {number} did not start: {self.log(number)[-1000:]}")
 
     def _launch(self, number: int, command: list[str], environment: dict[str, str]) -> None:
         with (self.folder / f"node-{number}.log").open("w") as log:
@@ -145,8 +144,8 @@ class Cluster:
             )  # fmt: skip
         self.pids[number] = process.pid
 
-    def _comes_up(self, number: int) -> bool:
-        """Whether the node's Ray runs, in the end."""
+    def _has_started(self, number: int) -> bool:
+        """Wait until Ray runs on the node; False if it ends or takes too long."""
         deadline = time.monotonic() + _START_S
         while "Ray runtime started" not in self.log(number):
             ended = os.waitid(os.P_PID, self.pids[number], os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -164,14 +163,14 @@ class Cluster:
             os.waitpid(pid, 0)
 
     def save(self) -> None:
-        """Writes down what another process needs to go on with the cluster."""
+        """Save what another process needs to control the cluster."""
         known = {"name": self.network.name, "subnet": self.network.subnet, "cpus": self.cpus}
         known |= {"ports": self.network.head_ports, "pids": self.pids, "last": self._last}
         (self.folder / "cluster.json").write_text(json.dumps(known))
 
     @classmethod
     def load(cls, folder: Path) -> Cluster:
-        """The cluster that `save` wrote down. Raises FileNotFoundError where none was."""
+        """Load a saved cluster. Raises FileNotFoundError if there is none."""
         known: dict[str, Any] = json.loads((folder / "cluster.json").read_text())
         network = _network(known["name"], known["subnet"])
         network.head_ports = tuple(known["ports"])
@@ -187,7 +186,7 @@ def _network(name: str, subnet: str | None = None) -> Network:
 
 
 def with_descendants(pid: int) -> list[int]:
-    """The process and all that it started, as /proc knows them."""
+    """Return the process and all its descendants, according to /proc."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -199,7 +198,7 @@ def with_descendants(pid: int) -> list[int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Does one thing to the cluster of the folder; the exit code."""
+    """Run one command on the cluster of the folder and return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -226,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _do(given: argparse.Namespace) -> None:
     if given.verb == "start":
         if (given.folder / "cluster.json").exists():
-            raise ValueError(f"{given.folder} has a cluster; stop it, or give another --folder")
+            raise ValueError(f"--folder {given.folder}: has a cluster; stop it, or give another")
         cluster = Cluster(given.folder, cpus=given.cpus)
         try:
             cluster.network.open()
@@ -235,10 +234,10 @@ def _do(given: argparse.Namespace) -> None:
             cluster.stop()
             raise
         cluster.save()
-        print(f"{given.nodes} nodes, this machine is {cluster.network.gateway} to them")
+        print(f"{given.nodes} nodes started; they reach this machine at {cluster.network.gateway}")
         return
     if not (given.folder / "cluster.json").exists():
-        raise ValueError(f"{given.folder} has no cluster; start one")
+        raise ValueError(f"--folder {given.folder}: has no cluster; start one")
     cluster = Cluster.load(given.folder)
     if given.verb == "environment":
         for name, value in cluster.environment.items():
@@ -251,7 +250,7 @@ def _do(given: argparse.Namespace) -> None:
         cluster.save()
     else:
         if given.node not in cluster.nodes:
-            raise ValueError(f"node {given.node} is none of {cluster.nodes}")
+            raise ValueError(f"node {given.node}: must be one of {cluster.nodes}")
         getattr(cluster, given.verb)(given.node)
         cluster.save()
 

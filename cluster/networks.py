@@ -1,7 +1,7 @@
-"""Where the nodes of a local cluster live: a namespace each and a bridge, or loopback for all.
+"""Networks of a local cluster: a network namespace per node and a bridge, or loopback.
 
-Enters: how a node's programs are started. Leaves: the same, at an address of the node's own. Only
-what was made here is ever changed or removed: names begin with the cluster's.
+Only interfaces and namespaces created here are changed or removed: their names start with that of
+the cluster.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import socket
 import subprocess
 from pathlib import Path
 
-_HOSTS = Path("/etc/netns")  # `ip netns exec` shows a namespace's folder there as its /etc
+_HOSTS = Path("/etc/netns")  # `ip netns exec` mounts files of a namespace's folder here in /etc
 
 
 def has_namespaces() -> bool:
-    """Whether this process may make network namespaces."""
+    """Whether this process may create network namespaces."""
     programs = all(shutil.which(name) for name in ("ip", "unshare"))
     return os.geteuid() == 0 and programs and _can("netns", f"probe-{os.getpid()}")
 
 
 class Namespaces:
-    """A network of its own: node N is at SUBNET.(10 + N), this machine at SUBNET.1.
+    """A private network: node N has address SUBNET.(10 + N), this machine SUBNET.1.
 
     Source: ip-netns(8), ip-link(8). Needs root.
     """
 
-    head_ports = ("6379", "8265")  # of the head alone at its address
+    head_ports = ("6379", "8265")  # the head has an address of its own
 
     def __init__(self, name: str, subnet: str | None = None) -> None:
         self.name = name
@@ -38,7 +38,7 @@ class Namespaces:
 
     @property
     def gateway(self) -> str:
-        """This machine's own address, which all nodes reach."""
+        """Address of this machine, which all nodes can reach."""
         return f"{self.subnet}.1"
 
     def open(self) -> None:
@@ -52,7 +52,7 @@ class Namespaces:
         shutil.rmtree(self.temporary, ignore_errors=True)
 
     def add(self, number: int) -> str:
-        """Makes node `number` a place, and gives its address."""
+        """Create the namespace of node `number` and return its address."""
         node, cable, address = self._node(number), self._cable(number), self.address(number)
         _ip("netns", "add", node)
         _ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", node)
@@ -60,7 +60,7 @@ class Namespaces:
         _ip("-n", node, "addr", "add", f"{address}/24", "dev", "eth0")
         for link in ("eth0", "lo"):
             _ip("-n", node, "link", "set", link, "up")
-        # a node's name leads to its address, as on a machine: gloo and others look it up
+        # the host name resolves to the node's address, as on a real machine: gloo looks it up
         (_HOSTS / node).mkdir(parents=True, exist_ok=True)
         (_HOSTS / node / "hosts").write_text(f"127.0.0.1 localhost\n{address} {node}\n")
         (self.temporary / node).mkdir(parents=True)
@@ -78,24 +78,25 @@ class Namespaces:
         return f"{self.subnet}.{10 + number}"
 
     def within(self, number: int, command: list[str]) -> list[str]:
-        """The command as the node's own, with a host name and a temporary folder of its own.
+        """Return the command that runs `command` on the node.
 
-        Ray unpacks what it is sent below the latter, and a node that goes deletes it.
+        It has its own host name and its own temporary folder: Ray unpacks working directories
+        there, and a node that ends deletes them.
         """
         node, folder = self._node(number), str(self.temporary)
-        own = 'hostname "$0" && mount --bind "$1/$0" "$1" && shift && exec "$@"'
-        apart = ["ip", "netns", "exec", node, "unshare", "--uts", "--mount"]
-        return [*apart, "sh", "-c", own, node, folder, *command]
+        script = 'hostname "$0" && mount --bind "$1/$0" "$1" && shift && exec "$@"'
+        isolated = ["ip", "netns", "exec", node, "unshare", "--uts", "--mount"]
+        return [*isolated, "sh", "-c", script, node, folder, *command]
 
     def pids(self, number: int) -> list[int]:
-        """Every process of the node, whoever started it."""
-        said = subprocess.run(
+        """Return the ids of all processes of the node."""
+        result = subprocess.run(
             ["ip", "netns", "pids", self._node(number)], capture_output=True, text=True, check=False
         )
-        return [int(pid) for pid in said.stdout.split()]
+        return [int(pid) for pid in result.stdout.split()]
 
     def cut(self, number: int) -> None:
-        """Pulls the node's cable: what it sends is lost, and nobody is told."""
+        """Take down the link of the node: packets are lost without an error."""
         _ip("link", "set", self._cable(number), "down")
 
     def restore(self, number: int) -> None:
@@ -109,7 +110,7 @@ class Namespaces:
 
 
 class Loopback:
-    """No network at all: every node is at 127.0.0.1, and there are no cables to pull."""
+    """No network: every node has address 127.0.0.1, and there are no links to cut."""
 
     gateway = "127.0.0.1"
     subnet = "127.0.0"
@@ -138,7 +139,7 @@ class Loopback:
         return command
 
     def pids(self, number: int) -> list[int]:
-        """None that the node's process and its descendants are not."""
+        """Return no processes beyond the node's process and its descendants."""
         return []
 
     def cut(self, number: int) -> None:
@@ -151,12 +152,12 @@ Network = Namespaces | Loopback
 
 
 def temporary_folder(name: str) -> Path:
-    """Of the cluster's Ray. Its sockets' paths must be short, so $TMPDIR will not do."""
+    """Return the temporary folder of Ray, outside $TMPDIR because socket paths must be short."""
     return Path("/tmp", name)
 
 
 def _free_subnet() -> str:
-    """Three numbers of a private network that no route of this machine leads to."""
+    """Return the first three octets of a private network that this machine does not route to."""
     taken = subprocess.run(["ip", "route"], capture_output=True, text=True, check=True).stdout
     while True:
         subnet = f"10.{random.randint(128, 254)}.{random.randint(0, 254)}"

@@ -247,7 +247,7 @@ def test_entrypoints_are_commands_that_the_jobs_take(manifests: list[Resource]) 
     assert settings.run_id == "nightly-2026-11-22"
     words = shlex.split(_named(manifests, "RayJob", "train")["spec"]["entrypoint"])
     assert words[:3] == ["python", "-m", "jobs.train"]
-    name, rest = train._first(words[3:])
+    name, rest = train._split_recipe(words[3:])
     trained = train._settings(train._recipe(name, rest), rest)
     assert trained.workers == (2,)
     assert trained.gpus_per_worker == 1

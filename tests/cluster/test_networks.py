@@ -1,4 +1,4 @@
-"""The network between a local cluster's nodes, without Ray; and what its command line says."""
+"""The network between the nodes of a local cluster, without Ray, and its command line."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def network() -> Iterator[Namespaces]:
     made.close()
 
 
-def _hears(network: Namespaces, number: int, address: tuple[str, int]) -> bool:
+def _receives(network: Namespaces, number: int, address: tuple[str, int]) -> bool:
     command = network.within(number, [sys.executable, "-c", HELLO.format(*address)])
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() == "hello"
 
 
-def test_nodes_hear_each_other_and_this_machine_until_the_link_is_cut(network: Namespaces) -> None:
+def test_nodes_reach_each_other_and_this_machine_until_the_link_is_cut(network: Namespaces) -> None:
     addresses = [network.add(number) for number in (1, 2)]
     assert len({*addresses, network.gateway}) == 3
     serve = (
@@ -50,25 +50,25 @@ def test_nodes_hear_each_other_and_this_machine_until_the_link_is_cut(network: N
         assert server.stdout is not None
         assert server.stdout.readline() == "up\n"
         assert server.pid in network.pids(1)
-        assert _hears(network, 2, (addresses[0], 7000))
+        assert _receives(network, 2, (addresses[0], 7000))
         network.cut(1)
-        assert not _hears(network, 2, (addresses[0], 7000))
+        assert not _receives(network, 2, (addresses[0], 7000))
         network.restore(1)
-        assert _hears(network, 2, (addresses[0], 7000))
+        assert _receives(network, 2, (addresses[0], 7000))
         socket.create_connection((addresses[0], 7000), timeout=2).close()  # from this machine
         server.kill()
 
 
-def test_a_nodes_name_leads_to_its_address(network: Namespaces) -> None:
+def test_the_host_name_of_a_node_resolves_to_its_address(network: Namespaces) -> None:
     address = network.add(1)
-    look = "import socket; print(socket.gethostname(), socket.gethostbyname(socket.gethostname()))"
-    command = network.within(1, [sys.executable, "-c", look])
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert said.split() == [f"{network.name}-1", address]
+    code = "import socket; print(socket.gethostname(), socket.gethostbyname(socket.gethostname()))"
+    command = network.within(1, [sys.executable, "-c", code])
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert output.split() == [f"{network.name}-1", address]
     assert socket.gethostname() != f"{network.name}-1"  # this machine keeps its own
 
 
-def test_what_a_node_writes_for_itself_no_other_sees(network: Namespaces) -> None:
+def test_the_temporary_folder_of_a_node_is_private(network: Namespaces) -> None:
     for number in (1, 2):
         network.add(number)
     file = f"{network.temporary}/mine"
@@ -78,14 +78,14 @@ def test_what_a_node_writes_for_itself_no_other_sees(network: Namespaces) -> Non
         assert done.returncode == sees
 
 
-def test_nothing_is_left_of_a_network(network: Namespaces) -> None:
+def test_a_closed_network_leaves_nothing(network: Namespaces) -> None:
     network.add(1)
     network.remove(1)
     network.close()
     for command in (["ip", "netns"], ["ip", "-o", "link"], ["ip", "route"]):
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert network.name not in said
-        assert f"{network.subnet}." not in said
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert network.name not in output
+        assert f"{network.subnet}." not in output
     assert not Path(f"/etc/netns/{network.name}-1").exists()
     assert not network.temporary.exists()
 
@@ -95,14 +95,17 @@ def test_loopback_has_no_link_to_cut() -> None:
         Loopback("dl").cut(1)
 
 
-def test_the_command_line_names_what_is_missing(
+def test_the_command_line_names_a_missing_cluster(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert local.main(["--folder", str(tmp_path), "cut", "1"]) == 1
-    assert f"cluster cut failed: {tmp_path} has no cluster; start one" in capsys.readouterr().err
+    assert (
+        f"cluster cut failed: --folder {tmp_path}: has no cluster; start one"
+        in capsys.readouterr().err
+    )
 
 
-def test_another_process_finds_the_cluster_as_it_was(tmp_path: Path) -> None:
+def test_a_saved_cluster_is_loaded_unchanged(tmp_path: Path) -> None:
     made = local.Cluster(tmp_path, cpus=3, network=Loopback("dlabc"))
     made.pids = {0: 11, 1: 12, 4: 13}
     made.save()

@@ -1,4 +1,4 @@
-"""The night's creator against an API server that keeps RayJobs as Kubernetes does: by name."""
+"""The nightly script against an API server that stores RayJobs by name, as Kubernetes does."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "cluster" / "kubernetes" / "b
 import nightly
 
 TODAY = f"nightly-{datetime.now(UTC).date().isoformat()}"
-PATTERN = {
+TEMPLATE = {
     "apiVersion": "ray.io/v1",
     "kind": "RayJob",
     "metadata": {
         "name": "segment",
-        "labels": {"team": "photos"},
+        "labels": {"team": "images"},
         "uid": "1",
         "resourceVersion": "7",
     },
@@ -32,22 +32,22 @@ PATTERN = {
 
 
 class Kubernetes(ThreadingHTTPServer):
-    """RayJobs by name. One that is created runs, and after `looks` looks it ends as `ends` says."""
+    """Stores RayJobs by name; a created job ends with status `ends` after `polls` polls."""
 
-    def __init__(self, ends: str = "SUCCEEDED", looks: int = 2) -> None:
+    def __init__(self, ends: str = "SUCCEEDED", polls: int = 2) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.jobs: dict[str, dict[str, Any]] = {"segment": PATTERN}
+        self.jobs: dict[str, dict[str, Any]] = {"segment": TEMPLATE}
         self.posted: list[dict[str, Any]] = []
-        self.ends, self.looks = ends, looks
-        self.failures = 0  # answers of 503 still to give to looks at a job that runs
+        self.ends, self.polls = ends, polls
+        self.failures = 0  # replies of 503 still to send to polls of a running job
 
     def status(self, name: str) -> None:
-        """Lets time pass for a job that was looked at."""
+        """Advance a job that was polled."""
         job = self.jobs[name]
-        left = job.setdefault("looks", self.looks)
+        left = job.setdefault("polls", self.polls)
         if job["spec"]["suspend"] or "jobStatus" in job.get("status", {}):
             return
-        job["looks"] = left - 1
+        job["polls"] = left - 1
         job["status"] = {"jobDeploymentStatus": "Running"}
         if left <= 0:
             done = "Complete" if self.ends == "SUCCEEDED" else "Failed"
@@ -90,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def kubernetes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kubernetes]:
-    monkeypatch.setattr(nightly, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(nightly, "POLL_INTERVAL_S", 0.01)
     server = Kubernetes()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -108,7 +108,7 @@ def _night(server: Kubernetes, folder: Path, job_name: str = "first-night") -> i
     return nightly.main(command, environment)
 
 
-def test_a_night_is_a_rayjob_like_its_pattern_with_the_days_run_id(
+def test_a_night_is_a_copy_of_its_template_with_the_run_id_of_the_day(
     kubernetes: Kubernetes, tmp_path: Path
 ) -> None:
     assert _night(kubernetes, tmp_path) == 0
@@ -120,12 +120,12 @@ def test_a_night_is_a_rayjob_like_its_pattern_with_the_days_run_id(
         "backoffLimit": 2,
     }
     owner = {"apiVersion": "batch/v1", "kind": "Job", "name": "first-night", "uid": "u-1"}
-    metadata = {"name": TODAY, "labels": {"team": "photos"}, "ownerReferences": [owner]}
-    assert job["metadata"] == metadata  # and nothing that Kubernetes gives: uid, version
+    metadata = {"name": TODAY, "labels": {"team": "images"}, "ownerReferences": [owner]}
+    assert job["metadata"] == metadata  # without the fields that Kubernetes adds: uid, version
 
 
 def test_a_night_that_starts_twice_is_one(kubernetes: Kubernetes, tmp_path: Path) -> None:
-    kubernetes.looks = 20
+    kubernetes.polls = 20
     (tmp_path / "token").write_text("secret")
     codes: list[int] = []
     threads = [
@@ -138,11 +138,11 @@ def test_a_night_that_starts_twice_is_one(kubernetes: Kubernetes, tmp_path: Path
         thread.join()
     assert codes == [0, 0, 0]
     assert len(kubernetes.posted) == 1
-    assert _night(kubernetes, tmp_path) == 0  # and after its end it is not begun again
+    assert _night(kubernetes, tmp_path) == 0  # a finished night is not started again
     assert len(kubernetes.posted) == 1
 
 
-def test_a_failed_night_says_so_and_its_retry_goes_on_with_the_same_run(
+def test_a_failed_night_exits_1_and_its_retry_resumes_the_same_run(
     kubernetes: Kubernetes, tmp_path: Path
 ) -> None:
     kubernetes.ends = "FAILED"
@@ -154,24 +154,24 @@ def test_a_failed_night_says_so_and_its_retry_goes_on_with_the_same_run(
     assert first["spec"] == second["spec"]
 
 
-def test_an_api_server_that_is_away_for_a_while_ends_no_night(
+def test_a_night_survives_a_short_outage_of_the_api_server(
     kubernetes: Kubernetes, tmp_path: Path
 ) -> None:
     kubernetes.failures = 3
-    kubernetes.looks = 5
+    kubernetes.polls = 5
     (tmp_path / "token").write_text("secret")
-    kubernetes.jobs[TODAY] = {**PATTERN, "spec": {**PATTERN["spec"], "suspend": False}}
+    kubernetes.jobs[TODAY] = {**TEMPLATE, "spec": {**TEMPLATE["spec"], "suspend": False}}
     server = f"http://127.0.0.1:{kubernetes.server_address[1]}"
     nightly._wait(nightly.RayJobs(server, "deeplab", tmp_path), TODAY)
     assert kubernetes.failures == 0
 
 
-def test_a_night_without_its_pattern_or_its_rights_fails_in_a_line(
+def test_a_night_without_its_template_or_its_rights_fails_with_one_line(
     kubernetes: Kubernetes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     del kubernetes.jobs["segment"]
     assert _night(kubernetes, tmp_path) == 1
-    assert "there is no RayJob segment: apply the manifests first" in capsys.readouterr().out
+    assert "RayJob segment does not exist: apply the manifests first" in capsys.readouterr().out
     (tmp_path / "token").write_text("another")
     command = ["--template=segment", f"--account={tmp_path}"]
     command += [f"--server=http://127.0.0.1:{kubernetes.server_address[1]}"]
