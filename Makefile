@@ -1,4 +1,4 @@
-# `make demo` and `make test` build their environment themselves; Python 3.11 or newer is all they ask for.
+# The targets create the virtual environment they need; the only requirement is Python 3.11 or newer.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
 	touch $@
 
-demo: $(VENV)/.installed  ## photos in a bucket -> masks, IoU, overlays, in a minute
+demo: $(VENV)/.installed  ## images in a bucket -> masks, IoU and overlays, in a minute
 	$(BIN)/python -m jobs.demo.run
 
 quick: $(VENV)/.installed  ## the tests that take under two minutes in all
