@@ -1,13 +1,13 @@
-"""Measures the network's forms side by side in one run: a table for people, JSON for machines.
+"""Benchmark inference with variants of the network, as a table and as JSON.
 
     python jobs/benchmark.py --quick
     python jobs/benchmark.py --device cuda --json benchmark.json
-    python jobs/benchmark.py --bulk-images s3://photos/2024 --bulk-checkpoint FILE
+    python jobs/benchmark.py --bulk-images s3://images/2024 --bulk-checkpoint FILE
 
-A row that does not fit into --minutes is left out, and says so. The forms: `plain` is nn.Conv2d
-with dilation in fp32, NCHW, eager; `channels_last` and `bf16` (channels last) are what a person
-would try first; `compiled` is torch.compile of the plain form, for this one size; `torchvision`
-is its own network, where it is installed; `fast` is ours, as `jobs/segment.py` runs it.
+A row that does not fit into --minutes is marked as left out. The forms: `plain` is nn.Conv2d with
+dilation in fp32, NCHW, eager; `channels_last` and `bf16` (channels last) are the usual first
+attempts; `compiled` is torch.compile of the plain form, for this one size; `torchvision` is its own
+network, if installed; `fast` is ours, as `jobs/segment.py` runs it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from typing import Literal
 
 import torch
 
+from pipeline.checks import check_at_least, flag
 from pipeline.cli.arguments import parse
-from pipeline.cli.benchmark_bulk import Throughput, through_ray_and_plainly
+from pipeline.cli.benchmark_bulk import Throughput, measure_throughput
 from pipeline.cli.benchmark_forms import PLAIN_FORMS, Form, build, form_of
 from pipeline.model import flops, timing
 from pipeline.model.config import Backbone
@@ -37,48 +38,48 @@ Protocol = Literal["single", "multi"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Measure inference: seconds an image, FLOP/s against the device's, peak memory."""
+class BenchmarkSettings:
+    """Measure inference: seconds per image, FLOP/s compared with the device, peak memory."""
 
     backbones: tuple[Backbone, ...] = ("mobilenet_v2", "resnet50", "resnet101")
-    """Networks, by the one that makes the features."""
+    """Backbones of the networks."""
     output_strides: tuple[int, ...] = (16, 8)
-    """Photo pixels a side of a feature."""
+    """Output strides of the networks."""
     protocols: tuple[Protocol, ...] = ("single", "multi")
-    """multi is the paper's six scales and their mirror images."""
+    """single is one scale; multi is the paper's six scales, each flipped too."""
     forms: tuple[Form, ...] = ("plain", "channels_last", "bf16", "compiled", "torchvision", "fast")
-    """How each network is written and run; fast is what `jobs/segment.py` uses."""
+    """Variants to measure; fast is the one that `jobs/segment.py` uses."""
     size: int = 513
-    """Side of the image, px."""
+    """Height and width of the image, px."""
     device: str = "cpu"
     """cpu, or cuda."""
     threads: int = 1
     """CPU threads of the network."""
     repeats: int = 3
-    """Measurements of each, whose median counts."""
+    """Measurements per row; the median counts."""
     minutes: float = 10.0
-    """What would take longer than is left of this is left out."""
+    """Time limit; rows that would exceed it are left out."""
     quick: bool = False
-    """MobileNetV2 and ResNet-50 at output stride 16 alone, single, without compilation."""
+    """Measure only MobileNetV2 and ResNet-50 at output stride 16, single scale, uncompiled."""
     json: str | None = None
-    """Write everything to this file."""
+    """File to write all results to."""
     bulk_images: str | None = None
-    """Measure segmentation through Ray against a plain loop too, on photos below this URI."""
+    """Also compare segmentation through Ray with a plain loop, on the images below this URI."""
     bulk_checkpoint: str | None = None
-    """The network of that measurement."""
+    """Checkpoint for --bulk-images."""
     bulk_limit: int = 64
-    """Photos of that measurement."""
+    """Number of images for --bulk-images."""
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.threads < 1 or self.repeats < 1:
-            raise ValueError("--size, --threads and --repeats must be at least 1")
+        for name in ("size", "threads", "repeats"):
+            check_at_least(flag(name), getattr(self, name), 1)
         if (self.bulk_images is None) != (self.bulk_checkpoint is None):
             raise ValueError("--bulk-images and --bulk-checkpoint belong together; give both")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One form of one network; what was not measured is null, and `left_out` says why."""
+    """Result for one form of one network; values not measured are None, `left_out` says why."""
 
     backbone: str
     output_stride: int
@@ -95,10 +96,10 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the job with the command line `argv`; its exit code."""
+    """Run the job with the command line `argv` and return its exit code."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     try:
-        settings = parse(Settings, argv, description=__doc__)
+        settings = parse(BenchmarkSettings, argv, description=__doc__)
     except ValueError as error:
         print(f"benchmark failed exit=2 reason={error}")
         return 2
@@ -108,10 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         str(dtype): timing.matmul_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)
     }
     print(_headline(device, settings, rates), flush=True)
-    rows = _Bench(settings, device, rates).rows()
+    rows = _Benchmark(settings, device, rates).rows()
     bulk = None
     if settings.bulk_images is not None and settings.bulk_checkpoint is not None:
-        bulk = through_ray_and_plainly(
+        bulk = measure_throughput(
             settings.bulk_images,
             settings.bulk_checkpoint,
             limit=settings.bulk_limit,
@@ -134,17 +135,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _Bench:
-    """Walks through networks and forms while time is left."""
+class _Benchmark:
+    """Measures networks and forms until the time is over."""
 
-    def __init__(self, settings: Settings, device: torch.device, rates: dict[str, float]) -> None:
+    def __init__(
+        self, settings: BenchmarkSettings, device: torch.device, rates: dict[str, float]
+    ) -> None:
         self._settings = settings
         self._device = device
         self._rates = rates
-        self._ends = time.monotonic() + 60 * settings.minutes
+        self._deadline = time.monotonic() + 60 * settings.minutes
 
     def rows(self) -> list[Row]:
-        """One row for each form, printed as it is measured."""
+        """Measure all forms; print and return a row for each."""
         quick, settings = self._settings.quick, self._settings
         backbones = settings.backbones[:2] if quick else settings.backbones
         strides = settings.output_strides[:1] if quick else settings.output_strides
@@ -183,7 +186,7 @@ class _Bench:
         guess = 2 * executed / self._rates[str(torch.float32)]
         if single is not None:
             guess = single.wall_s * passes
-        left = self._ends - time.monotonic()
+        left = self._deadline - time.monotonic()
         left_out = f"takes about {guess:.0f} s" if guess > left else None
         fast = None
         if left_out is None:
@@ -198,7 +201,7 @@ class _Bench:
         def run() -> object:
             return predict(fast.model, image, scales=scales, flip=flip)
 
-        if single is None or self._device.type == "cuda":  # which chooses kernels for each size
+        if single is None or self._device.type == "cuda":  # CUDA chooses kernels for each size
             run()
         cost = timing.measure(run, self._device, repeats=1 if flip else self._settings.repeats)
         row = Row(
@@ -217,8 +220,8 @@ class _Bench:
 
 
 _TITLES = (
-    "| network | output stride | protocol | form | s an image | images/s | GFLOP/s (nominal) "
-    "| of matrix products | peak MB |\n|---|---|---|---|---|---|---|---|---|"
+    "| network | output stride | protocol | form | s per image | images/s | GFLOP/s (nominal) "
+    "| of peak matmul | peak MB |\n|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -238,7 +241,7 @@ def _line(row: Row) -> str:
     )
 
 
-def _headline(device: torch.device, settings: Settings, rates: dict[str, float]) -> str:
+def _headline(device: torch.device, settings: BenchmarkSettings, rates: dict[str, float]) -> str:
     products = ", ".join(f"{name[6:]} {rate / 1e9:.1f}" for name, rate in rates.items())
     return (
         f"{_device_name(device)}, {settings.threads} threads, torch {torch.__version__}, "

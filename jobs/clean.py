@@ -1,4 +1,4 @@
-"""Deletes a run, or what killed runs left behind: `python jobs/clean.py RESULTS --run-id ID`."""
+"""Delete a run, or the leftovers of crashed runs: `python jobs/clean.py RESULTS --run-id ID`."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from pipeline.runs import cleanup, lease
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """Where to clean, and what."""
+class CleanArguments:
+    """The results to clean up, and the run to delete."""
 
     results: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RESULTS")]
-    """Where the runs wrote: s3://bucket/prefix or a folder."""
+    """Results of bulk runs: s3://bucket/prefix or a folder."""
 
     run_id: str | None = None
-    """The run to delete with all that it wrote. Without it only what killed runs left behind and
-    nobody needs is deleted: temporary files, leases and single rows of finished runs, and files of
-    plans that were not taken."""
+    """Run to delete, with everything it wrote. Without it only the leftovers of crashed runs are
+    deleted: temporary files, leases and single rows of finished runs, and files of unused plans."""
 
     dry_run: bool = False
-    """Show what would be deleted, and delete nothing."""
+    """Print what would be deleted, without deleting it."""
 
     def __post_init__(self) -> None:
         storage.normalize(self.results)
@@ -38,19 +37,19 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Deletes and says what; 0, or 1 where it failed, or 2 where the arguments are wrong.
+    """Delete, print what was deleted, and return the exit code: 0, 1 or 2.
 
-    Who works on the run is told by a lease that changes: one that may be somebody's is watched,
-    which is said on stderr.
+    A run in use is recognized by the heartbeat in its lease: a lease whose holder may be alive is
+    watched for a while first, which is logged.
     """
     return run_interactive(
-        lambda: parse(Arguments, argv, description=__doc__),
+        lambda: parse(CleanArguments, argv, description=__doc__),
         _clean,
         expected=(OSError, LookupError, lease.HeldError),
     )
 
 
-def _clean(arguments: Arguments) -> None:
+def _clean(arguments: CleanArguments) -> None:
     results, run_id = arguments.results, arguments.run_id
     found = cleanup.find_run(results, run_id) if run_id else cleanup.find_leftovers(results)
     if not arguments.dry_run:
@@ -58,17 +57,17 @@ def _clean(arguments: Arguments) -> None:
     print("\n".join(_lines(arguments, found)))
 
 
-def _lines(arguments: Arguments, found: Sequence[storage.Object]) -> list[str]:
+def _lines(arguments: CleanArguments, found: Sequence[storage.Object]) -> list[str]:
     objects: Counter[str] = Counter()
-    held: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
     for item in found:
         folder = cleanup.folder_of(arguments.results, item)
         objects[folder] += 1
-        held[folder] += item.size
-    lines = [f"{name:<8} {objects[name]:>9,} objects {held[name]:>15,} bytes" for name in objects]
+        sizes[folder] += item.size
+    lines = [f"{name:<8} {objects[name]:>9,} objects {sizes[name]:>15,} bytes" for name in objects]
     verb = "would delete" if arguments.dry_run else "deleted"
     what = f"run {arguments.run_id}" if arguments.run_id else "leftovers"
-    total = f"{objects.total():,} objects, {held.total():,} bytes"
+    total = f"{objects.total():,} objects, {sizes.total():,} bytes"
     return [*lines, f"{verb} {what} below {arguments.results}: {total}"]
 
 

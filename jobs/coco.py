@@ -1,10 +1,10 @@
-"""Draws COCO's annotations as labels of VOC's classes, which `jobs/train.py` takes.
+"""Convert COCO's annotations to labels of VOC's classes, for `jobs/train.py`.
 
     python jobs/coco.py --data s3://sets/coco --out s3://sets/coco-voc
 
-Writes labels/ and pairs.parquet below --out; give the table as --data to train. Exits 0 when both
-are there, 1 when storage failed (the same command goes on), 2 on arguments that cannot be right.
-The same command after a change of the annotations changes the labels that it concerns.
+Writes labels/ and pairs.parquet under --out; pass that table to train as --data. Exits 0 when both
+are complete, 1 when storage failed (the same command resumes), 2 on invalid arguments. After a
+change of the annotations the same command rewrites the labels that they affect.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from pipeline.bulk.driver.progress import Progress
 from pipeline.bulk.worker.summary import ShardSummary
+from pipeline.checks import check_at_least
 from pipeline.cli.arguments import parse
 from pipeline.cli.exit import hard_exit, last_line, run_job
 from pipeline.cli.progress import Display
@@ -23,37 +24,36 @@ from pipeline.data import coco_labels, storage
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """Where COCO is, where the labels go, and which photos are worth training on."""
+class CocoArguments:
+    """The COCO data set, the output, and the images to keep."""
 
     data: str
-    """COCO's folder, s3:// or local: train2017/ and val2017/ with the photos, annotations/ with
+    """COCO's folder, s3:// or local: train2017/ and val2017/ with the images, annotations/ with
     instances_train2017.json and instances_val2017.json."""
 
     out: str
-    """Where labels/ and pairs.parquet go, s3:// or a folder."""
+    """Prefix or folder for labels/ and pairs.parquet, s3:// or local."""
 
     min_pixels: int = 1000
-    """Photos of train2017 with fewer pixels of VOC's classes are left out: the paper's 1000."""
+    """Leave out images of train2017 with fewer pixels of VOC's classes; 1000 in the paper."""
 
     def __post_init__(self) -> None:
         for uri in (self.data, self.out):
             storage.normalize(uri)
-        if self.min_pixels < 0:
-            raise ValueError(f"--min-pixels is {self.min_pixels}; it must be at least 0")
+        check_at_least("--min-pixels", self.min_pixels, 0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the job with the command line `argv`; its exit code."""
+    """Run the job with the command line `argv` and return its exit code."""
     return run_job(
         "coco",
-        lambda: _draw(parse(Arguments, argv, description=__doc__)),
+        lambda: _draw(parse(CocoArguments, argv, description=__doc__)),
         expected=(OSError,),
-        interrupted="interrupted; the same command goes on",
+        interrupted="interrupted; the same command resumes",
     )
 
 
-def _draw(arguments: Arguments) -> str:
+def _draw(arguments: CocoArguments) -> str:
     data, out = storage.normalize(arguments.data), storage.normalize(arguments.out)
     print(f"reading the annotations of {visible(data)}", flush=True)
     pictures = coco_labels.read_annotations(data)

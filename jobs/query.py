@@ -1,4 +1,4 @@
-"""Asks a results URI in SQL: `python jobs/query.py RESULTS "SELECT * FROM iou"`."""
+"""Query results with SQL: `python jobs/query.py RESULTS "SELECT * FROM iou"`."""
 
 from __future__ import annotations
 
@@ -25,33 +25,34 @@ _BATCH_ROWS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """Asks the results of bulk runs in SQL (DuckDB's dialect).
+class QueryArguments:
+    """Query the results of bulk runs with SQL (DuckDB's dialect).
 
-    Views: images (one row an image), classes (one row an image and class), runs (one row a
-    finished run), latest (of each uri the newest ok row), iou (per run and class).
+    Views: images (one row per image and run), classes (one row per image, run and class), runs (one
+    row per finished run), latest (the latest successful row of each image), iou (per run and
+    class).
     """
 
     results: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RESULTS")]
-    """Where the runs wrote: s3://bucket/prefix or a folder."""
+    """Results of bulk runs: s3://bucket/prefix or a folder."""
 
     sql: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SQL")]
-    """The question, such as "SELECT * FROM iou ORDER BY iou"."""
+    """Query, for example "SELECT * FROM iou ORDER BY iou"."""
 
     format: Literal["table", "csv", "json", "parquet"] = "table"
-    """table shows at most 1000 rows and the size of binary values. csv and json hold binary values
-    as base64; in csv a string that starts with = + - @ TAB or CR gets a single quote before it, so
-    that no spreadsheet takes it for a formula. json is one array of objects."""
+    """table prints at most 1000 rows, and the size of binary values. csv and json encode binary
+    values as base64; csv puts a single quote before strings that start with = + - @ TAB or CR, so
+    that spreadsheets do not read them as formulas. json is one array of objects."""
 
     output: Path | None = None
-    """A file to write instead of standard output."""
+    """File to write instead of standard output."""
 
     def __post_init__(self) -> None:
         storage.normalize(self.results)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the answer; 0, or 1 where it failed, or 2 where the arguments are wrong."""
+    """Print the answer and return the exit code: 0, 1 or 2."""
     return run_interactive(
         lambda: _arguments(argv),
         _answer,
@@ -60,14 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
-def _arguments(argv: Sequence[str] | None) -> Arguments:
-    arguments = parse(Arguments, argv, description=Arguments.__doc__)
+def _arguments(argv: Sequence[str] | None) -> QueryArguments:
+    arguments = parse(QueryArguments, argv, description=QueryArguments.__doc__)
     if arguments.format == "parquet" and arguments.output is None and sys.stdout.isatty():
-        raise ValueError("parquet is not for a terminal: give --output, or pipe it")
+        raise ValueError("parquet cannot be printed to a terminal: give --output, or pipe it")
     return arguments
 
 
-def _answer(arguments: Arguments) -> None:
+def _answer(arguments: QueryArguments) -> None:
     with connect(arguments.results) as con:
         con.execute("SET python_enable_replacements = false")  # our variables are not tables
         result = con.sql(arguments.sql)
@@ -77,7 +78,7 @@ def _answer(arguments: Arguments) -> None:
             _write(arguments, result.to_arrow_reader(_BATCH_ROWS))
 
 
-def _write(arguments: Arguments, reader: pa.RecordBatchReader) -> None:
+def _write(arguments: QueryArguments, reader: pa.RecordBatchReader) -> None:
     to_terminal = arguments.output is None and sys.stdout.isatty()
     with _opened(arguments.output) as file:
         if arguments.format == "parquet":
@@ -90,7 +91,7 @@ def _write(arguments: Arguments, reader: pa.RecordBatchReader) -> None:
 
 @contextlib.contextmanager
 def _opened(output: Path | None) -> Iterator[BinaryIO]:
-    """Standard output, or a file that appears under its name when it is whole."""
+    """Open standard output, or a file that gets its name when it is complete."""
     if output is None:
         yield sys.stdout.buffer
     elif output.exists() and not output.is_file():  # /dev/stdout, a named pipe

@@ -1,4 +1,4 @@
-"""Draws a run as one HTML file: `python jobs/report.py RESULTS --run-id ID --out report.html`."""
+"""Write the report of a run as an HTML file: `python jobs/report.py RESULTS --run-id ID`."""
 
 from __future__ import annotations
 
@@ -19,51 +19,51 @@ from pipeline.data import storage
 from pipeline.results import files, page, report
 from pipeline.results.layout import check_run_id
 
-MAX_PHOTOS = 500
-"""Of a group: their pictures are inside the page."""
+MAX_IMAGES = 500
+"""Largest number of images of a group: they are embedded in the page."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """Which run, and where its report goes."""
+class ReportArguments:
+    """The run to report on, and the file to write."""
 
     results: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RESULTS")]
-    """Where the runs wrote: s3://bucket/prefix or a folder."""
+    """Results of bulk runs: s3://bucket/prefix or a folder."""
 
     run_id: str | None = None
-    """The run, finished or not; without it the one that started last of those that finished and
-    had photos."""
+    """Run to report on, finished or not; by default the finished run with images that started
+    last."""
 
     out: str = "report.html"
-    """The file to write, s3:// or local; one that is there is replaced."""
+    """File to write, s3:// or local; an existing file is replaced."""
 
-    photos: int = 12
-    """How many photos to show of each group: picked at random, least sure, furthest from their
-    labels. They are read where they lie; 0 shows none."""
+    images: int = 12
+    """Number of images to show in each group: random ones, those of lowest confidence, those of
+    lowest pixel accuracy. They are read from their bucket or folder; 0 shows none."""
 
     def __post_init__(self) -> None:
         storage.normalize(self.results)
         if os.path.isdir(storage.normalize(self.out)):
-            raise ValueError(f"--out is {self.out}, a folder; give a file's name")
+            raise ValueError(f"--out {self.out}: is a folder; give a file name")
         if self.run_id is not None:
             check_run_id(self.run_id)
-        if not 0 <= self.photos <= MAX_PHOTOS:
-            raise ValueError(f"--photos is {self.photos}; it must be 0 to {MAX_PHOTOS}")
+        if not 0 <= self.images <= MAX_IMAGES:
+            raise ValueError(f"--images {self.images}: must be from 0 to {MAX_IMAGES}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the report and says where; 0, or 1 where it failed, or 2 where arguments are wrong."""
+    """Write the report, print its path, and return the exit code: 0, 1 or 2."""
     return run_interactive(
-        lambda: parse(Arguments, argv, description=__doc__),
+        lambda: parse(ReportArguments, argv, description=__doc__),
         _write,
         expected=(OSError, LookupError, ValueError, duckdb.Error, pa.ArrowException),
         on_signal=files.interrupt_queries,
     )
 
 
-def _write(arguments: Arguments) -> None:
+def _write(arguments: ReportArguments) -> None:
     run_id = arguments.run_id or report.newest_run(arguments.results)
-    data = page.render_html(report.build_report(arguments.results, run_id, images=arguments.photos))
+    data = page.render_html(report.build_report(arguments.results, run_id, images=arguments.images))
     storage.write(storage.normalize(arguments.out), data)
     print(f"{visible(arguments.out)} shows run {run_id} ({size(len(data))})")
 

@@ -1,9 +1,9 @@
-"""Segments every photo below a URI: masks and per-class IoU as Parquet.
+"""Segment every image below a URI; masks and per-class IoU are written as Parquet.
 
-    python jobs/segment.py --images s3://photos/2024 --results s3://masks --checkpoint FILE
+    python jobs/segment.py --images s3://images/2024 --results s3://masks --checkpoint FILE
 
-Exits 0 when every planned photo has its row, 1 when the run stopped (the same command continues
-it), 2 on arguments that cannot be right. The last line is for log readers: `key=value` pairs.
+Exits 0 if every planned image has a row, 1 if the run stopped early (the same command continues
+it), 2 on invalid arguments. The last line is machine-readable: `key=value` pairs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.runs.ray_connection import RunStoppedError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the job with the command line `argv`; its exit code."""
+    """Run the job with the command line `argv` and return its exit code."""
     return run_job(
         "segment",
         lambda: _segment(parse(BulkSettings, argv, description=__doc__)),
@@ -36,21 +36,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _segment(settings: BulkSettings) -> str:
     with ray_connection.disconnect_on_exit(), Display() as display:
-        ended = run(settings, _Announced(settings, display))
+        ended = run(settings, _PlanAndProgress(settings, display))
     return _last_line(settings, ended)
 
 
-class _Announced:
-    """Says once what the run will do, then shows how far it is."""
+class _PlanAndProgress:
+    """Progress callback: prints the plan once, then displays the progress."""
 
     def __init__(self, settings: BulkSettings, display: Display) -> None:
         self._settings = settings
         self._display = display
-        self._said = False
+        self._printed = False
 
     def __call__(self, plan: Plan, progress: Progress) -> None:
-        if not self._said:
-            self._said = True
+        if not self._printed:
+            self._printed = True
             print("\n".join(_plan_lines(plan, progress)), flush=True)
         if not self._settings.dry_run and plan.counts.images:
             self._display(progress)
@@ -66,36 +66,36 @@ def _plan_lines(plan: Plan, progress: Progress) -> list[str]:
         lines.append(f"  labels: {counts.labels} of the images have one")
     if plan.identity["only_new"]:
         lines.append(f"  done by earlier runs: {counts.done_before} images")
-        lines += _otherwise_lines(plan)
+        lines += _other_model_lines(plan)
     if progress.images_before:
-        lines.append(f"  done already: about {progress.images_before} images")
+        lines.append(f"  already done: about {progress.images_before} images")
     if inventory := plan.identity.get("inventory"):
         lines.append(f"  from the inventory {inventory}, not a listing")
     if counts.outside:
         lines.append(
-            f"  left out: {counts.outside} objects of the inventory that are not (or not any "
-            f"more) below {plan.identity['images']}"
+            f"  left out: {counts.outside} objects of the inventory that are not (or no longer) "
+            f"below {plan.identity['images']}"
         )
     if counts.left_out:
-        lines.append(f"  left out: {counts.left_out} objects that --include does not take")
+        lines.append(f"  left out: {counts.left_out} objects that --include does not match")
     return lines
 
 
-def _otherwise_lines(plan: Plan) -> list[str]:
-    """What becomes of photos that only another model or other settings have done."""
+def _other_model_lines(plan: Plan) -> list[str]:
+    """Say what happens to images that only another model or other settings have processed."""
     if not (done := plan.counts.done_otherwise):
         return []
     answer = {
-        "reprocess": "they are done again",
+        "reprocess": "they are processed again",
         "new-only": "they are left out",
         None: "a run needs --on-model-change reprocess or new-only",
     }[plan.identity.get("model_changed")]
     everything = "" if plan.counts.done_before else "everything is new: "
-    return [f"  {everything}another model or other settings have done {done} images; {answer}"]
+    return [f"  {everything}another model or other settings processed {done} images; {answer}"]
 
 
 def _estimate_lines(settings: BulkSettings, ended: BulkResult) -> list[str]:
-    """What the run would take, on what that was measured, and where it does not hold."""
+    """Describe the estimate: its figures, its basis and its limits."""
     if (found := ended.estimate) is None:
         return [f"  no estimate: {ended.no_estimate}"] if ended.no_estimate else []
     pool = found.pool
@@ -108,10 +108,10 @@ def _estimate_lines(settings: BulkSettings, ended: BulkResult) -> list[str]:
     return [
         f"  estimate: {duration(found.seconds)} on {pool.max_actors} actors of {each}, {hours}, "
         f"{size(found.bytes_written)} written",
-        f"    by {found.sampled} photos ({found.errors} errors) that took "
+        f"    measured on {found.sampled} images ({found.errors} errors): "
         f"{found.seconds_per_image:.2f} s each on {found.device}, load {found.load:.1f}",
-        "    without starting (about half a minute, a cluster's growing apart); other CPUs and "
-        "GPUs, a storage that is slow for many, and a busy machine differ",
+        "    not included: start-up (half a minute) and scaling up a cluster; other CPUs, GPUs, "
+        "busy machines and storage under load differ",
     ]
 
 
@@ -126,9 +126,9 @@ def _last_line(settings: BulkSettings, ended: BulkResult) -> str:
     if ended.plan.identity["only_new"]:
         facts["done_before"] = ended.plan.counts.done_before
     if ended.nothing_to_do:
-        print(f"run {ended.plan.run_id} was finished before: there is nothing to do")
+        print(f"run {ended.plan.run_id} is already finished; nothing to do")
     elif ended.plan.identity["only_new"] and not ended.plan.counts.images:
-        print("nothing is new: earlier runs have done every photo")
+        print("nothing is new: earlier runs processed every image")
     if settings.dry_run:
         print("".join(f"{line}\n" for line in _estimate_lines(settings, ended)), end="")
     if ended.estimate is not None:

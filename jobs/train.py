@@ -1,15 +1,15 @@
-"""Trains DeepLabv3 on Ray Train, from a recipe: the paper's runs, and ours.
+"""Train DeepLabv3 on Ray Train from a recipe: the paper's experiments, and ours.
 
     python jobs/train.py --recipe voc-mobilenetv2 --data s3://sets/voc --out s3://models/voc
     python jobs/train.py --list
 
---recipe NAME is needed: its values are the defaults of all flags but the first few, and any of them
-can be given as a flag. --list prints the recipes with their scores. --resume is a word for who
-expects it: every run goes on where it stopped.
+--recipe NAME is required: its values are the defaults of the flags, and each can be overridden by a
+flag. --list prints the recipes with their scores. --resume is accepted for compatibility; every run
+resumes automatically.
 
-Exits 0 when the network is trained, 1 when the run stopped (the same command goes on with it,
-unless the last line asks for another), 2 on arguments that cannot be right. The last line is for
-log readers: `key=value` pairs.
+Exits 0 if training finished, 1 if the run stopped early (the same command resumes it, unless the
+last line names another), 2 on invalid arguments. The last line is machine-readable: `key=value`
+pairs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pipeline.cli.arguments import ArgumentsError, parse
 from pipeline.cli.exit import hard_exit, last_line, run_job
 from pipeline.cli.training_progress import TrainingDisplay
-from pipeline.cli.training_tables import class_table, dry_run
+from pipeline.cli.training_tables import dry_run, final_scores
 from pipeline.data.storage import StorageError
 from pipeline.runs import lease, ray_connection
 from pipeline.runs.ray_connection import RunStoppedError
@@ -35,7 +35,7 @@ from pipeline.train.settings import TrainingSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the job with the command line `argv`; its exit code."""
+    """Run the job with the command line `argv` and return its exit code."""
     given = sys.argv[1:] if argv is None else argv
     if "--list" in given:
         print(registry.describe(registry.RECIPES.values()), end="")
@@ -44,26 +44,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train",
         lambda: _train(given),
         expected=(StorageError, RunStoppedError, lease.HeldError),
-        interrupted="interrupted; the same command goes on with the run",
+        interrupted="interrupted; the same command resumes the run",
     )
 
 
 def _train(argv: Sequence[str]) -> str:
-    name, rest = _first(argv)
+    name, rest = _split_recipe(argv)
     recipe = _recipe(name, rest)
     settings = _settings(recipe, rest)
     if settings.dry_run:
-        return dry_run(recipe, settings, estimate(settings, _say))
+        return dry_run(recipe, settings, estimate(settings, _print_now))
     with ray_connection.disconnect_on_exit(), TrainingDisplay(settings) as display:
-        ended = fit(settings, _say, display)
+        ended = fit(settings, _print_now, display)
     return _ended(settings, ended)
 
 
-def _first(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """--recipe, which decides what the other flags are, and the rest."""
+def _split_recipe(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the value of --recipe, which sets the defaults of the other flags, and the rest."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--recipe")
-    parser.add_argument("--resume", action="store_true")  # always so: a word for who expects it
+    parser.add_argument("--resume", action="store_true")  # accepted for compatibility
     try:
         given, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -76,11 +76,11 @@ def _recipe(name: str | None, rest: Sequence[str]) -> Recipe:
         return registry.by_name(name)
     if {"-h", "--help"} & set(rest):
         return registry.OURS[0]
-    raise ArgumentsError("missing: --recipe; --list prints all of them")
+    raise ArgumentsError("missing: --recipe; --list prints all recipes")
 
 
 def _settings(recipe: Recipe, argv: Sequence[str]) -> TrainingSettings:
-    """The command line's settings; the flags' defaults are the recipe's."""
+    """Return the settings given on the command line; the recipe has the defaults."""
 
     @dataclass(frozen=True, kw_only=True)
     class Given(TrainingSettings):
@@ -92,21 +92,21 @@ def _settings(recipe: Recipe, argv: Sequence[str]) -> TrainingSettings:
     settings = parse(Given, argv, description=f"{__doc__}\n{about}")
     if recipe.after and settings.experiment.init is None and "--init" not in argv:
         raise ArgumentsError(
-            f"recipe {recipe.name} goes on from {recipe.after}'s network: give --init, for example "
-            f"OUT/{recipe.after}/model.safetensors"
+            f"recipe {recipe.name} starts from the network of {recipe.after}: give --init, for "
+            f"example OUT/{recipe.after}/model.safetensors"
         )
     return settings
 
 
-def _say(line: str) -> None:
+def _print_now(line: str) -> None:
     print(line, flush=True)
 
 
 def _ended(settings: TrainingSettings, ended: TrainingResult) -> str:
     record = ended.record
     if ended.nothing_to_do:
-        print(f"{settings.out} was finished before: there is nothing to do")
-    print(class_table(record))
+        print(f"{settings.out} is already finished; nothing to do")
+    print(final_scores(record))
     facts: dict[str, object] = {"steps": record["steps"], "seconds": record["seconds"]}
     for which in ("last", "best"):
         if record[which]:

@@ -22,6 +22,7 @@ RENAMED_FLAGS = {
     "--max-wait": "--start-timeout",
     "--max-stall": "--stall-timeout",
     "--model-changed": "--on-model-change",
+    "--photos": "--images",
 }
 """Former names of flags, which are still accepted, with a warning."""
 

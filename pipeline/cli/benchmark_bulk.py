@@ -1,4 +1,4 @@
-"""Images a second of the bulk job through Ray, and of its segmenter in a plain loop."""
+"""Throughput of the bulk job through Ray, and of its segmenter in a plain loop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SHARD_IMAGES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Throughput:
-    """Both rates are between the first and the last finished shard; the time before is apart."""
+    """Rates between the first and the last finished shard, and the time before the first."""
 
     images: int
     ray_images_per_second: float
@@ -32,12 +32,12 @@ class Throughput:
 
     @property
     def ratio(self) -> float:
-        """Ray's rate over the loop's."""
+        """The rate through Ray divided by that of the loop."""
         return self.ray_images_per_second / self.loop_images_per_second
 
 
 class _Clock:
-    """Notes when how many images were done."""
+    """Records how many images were done at which time."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
@@ -48,17 +48,17 @@ class _Clock:
             self._done.append((time.perf_counter(), images))
 
     def result(self) -> tuple[float, float]:
-        """Images a second after the first note, and the seconds until it."""
+        """Return images per second after the first record, and the seconds until it."""
         (since, before), (until, now) = self._done[0], self._done[-1]
         if now == before:
-            raise ValueError("--bulk-limit is one shard; give more images")
+            raise ValueError("--bulk-limit: the images fit into one shard; give more")
         return (now - before) / (until - since), since - self._started
 
 
-def through_ray_and_plainly(images: str, checkpoint: str, *, limit: int, gpu: bool) -> Throughput:
-    """Segments the first `limit` photos below `images` both ways, on one actor and one CPU.
+def measure_throughput(images: str, checkpoint: str, *, limit: int, gpu: bool) -> Throughput:
+    """Segment the first `limit` images below `images` both ways, on one actor and one CPU.
 
-    Raises what `run` raises, and ValueError where the photos are one shard.
+    Raises what `run` raises, and ValueError if the images fit into one shard.
     """
     with tempfile.TemporaryDirectory() as results:
         settings = BulkSettings(
@@ -96,8 +96,8 @@ def _loop(settings: BulkSettings, planned: Plan) -> _Clock:
     with closing(Segmenter(work)) as segmenter:
         for part in planned.parts:
             for row in plan.read_part(layout, part).to_pylist():
-                photos = actor_pool.images_of(row["images"])
-                segmenter.rows_of(row["shard"], photos)
-                done += len(photos)
+                images = actor_pool.images_of(row["images"])
+                segmenter.rows_of(row["shard"], images)
+                done += len(images)
                 clock.note(done)
     return clock

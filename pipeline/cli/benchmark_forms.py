@@ -1,4 +1,4 @@
-"""The forms of a network that `jobs/benchmark.py` compares, and the networks themselves."""
+"""The variants of a network that `jobs/benchmark.py` compares."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TORCHVISION = {"resnet50": "deeplabv3_resnet50", "resnet101": "deeplabv3_resnet
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """A network in a form, with what `predict` needs of it."""
+    """A network in one form, ready for `predict`."""
 
     model: DeepLabV3
     dtype: torch.dtype
@@ -31,7 +31,7 @@ class Built:
 
 
 def build(backbone: Backbone, output_stride: int) -> DeepLabV3:
-    """The network with torchvision's rates and head, with fresh weights, in eval mode."""
+    """Return a network with torchvision's rates and head and random weights, in eval mode."""
     config = ModelConfig(
         backbone=backbone, output_stride=output_stride, style="torchvision", multi_grid=(1, 1, 1)
     )
@@ -41,7 +41,7 @@ def build(backbone: Backbone, output_stride: int) -> DeepLabV3:
 def form_of(
     model: DeepLabV3, form: Form, device: torch.device, size: Size, *, multi: bool
 ) -> tuple[Built | None, str | None]:
-    """The model in that form, or None and why there is none."""
+    """Return the model in that form, or None and the reason."""
     if form == "fast":
         fast = optimize.optimize_for_inference(model, device, size=size)
         dtype = next(fast.parameters()).dtype
@@ -64,7 +64,7 @@ def form_of(
 
 
 def _torchvision(model: DeepLabV3, device: torch.device) -> tuple[Built | None, str | None]:
-    """torchvision's own network with the model's weights, as our `predict` calls it."""
+    """Return torchvision's network with the weights of the model, wrapped for our `predict`."""
     name = _TORCHVISION.get(model.config.backbone)
     if name is None or model.config.output_stride != 8:
         return None, "torchvision has no such network"

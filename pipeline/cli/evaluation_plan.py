@@ -1,4 +1,4 @@
-"""What an evaluation is to do: from a command line to photos, and the ways to look at them."""
+"""Plan of an evaluation: from the command line to the images and the configurations."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.checks import check_at_least, flag
 from pipeline.data import labels, storage
 from pipeline.data.datasets import Layout, open_split
 from pipeline.data.labels import Classes
@@ -17,78 +18,79 @@ from pipeline.train.recipes.experiment import PAPER_SCALES
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """Score a checkpoint on photos with labels."""
+class EvaluateArguments:
+    """Score a checkpoint on labeled images."""
 
     checkpoint: str
-    """The model: a file in any layout that the jobs read, or a public file, zoo:NAME."""
+    """Model: a file in any layout that the jobs read, or a public file, zoo:NAME."""
     data: str
-    """Where the photos and labels are: s3://bucket/prefix or a folder."""
+    """Images and labels: s3://bucket/prefix or a folder."""
     layout: Layout = "voc"
-    """How they lie there."""
+    """Directory layout of --data."""
     split: str = "val"
-    """Which of them; train+val is both."""
+    """Split to evaluate; train+val is both."""
     classes: str | None = None
-    """What the labels' values mean: voc, cityscapes, camvid or JSON text {"names": [...]}; the
-    checkpoint's own by default."""
+    """Classes of the labels: voc, cityscapes, camvid or JSON text {"names": [...]}; by default
+    those of the checkpoint."""
     scales: tuple[float, ...] = ()
-    """Scales whose probabilities are averaged; 1 by default, the paper's in --table."""
+    """Scales whose probabilities are averaged; 1 by default, those of the paper with --table."""
     flip: bool = False
-    """Average over the mirrored photo too."""
+    """Also evaluate horizontally flipped images, and average."""
     output_stride: int | None = None
-    """4, 8, 16 or 32 (a cascade's up to 256); the checkpoint's own by default."""
+    """4, 8, 16 or 32 (a cascade: up to 256); by default that of the checkpoint."""
     table: bool = False
-    """The paper's kind of table: output strides 16 and 8, then several scales, then flips."""
+    """Print a table like the paper's: output strides 16 and 8, then multi-scale, then flips."""
     over: tuple[str, ...] = ()
-    """Names of classes, over which there is another mean."""
+    """Names of classes over which to report another mean IoU."""
     limit: int | None = None
-    """Look at the first so many photos only."""
+    """Evaluate at most this many images."""
     workers: int = 1
-    """Processes that share the photos; more than 1 are Ray's."""
+    """Processes that share the images; more than 1 run on Ray."""
     cpus_per_worker: int | None = None
-    """CPUs and torch threads for each; by default they share this machine, and have 2 each on a
-    cluster."""
+    """CPUs and torch threads of each worker; by default the workers share this machine, and have 2
+    each on a cluster."""
     gpus_per_worker: float = 0.0
-    """GPUs for each; 0 looks on the CPU."""
+    """GPUs of each worker; 0 evaluates on the CPU."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", storage.normalize(self.data))
         for name in ("limit", "workers", "cpus_per_worker"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+            check_at_least(flag(name), getattr(self, name), 1)
         if not 0 <= self.gpus_per_worker < float("inf"):
             raise ValueError(f"--gpus-per-worker {self.gpus_per_worker}: must be at least 0")
         if self.table and (self.flip or self.output_stride is not None):
-            raise ValueError("--table looks in every way: leave out --flip and --output-stride")
+            raise ValueError(
+                "--table covers flips and output strides: leave out --flip and --output-stride"
+            )
         EvalConfig(scales=self.scales or (1.0,))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is to be done: the photos, and the ways to look at them, each with its name.
+class EvaluationPlan:
+    """The images to evaluate, and the configurations by name.
 
-    `over` are the ids of the classes of another mean.
+    `over` holds the ids of the classes of the additional mean.
     """
 
     work: EvaluatorSpec
     indices: range
-    looks: dict[str, EvalConfig]
+    configs: dict[str, EvalConfig]
     over: tuple[int, ...]
 
 
-def plan_of(arguments: Arguments) -> Plan:
-    """What the arguments ask for. Raises ValueError where they do not fit checkpoint or data.
+def plan_evaluation(arguments: EvaluateArguments) -> EvaluationPlan:
+    """Return the plan for the arguments.
 
-    Raises StorageError where one of these cannot be read.
+    Raises ValueError if they do not fit the checkpoint or the data, StorageError if one of these
+    cannot be read.
     """
     _check_gpus(arguments)
     data = weights.read(arguments.checkpoint)
     model, classes = weights.load(arguments.checkpoint, data=data)
-    looks = _looks(arguments, model.config)
+    configs = _configs(arguments, model.config)
     classes = _classes(arguments, classes)
     split = open_split(arguments.data, arguments.split, layout=arguments.layout, classes=classes)
-    return Plan(
+    return EvaluationPlan(
         work=EvaluatorSpec(
             checkpoint=arguments.checkpoint,
             digest=weights.checkpoint_sha256(data),
@@ -97,22 +99,22 @@ def plan_of(arguments: Arguments) -> Plan:
             gpu=arguments.gpus_per_worker > 0,
         ),
         indices=range(min(len(split), arguments.limit or len(split))),
-        looks=looks,
+        configs=configs,
         over=_ids(arguments.over, classes),
     )
 
 
-def _check_gpus(arguments: Arguments) -> None:
+def _check_gpus(arguments: EvaluateArguments) -> None:
     workers, each = arguments.workers, arguments.gpus_per_worker
     if not _on_cluster(workers):
         devices.check_gpus(workers * each, f"--gpus-per-worker {each:g} on {workers} workers")
 
 
-def _looks(arguments: Arguments, config: ModelConfig) -> dict[str, EvalConfig]:
-    """The ways to look, by name. Raises ValueError on a stride that the network cannot have."""
+def _configs(arguments: EvaluateArguments, config: ModelConfig) -> dict[str, EvalConfig]:
+    """Return the configurations by name. Raises ValueError for an impossible output stride."""
     if arguments.table:
         scales = arguments.scales or PAPER_SCALES
-        looks = [  # strides that every network has
+        configs = [  # strides that every network supports
             EvalConfig(output_stride=16),
             EvalConfig(output_stride=8),
             EvalConfig(output_stride=8, scales=scales),
@@ -120,38 +122,40 @@ def _looks(arguments: Arguments, config: ModelConfig) -> dict[str, EvalConfig]:
         ]
     else:
         stride = arguments.output_stride or config.output_stride
-        dataclasses.replace(config, output_stride=stride)  # which checks it
+        dataclasses.replace(config, output_stride=stride)  # checks it
         scales = arguments.scales or (1.0,)
-        looks = [EvalConfig(output_stride=stride, scales=scales, flip=arguments.flip)]
-    return {_name(look): look for look in looks}
+        configs = [EvalConfig(output_stride=stride, scales=scales, flip=arguments.flip)]
+    return {_name(config): config for config in configs}
 
 
-def _name(look: EvalConfig) -> str:
-    several = " + MS" if len(look.scales) > 1 else f" x {look.scales[0]:g}"
-    name = f"OS {look.output_stride}" + (several if look.scales != (1.0,) else "")
-    return name + (" + flip" if look.flip else "")
+def _name(config: EvalConfig) -> str:
+    several = " + MS" if len(config.scales) > 1 else f" x {config.scales[0]:g}"
+    name = f"OS {config.output_stride}" + (several if config.scales != (1.0,) else "")
+    return name + (" + flip" if config.flip else "")
 
 
-def _classes(arguments: Arguments, trained: Classes) -> Classes:
-    """What the labels mean. Raises ValueError where the checkpoint knows another number."""
+def _classes(arguments: EvaluateArguments, trained: Classes) -> Classes:
+    """Return the classes of the labels. Raises ValueError if the checkpoint has another number."""
     if arguments.classes is not None:
-        meant = labels.get_classes(arguments.classes)
-        _check_number(meant, "--classes", arguments, trained)
-        return meant
+        given = labels.get_classes(arguments.classes)
+        _check_number(given, "--classes", arguments, trained)
+        return given
     if arguments.layout not in labels.KNOWN_CLASSES:
         return trained
     usual = labels.KNOWN_CLASSES[arguments.layout]
     _check_number(usual, f"--layout {arguments.layout}", arguments, trained)
-    # files that say nothing of their classes come without their data's ignore_index too
+    # a checkpoint without class names lacks the ignore_index of its data too
     return dataclasses.replace(trained, ignore_index=usual.ignore_index)
 
 
-def _check_number(meant: Classes, what: str, arguments: Arguments, trained: Classes) -> None:
-    if meant.num_classes != trained.num_classes:
+def _check_number(
+    given: Classes, what: str, arguments: EvaluateArguments, trained: Classes
+) -> None:
+    if given.num_classes != trained.num_classes:
         raise ValueError(
-            f"{what} has {meant.num_classes} classes, but {arguments.checkpoint} was trained on "
-            f"{trained.num_classes}: {', '.join(trained.names[:3])}, ...; give --classes for "
-            "labels that mean these"
+            f"{what} has {given.num_classes} classes, but {arguments.checkpoint} was trained on "
+            f"{trained.num_classes}: {', '.join(trained.names[:3])}, ...; give the --classes of "
+            "the labels"
         )
 
 
@@ -163,12 +167,12 @@ def _ids(names: Sequence[str], classes: Classes) -> tuple[int, ...]:
 
 
 def _on_cluster(workers: int) -> bool:
-    """Whether they are not this machine's: a single one is this process."""
+    """Whether the workers run on a cluster; a single worker is this process."""
     return workers > 1 and bool(os.environ.get("RAY_ADDRESS"))
 
 
 def _cpus(workers: int) -> int:
-    """CPUs a worker where nobody asked: on a cluster this machine says nothing of the others."""
+    """Return the default CPUs of a worker; the size of the nodes of a cluster is not known here."""
     if _on_cluster(workers):
         return 2
     return max(1, len(os.sched_getaffinity(0)) // workers)

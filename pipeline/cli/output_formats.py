@@ -1,7 +1,7 @@
-"""Answers of DuckDB as people and programs read them: a table, CSV, JSON, Parquet.
+"""Output formats of query results: a table, CSV, JSON, Parquet.
 
-Text from buckets is not trusted: control characters never reach a terminal raw, and no cell of
-a CSV is a formula to a spreadsheet.
+Text from buckets is untrusted: control characters never reach a terminal raw, and spreadsheets do
+not read a cell of a CSV as a formula.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def write_parquet(reader: pa.RecordBatchReader, file: BinaryIO) -> None:
 
 
 def _table(reader: pa.RecordBatchReader, to_terminal: bool) -> Iterator[str]:
-    """The first rows, drawn; as wide as they are unless they must fit a terminal."""
+    """Yield the first rows as a table, which is only limited in width in a terminal."""
     table = Table()
     for field in reader.schema:
         right = pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
@@ -50,14 +50,14 @@ def _table(reader: pa.RecordBatchReader, to_terminal: bool) -> Iterator[str]:
     rows = _rows(reader, lambda data: f"<{len(data)} bytes>")
     for number, row in enumerate(rows):
         if number == _TABLE_ROWS:
-            table.caption = f"the first {_TABLE_ROWS} rows; csv, json and parquet hold all"
+            table.caption = f"the first {_TABLE_ROWS} rows; --format csv, json and parquet give all"
             break
         table.add_row(*(Text(visible(_cell(value))) for value in row))
-    drawn = io.StringIO()
+    text = io.StringIO()
     width = None if to_terminal else 10**6
-    console = Console(file=drawn, width=width, color_system=None, legacy_windows=False)
+    console = Console(file=text, width=width, color_system=None, legacy_windows=False)
     console.print(table)
-    yield drawn.getvalue()
+    yield text.getvalue()
 
 
 def _csv(reader: pa.RecordBatchReader, to_terminal: bool) -> Iterator[str]:
@@ -71,7 +71,7 @@ def _csv(reader: pa.RecordBatchReader, to_terminal: bool) -> Iterator[str]:
 
 
 def _csv_cell(value: Any) -> str:
-    """The value as RFC 4180 writes it; an empty string is "", a null is nothing."""
+    """Return the value as in RFC 4180; an empty string is "", null is an empty cell."""
     text = _cell(value)
     if isinstance(value, str) and not isinstance(value, _Base64) and text.startswith(_FORMULA):
         text = f"'{text}"
@@ -92,7 +92,7 @@ def _json(reader: pa.RecordBatchReader, _: bool) -> Iterator[str]:
 def _rows(
     reader: pa.RecordBatchReader, binary: Callable[[bytes], str]
 ) -> Iterator[tuple[Any, ...]]:
-    """The rows as JSON values, `binary` saying what becomes of bytes."""
+    """Yield the rows as JSON values; `binary` converts bytes."""
     kinds = reader.schema.types
     for batch in reader:
         columns = [
@@ -103,7 +103,7 @@ def _rows(
 
 
 def _plain(value: Any, kind: pa.DataType, binary: Callable[[bytes], str]) -> Any:
-    """The value as JSON knows it: floats as short as their type allows, times in ISO 8601."""
+    """Return a JSON value: floats as short as their type allows, times in ISO 8601."""
     match value:
         case None | bool() | int() | str():
             return value
@@ -125,7 +125,7 @@ def _plain(value: Any, kind: pa.DataType, binary: Callable[[bytes], str]) -> Any
 
 
 class _Base64(str):
-    """Bytes as text: no formula, whatever it starts with."""
+    """Encoded bytes: not a formula, whatever they start with."""
 
 
 def _base64(data: bytes) -> _Base64:
@@ -133,14 +133,14 @@ def _base64(data: bytes) -> _Base64:
 
 
 def _cell(value: Any) -> str:
-    """A plain value as text; what is nested as JSON."""
+    """Return a plain value as text, nested ones as JSON."""
     if value is None:
         return "NULL"
     return _json_text(value) if isinstance(value, bool | list | dict) else str(value)
 
 
 def _json_text(value: Any) -> str:
-    """The plain value as JSON without raw control characters; NaN and infinities are null."""
+    """Return the plain value as JSON without raw control characters; NaN and inf are null."""
     try:
         return json_text(value, allow_nan=False)
     except ValueError:
@@ -156,7 +156,7 @@ def _finite(value: Any) -> Any:
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """The columns' names; one that was there before gets a number."""
+    """Return the names of the columns; repeated ones get a number."""
     taken: list[str] = []
     for name in names:
         free = (f"{name}_{number}" for number in itertools.count(1))
@@ -169,4 +169,4 @@ WRITERS: dict[str, Callable[[pa.RecordBatchReader, bool], Iterator[str]]] = {
     "csv": _csv,
     "json": _json,
 }
-"""What writes an answer as text, a piece at a time, given whether it is for a terminal."""
+"""Functions that yield a result as text, in parts, given whether it goes to a terminal."""

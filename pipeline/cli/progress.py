@@ -1,4 +1,4 @@
-"""How far a job is, for a person at a terminal or for a log: a bar, or a line every few seconds."""
+"""Progress display on stderr: a bar in a terminal, a line every few seconds in a log."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _LINE_EVERY_S = 5.0
 
 
 class Display:
-    """Shows progress on stderr while it is entered; call it whenever there is news.
+    """Displays progress on stderr while the context is open; call it with every update.
 
-    `count_errors` says how many photos are errors, where one does not end the job.
+    `count_errors` shows the number of errors, for jobs that an error does not end.
     """
 
     def __init__(self, *, count_errors: bool = True) -> None:
@@ -52,7 +52,7 @@ class Display:
             self._lines.join()
 
     def __call__(self, progress: Progress, name: str = "") -> None:
-        """Shows `progress` from now on; `name` says on what, where a job does several things."""
+        """Display `progress` from now on; `name` says of what, if a job does several things."""
         self._latest = (name, progress)
         self._bar.update(
             self._task,
@@ -63,7 +63,7 @@ class Display:
         )
 
     def _print_lines(self) -> None:
-        """A line every few seconds, whether or not there is news, and one at the end."""
+        """Print a line every few seconds, and one at the end."""
         while not self._ended.wait(_LINE_EVERY_S):
             self._print_line()
         self._print_line()
@@ -98,7 +98,7 @@ class _FactsColumn(TextColumn):
 
 
 def duration(seconds: float) -> str:
-    """`seconds` as a person says it: 42 s, 3 min 05 s, 2 h 07 min."""
+    """Return `seconds` in readable units: 42 s, 3 min 05 s, 2 h 07 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -108,7 +108,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: int) -> str:
-    """`count` bytes as a person says it."""
+    """Return `count` bytes in readable units: 999 B, 1.5 KB."""
     amount = float(count)
     for unit in ("B", "KB", "MB", "GB"):
         if amount < 1000:

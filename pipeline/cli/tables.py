@@ -1,4 +1,4 @@
-"""Evaluations as tables for people: IoU by class, and the mean with its interval, in percent."""
+"""Text tables of evaluation results: IoU by class, and means with intervals, in percent."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _NONE = "-"
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What one way to look at the photos came to, each 0 to 1; None where nothing is labelled.
+    """Scores of one evaluation, each from 0 to 1; None if no pixel is labeled.
 
-    `interval` holds the mean IoU of 95 % of the resampled sets of photos; `over` and its interval
-    are of the mean over a choice of classes, None without one.
+    `interval` is the 95 % bootstrap interval of the mean IoU over images; `over` and its interval
+    are those of the mean over selected classes, None if none are selected.
     """
 
     name: str
@@ -32,24 +32,24 @@ class Scores:
     pixel_accuracy: float | None
 
     @classmethod
-    def of(cls, name: str, seen: EvalResult, over: Sequence[int]) -> Scores:
-        """The scores of what was seen; `over` are the ids of the choice, () for none."""
-        counts = seen.evaluation.counts
-        # in the split's order, so that the interval is the same whoever looked at which photo
-        photos = np.stack([seen.per_image[index] for index in sorted(seen.per_image)])
+    def from_result(cls, name: str, result: EvalResult, over: Sequence[int]) -> Scores:
+        """Return the scores of a result; `over` holds the ids of the selected classes."""
+        counts = result.evaluation.counts
+        # in the order of the split: the interval does not depend on how workers shared the images
+        images = np.stack([result.per_image[index] for index in sorted(result.per_image)])
         return cls(
             name=name,
-            images=seen.evaluation.images,
+            images=result.evaluation.images,
             ious=counts.iou(),
             miou=counts.mean_iou(),
-            interval=bootstrap_interval(photos),
+            interval=bootstrap_interval(images),
             over=counts.mean_iou(over) if over else None,
-            over_interval=bootstrap_interval(photos, classes=over) if over else None,
-            pixel_accuracy=seen.evaluation.pixel_accuracy,
+            over_interval=bootstrap_interval(images, classes=over) if over else None,
+            pixel_accuracy=result.evaluation.pixel_accuracy,
         )
 
     def facts(self) -> dict[str, object]:
-        """The means as key and value, 0 to 1; what there is none of is left out."""
+        """Return the means by name, from 0 to 1, leaving out those that are None."""
         low, high = self.interval or (None, None)
         over_low, over_high = self.over_interval or (None, None)
         values = {
@@ -61,7 +61,7 @@ class Scores:
 
 
 def class_table(columns: Sequence[Scores], classes: Classes) -> list[str]:
-    """Lines: the IoU of each class, one column for each of the evaluations."""
+    """Return the lines of a table of the IoU of each class, with a column per evaluation."""
     head = ["IoU, %", *(column.name for column in columns)]
     rows = [
         [name, *(_percent(column.ious[i]) for column in columns)]
@@ -71,7 +71,7 @@ def class_table(columns: Sequence[Scores], classes: Classes) -> list[str]:
 
 
 def mean_table(rows: Sequence[Scores], over: Sequence[str]) -> list[str]:
-    """Lines: one for each evaluation, with the means and their intervals."""
+    """Return the lines of a table of means and their intervals, with a row per evaluation."""
     head = ["%", "mIoU", "95 % interval"]
     if over:
         head += [f"over {len(over)}", "95 % interval"]
@@ -85,7 +85,7 @@ def mean_table(rows: Sequence[Scores], over: Sequence[str]) -> list[str]:
 
 
 def _lines(table: Sequence[Sequence[str]]) -> list[str]:
-    """The first column to the left, the others to the right, two blanks between them."""
+    """Align the first column left and the others right, two spaces apart."""
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     return [
         "  ".join(

@@ -1,4 +1,4 @@
-"""How far a training run is, in lines: a step every few seconds, and each score on val."""
+"""Progress display of a training run: a step every few seconds, and each score on val."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LINE_EVERY_S = 5.0
 
 
 class TrainingDisplay:
-    """Prints on stderr what a run's board says; call it as often as there may be news."""
+    """Prints the status of a run on stderr; call it with every status."""
 
     def __init__(self, settings: TrainingSettings) -> None:
         self._augment = settings.experiment.augment
@@ -33,35 +33,35 @@ class TrainingDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(BrokenPipeError):  # nobody reads it any more
+        with contextlib.suppress(BrokenPipeError):  # the reader is gone
             sys.stderr.flush()
 
-    def __call__(self, watched: Status) -> None:
-        for warning in watched.warnings[self._warned :]:
+    def __call__(self, status: Status) -> None:
+        for warning in status.warnings[self._warned :]:
             print(f"WARNING {visible(warning)}", file=sys.stderr)
-        self._warned = len(watched.warnings)
-        for score in watched.scores[self._scored :]:
-            best = watched.best or score
+        self._warned = len(status.warnings)
+        for score in status.scores[self._scored :]:
+            best = status.best or score
             print(
                 f"val after step {score.step}: mIoU {score.miou:.2%} (best {best.miou:.2%}), "
                 f"pixel accuracy {score.pixel_accuracy:.2%}",
                 file=sys.stderr,
             )
             print(f"  {self._ious(score)}", file=sys.stderr)
-        self._scored = len(watched.scores)
-        row, now = watched.latest, time.monotonic()
+        self._scored = len(status.scores)
+        row, now = status.latest, time.monotonic()
         if row is None or row.step == self._step or now < self._next:
             return
         self._step, self._next = row.step, now + LINE_EVERY_S
         print(self._line(row), file=sys.stderr, flush=True)
 
     def _ious(self, score: Score) -> str:
-        """IoU of every class that val has."""
+        """Return the IoU of every class in val."""
         known = zip(labels.get_classes(self._classes).names, score.ious, strict=True)
         return ", ".join(f"{name} {iou:.1%}" for name, iou in known if iou is not None)
 
     def _line(self, row: Step) -> str:
-        # its speed is that of the step before
+        # its speed was measured on the previous step
         steps = self._augment.steps_like(row.step - 1, self._max_steps) - 1
         left = steps * self._batch_size / max(row.images_per_second, 1e-9)
         return (

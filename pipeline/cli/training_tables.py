@@ -1,4 +1,4 @@
-"""What a person reads of a training run: before it, what it would do, and at its end its score."""
+"""Text for training runs: the plan that a dry run prints, and the scores at the end."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pipeline.train.settings import TrainingSettings
 
 
 def dry_run(recipe: Recipe, settings: TrainingSettings, found: TrainingEstimate) -> str:
-    """The resolved recipe, the splits, how frequent each class is, and how long it would take."""
+    """Return the resolved recipe, the splits, the class frequencies and the estimated time."""
     experiment = settings.experiment
     values = dict(_values(experiment, found.report))
     width = max(map(len, values))
     steps = f"{experiment.optimizer.max_steps} steps of {found.step_s:.2f} s"
-    steps += f" ({found.wait_share:.0%} of it waiting for photos)"
+    steps += f" ({found.wait_share:.0%} of it waiting for images)"
     return "\n".join(
         [
             f"recipe {recipe.name} ({recipe.source}): {recipe.about}",
@@ -33,14 +33,14 @@ def dry_run(recipe: Recipe, settings: TrainingSettings, found: TrainingEstimate)
             "every value of the experiment, as flags:",
             *_command(flags(experiment)),
             "",
-            f"about {duration(found.seconds)}, evaluation apart: {steps},",
-            "as ten of them took here on one worker's part of the batch",
+            f"about {duration(found.seconds)} without evaluation: {steps},",
+            "measured over ten steps here on one worker's part of the batch",
         ]
     )
 
 
 def flags(part: Any) -> list[str]:
-    """Every value of the dataclass `part` and those in it, each as the flag that gives it."""
+    """Return every value of the dataclass `part` and of those in it as a flag."""
     found = []
     for entry in dataclasses.fields(part):
         value, name = getattr(part, entry.name), entry.name.replace("_", "-")
@@ -54,34 +54,34 @@ def flags(part: Any) -> list[str]:
     return found
 
 
-def class_table(record: Mapping[str, Any]) -> str:
-    """Per-class IoU on val at the end, in percent, a line a class."""
+def final_scores(record: Mapping[str, Any]) -> str:
+    """Return the final IoU of each class on val, in percent, one per line."""
     if not record["last"]:
-        return "val was not looked at"
+        return "val was not evaluated"
     ious = dict(zip(record["classes"], record["last"]["ious"], strict=True))
     width = max(map(len, ("IoU, %", *ious)))
     lines = [f"{'IoU, %':<{width}}  after step {record['last']['step']}"]
     for name, iou in {**ious, "mean": record["last"]["miou"]}.items():
         lines.append(f"{name:<{width}}  {'-' if iou is None else format(100 * iou, '.2f'):>6}")
     if None in ious.values():
-        lines.append("-: neither in a label nor in a mask, and not in the mean")
+        lines.append("-: in no label and no mask; left out of the mean")
     return "\n".join(lines)
 
 
-def _values(experiment: Experiment, looked: DataReport) -> Iterator[tuple[str, str]]:
-    """Name and value of what a person would want to see before hours of training."""
+def _values(experiment: Experiment, report: DataReport) -> Iterator[tuple[str, str]]:
+    """Yield name and value of what matters before hours of training."""
     data, augment, config = experiment.data, experiment.augment, experiment.optimizer
     yield "network", _network(experiment.model)
     yield "starts from", experiment.init or "random weights"
-    yield "train", f"{data.train_split}, {_photos(looked, data.repeat_classes)}"
-    yield "val", f"{data.val_split}, {len(looked.val)} photos"
+    yield "train", f"{data.train_split}, {_images(report, data.repeat_classes)}"
+    yield "val", f"{data.val_split}, {len(report.val)} images"
     crop = _size(augment.crop_size)
     if augment.late_crop_size is not None:
         crop += f", from {augment.late_from:.0%} of the steps on {_size(augment.late_crop_size)}"
     mirrored = ", mirrored" if augment.mirror else ""
     yield "crop", f"{crop}, scaled {augment.min_scale:g} to {augment.max_scale:g}{mirrored}"
-    epochs = config.max_steps * config.batch_size / len(looked.indices)
-    yield "steps", f"{config.max_steps} of {config.batch_size} photos ({epochs:.1f} epochs)"
+    epochs = config.max_steps * config.batch_size / len(report.indices)
+    yield "steps", f"{config.max_steps} of {config.batch_size} images ({epochs:.1f} epochs)"
     yield "lr", _rate(config)
     yield "batch norm", "frozen" if config.freeze_bn else f"momentum {config.bn_momentum:g}"
     yield "loss", _loss(config)
@@ -100,11 +100,11 @@ def _network(model: ModelConfig) -> str:
     return ", ".join([*parts, f"{model.num_classes} classes"])
 
 
-def _photos(looked: DataReport, repeat_classes: tuple[str, ...]) -> str:
-    photos, entries = len(looked.train), len(looked.indices)
-    if entries == photos:
-        return f"{photos} photos"
-    return f"{photos} photos ({entries} with those of {', '.join(repeat_classes)} repeated)"
+def _images(report: DataReport, repeat_classes: tuple[str, ...]) -> str:
+    images, entries = len(report.train), len(report.indices)
+    if entries == images:
+        return f"{images} images"
+    return f"{images} images ({entries} with those of {', '.join(repeat_classes)} repeated)"
 
 
 def _rate(config: OptimizerConfig) -> str:
@@ -132,18 +132,18 @@ def _evaluation(config: EvaluationConfig) -> str:
     return ", ".join([*parts, *(["flip"] if config.eval_flip else [])])
 
 
-def _frequencies(looked: DataReport) -> Iterator[str]:
-    """How much of the labelled pixels each class has, and in how many photos to train on it is."""
-    survey, names = looked.train_survey, looked.train.classes.names
+def _frequencies(report: DataReport) -> Iterator[str]:
+    """Yield the share of labeled pixels of each class, and the number of images that contain it."""
+    survey, names = report.train_survey, report.train.classes.names
     total = max(1, int(survey.pixels.sum()))
     width = max(map(len, ("class", *names)))
-    yield f"{'class':<{width}}  pixels, %  photos"
-    for name, pixels, photos in zip(names, survey.pixels, survey.holds.sum(axis=0), strict=True):
-        yield f"{name:<{width}}  {100 * pixels / total:>9.2f}  {photos:>6}"
+    yield f"{'class':<{width}}  pixels, %  images"
+    for name, pixels, images in zip(names, survey.pixels, survey.holds.sum(axis=0), strict=True):
+        yield f"{name:<{width}}  {100 * pixels / total:>9.2f}  {images:>6}"
 
 
 def _command(words: list[str]) -> Iterator[str]:
-    """The words as a shell takes them, in lines of at most 100 columns where they are shorter."""
+    """Yield the words as lines of a shell command, of at most WIDTH columns where possible."""
     line = " "
     for word in words:
         if len(f"{line} {word} \\") > WIDTH and line != " ":

@@ -95,7 +95,7 @@ def test_zombie_puts_that_arrive_after_their_run_has_ended(world: World) -> None
         assert sorted(storage.list_objects(f"{results}/images")) == before
     check(world, "zombie", line)
     again = world.done("zombie")
-    assert "there is nothing to do" in again.said
+    assert "nothing to do" in again.said
 
 
 def test_images_deleted_replaced_and_added_while_the_run_goes_on(world: World) -> None:

@@ -48,7 +48,7 @@ def test_what_a_person_asked_for_ends_in_a_line_where_it_could_not_be_done(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def refused() -> int:
-        raise ValueError("--photos is -1;\nit must be more")
+        raise ValueError("--images -1:\nmust be at least 0")
 
     def does(error: BaseException) -> Callable[[int], None]:
         def work(_: int) -> None:
@@ -58,7 +58,7 @@ def test_what_a_person_asked_for_ends_in_a_line_where_it_could_not_be_done(
 
     expected = (LookupError,)
     assert run_interactive(refused, lambda _: None, expected=expected) == 2
-    assert capsys.readouterr() == ("", "--photos is -1; it must be more\n")
+    assert capsys.readouterr() == ("", "--images -1: must be at least 0\n")
     assert run_interactive(lambda: 1, does(LookupError("no \x1b run")), expected=expected) == 1
     assert capsys.readouterr() == ("", "no \\x1b run\n")
     assert run_interactive(lambda: 1, does(KeyboardInterrupt()), expected=expected) == 1

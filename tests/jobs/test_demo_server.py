@@ -1,4 +1,4 @@
-"""The S3 server of the demo and the tests: there when it says so."""
+"""The S3 server of the demo and the tests: its buckets exist when it says so."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jobs.demo.server import s3_server
 
 
 @pytest.mark.s3
-def test_its_buckets_are_there_as_soon_as_it_is(tmp_path: Path) -> None:
+def test_its_buckets_exist_once_it_is_ready(tmp_path: Path) -> None:
     ports = server.free_ports()
     client = botocore.session.Session().create_client(
         "s3",
@@ -21,19 +21,19 @@ def test_its_buckets_are_there_as_soon_as_it_is(tmp_path: Path) -> None:
         aws_access_key_id=server.ACCESS_KEY,
         aws_secret_access_key=server.SECRET_KEY,
     )
-    with s3_server(tmp_path / "s3", buckets=("photos", "results"), ports=ports):
+    with s3_server(tmp_path / "s3", buckets=("images", "results"), ports=ports):
         found = client.list_buckets()["Buckets"]
         client.close()
-    assert {each["Name"] for each in found} == {"photos", "results"}
+    assert {each["Name"] for each in found} == {"images", "results"}
 
 
 @pytest.mark.s3
-def test_a_bucket_that_it_will_not_make_is_named(
+def test_a_bucket_that_it_does_not_create_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "_READY_S", 5.0)
     with (
-        pytest.raises(RuntimeError, match=r"did not come up with the buckets photos, b2;"),
-        s3_server(tmp_path / "s3", buckets=("photos", "b2")),
+        pytest.raises(RuntimeError, match=r"did not start with the buckets images, b2;"),
+        s3_server(tmp_path / "s3", buckets=("images", "b2")),
     ):
         pass

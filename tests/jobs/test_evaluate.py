@@ -91,7 +91,7 @@ def test_the_table_has_a_row_for_each_of_the_papers_ways_to_look(
     lines = out[out.index("\n%  ") + 1 :].splitlines()
     names = [re.split(r"  +", line)[0] for line in lines[1:5]]
     assert names == ["OS 16", "OS 8", "OS 8 + MS", "OS 8 + MS + flip"]
-    assert "1 photos (of 2) of val" in out
+    assert "1 images (of 2) of val" in out
     said = facts(out)
     assert main(arguments(str(tmp_path), "--limit", "1", "--scales", "0.5", "1", "--flip")) == 0
     alone = facts(capsys.readouterr().out)

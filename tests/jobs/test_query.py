@@ -147,7 +147,7 @@ def test_a_terminal_is_never_sent_a_raw_control_character(results: str, form: st
 def test_parquet_is_refused_by_a_terminal(results: str) -> None:
     code, out, err = in_terminal([results, "SELECT 1", "--format", "parquet"])
     assert (code, out) == (2, "")
-    assert err == "parquet is not for a terminal: give --output, or pipe it\n"
+    assert err == "parquet cannot be printed to a terminal: give --output, or pipe it\n"
 
 
 def in_terminal(argv: list[str]) -> tuple[int, str, str]:

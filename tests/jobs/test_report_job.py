@@ -17,10 +17,10 @@ def test_a_report_is_one_file_where_it_was_asked_for(prefix: str, capsys: Captur
     write_run(prefix, "a", hour=1)
     write_run(prefix, "b")
     out = storage.join(prefix, "pages/report.html")
-    assert main([prefix, "--out", out, "--photos", "0"]) == 0
+    assert main([prefix, "--out", out, "--images", "0"]) == 0
     assert capsys.readouterr().out.startswith(f"{out} shows run a (")
     assert b"<title>Run a</title>" in storage.read(out)
-    assert main([prefix, "--run-id", "b", "--out", out, "--photos", "0"]) == 0
+    assert main([prefix, "--run-id", "b", "--out", out, "--images", "0"]) == 0
     assert b"<title>Run b</title>" in storage.read(out)
 
 
@@ -31,7 +31,7 @@ def test_what_cannot_be_shown_is_one_line(prefix: str, tmp_path: Path, capsys: C
         write_run(prefix, "a", finished=False)
     assert main([prefix, "--run-id", "b"]) == 1
     assert capsys.readouterr().err.startswith(f"run b has no images at {prefix}: ")
-    wrong_ones = ["--photos", "-1"], ["--photos", "501"], ["--run-id", "../b"], ["--size", "3"]
+    wrong_ones = ["--images", "-1"], ["--images", "501"], ["--run-id", "../b"], ["--size", "3"]
     for wrong in (*wrong_ones, ["--out", "gs://b/x"], ["--out", str(tmp_path)]):
         assert main([prefix, *wrong]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1

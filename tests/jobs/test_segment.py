@@ -94,7 +94,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert "labels: 3 of the images have one" in out
     assert "left out: 1 objects" in out
     assert "  estimate: " in out
-    assert "    by 3 photos (0 errors) that took " in out
+    assert "    measured on 3 images (0 errors): " in out
     assert " estimated_seconds=" in out.splitlines()[-1]
     assert not list(storage.list_objects(f"{prefix}/results"))
 

@@ -161,7 +161,7 @@ def test_a_finished_run_says_so_and_changes_nothing(
     gone = ("--data", f"{trained.prefix}/gone")  # nobody needs them any more
     assert main(arguments(trained.prefix, *STEPS, "--resume", *gone)) == 0
     out, err = capsys.readouterr()
-    assert f"{trained.prefix}/out was finished before: there is nothing to do" in out
+    assert f"{trained.prefix}/out is already finished; nothing to do" in out
     assert facts(out) == facts(trained.out)
     assert err == ""
     assert list_etags(f"{trained.prefix}/out") == before

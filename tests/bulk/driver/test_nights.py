@@ -71,7 +71,7 @@ def test_each_night_processes_new_images_and_reports_if_there_are_none(
     assert " images=2 ok=2 errors=0 " in _printed(capsys)[-1]
     assert main(_night(s3_prefix)) == 0
     *_, words, last = _printed(capsys)
-    assert words == "nothing is new: earlier runs have done every image"
+    assert words == "nothing is new: earlier runs processed every image"
     assert " images=0 ok=0 errors=0 " in last
     assert " done_before=5 " in last
     assert _times_segmented(s3_prefix) == {f"{i:04d}": 1 for i in range(5)}
