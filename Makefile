@@ -32,7 +32,7 @@ chaos: $(VENV)/.installed  ## faults injected into real runs, for minutes; ends 
 cluster-test: $(VENV)/.installed  ## several nodes on this machine (as root: a network), minutes
 	$(BIN)/python -m pytest -m cluster
 
-check: $(VENV)/.installed  ## lint, types, and who may import whom
+check: $(VENV)/.installed  ## lint, types, and the layers of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

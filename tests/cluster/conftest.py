@@ -17,7 +17,7 @@ from tests import plain_loop
 from tests.cluster.several_nodes import (
     CHECKPOINT,
     PHOTO_COUNT,
-    PHOTOS,
+    IMAGES,
     SCALES,
     SCENARIOS,
     World,
@@ -28,7 +28,7 @@ from tests.small_images import small_image
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """A head without CPUs, three nodes of one CPU each, and photos on an S3 server beside."""
+    """A head without CPUs, three nodes of one CPU each, and images on an S3 server."""
     if not has_namespaces():
         pytest.skip("nodes on loopback have one address: run as root, with iproute2")
     folder = tmp_path_factory.mktemp("cluster")
@@ -39,7 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             pytest.MonkeyPatch.context() as patch,
             s3_server(
                 folder / "s3",
-                buckets=("photos", "results", "sets"),
+                buckets=("images", "results", "sets"),
                 address=made.network.gateway,
             ) as variables,
         ):
@@ -49,8 +49,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
                 patch.delenv(name, raising=False)
             for number in range(PHOTO_COUNT):
                 name, data, _ = small_image(number)
-                storage.write(f"{PHOTOS}/{name}", data)
-            rows = plain_loop.rows(PHOTOS, CHECKPOINT, Inference(scales=SCALES))
+                storage.write(f"{IMAGES}/{name}", data)
+            rows = plain_loop.rows(IMAGES, CHECKPOINT, Inference(scales=SCALES))
             assert len(rows) == PHOTO_COUNT
             made.start(3, {**variables, "DEEPLAB_CACHE": str(folder / "cache")})
             yield World(made, folder, rows)

@@ -22,7 +22,7 @@ _WITHOUT_NAMESPACE = {"Namespace"}
 
 
 def render(folder: Path) -> list[Resource]:
-    """The resources that the folder's kustomization.yaml comes to."""
+    """Return the resources that the folder's kustomization.yaml renders to."""
     given = yaml.safe_load((folder / "kustomization.yaml").read_text())
     unknown = set(given) - _KEYS
     assert not unknown, f"{folder}: this renderer does not know {unknown}"
@@ -91,7 +91,7 @@ def _apply(resource: Resource, operation: dict[str, Any]) -> None:
 
 
 def _set_image(value: Any, image: dict[str, str]) -> None:
-    """Names the image anew in all lists of containers below `value`."""
+    """Replace the image in all lists of containers below `value`."""
     if isinstance(value, list):
         for each in value:
             _set_image(each, image)

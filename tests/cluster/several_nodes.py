@@ -31,8 +31,8 @@ from tests.plain_loop import seen
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sysconfig.get_path("scripts")) / "ray")
 CHECKPOINT = "jobs/demo/tfzoo-voc-mobilenetv2.safetensors"
-PHOTOS = "s3://photos/night"
-SCALES = (1.0, 2.0, 3.0, 4.0)  # a third of a second of one CPU for a photo: a node comes in time
+IMAGES = "s3://images/night"
+SCALES = (1.0, 2.0, 3.0, 4.0)  # a third of a second of one CPU per image: a node arrives in time
 PHOTO_COUNT = 120
 SHARD_IMAGES = 2
 PATIENCE_S = 420.0  # for what takes seconds on a machine with nothing else to do
@@ -123,8 +123,8 @@ class World:
         )
 
     def segment(self, run: str, *flags: str, job_id: str | None = None) -> Submission:
-        """Submits a segmentation of all photos, with the run id and the place of `run`."""
-        command = ["jobs/segment.py", "--images", PHOTOS, "--results", results_of(run)]
+        """Submit a segmentation of all images, with the run id and results of `run`."""
+        command = ["jobs/segment.py", "--images", IMAGES, "--results", results_of(run)]
         command += ["--checkpoint", CHECKPOINT, "--run-id", run, "--cpus-per-actor", "1"]
         command += ["--shard-images", str(SHARD_IMAGES), "--scales", *map(str, SCALES)]
         return self.submit(job_id or run, *command, *flags)
@@ -150,7 +150,7 @@ class World:
         return {each for each in numbers if self.cluster.network.address(each) in living}
 
     def need(self, nodes: int) -> None:
-        """Sees to it that so many nodes live, whatever happened to them before."""
+        """Make exactly this many nodes run, whatever happened before."""
         addresses = [e["node_ip"] for e in self.state("nodes") if e["state"] == "ALIVE"]
         for number in self.cluster.nodes:
             if self.cluster.network.address(number) not in addresses:
@@ -166,7 +166,7 @@ class World:
         return sum(each["state"] == "ALIVE" for each in self.state("nodes"))
 
     def check(self, run: str, scenario: Scenario) -> None:
-        """Asserts that the run's rows are those of a plain loop, each photo once."""
+        """Assert that the rows of the run are those of a plain loop, each image once."""
         found = rows_of(run)
         scenario.expected, scenario.found = len(self.rows), len(found)
         assert Counter(row["uri"] for row in found) == Counter(list(self.rows))

@@ -1,4 +1,4 @@
-"""`jobs/benchmark.py` as a person types it, on a network and an image small enough for a CPU."""
+"""`jobs/benchmark.py` as a user runs it, on a network and an image small enough for a CPU."""
 
 import json
 
@@ -73,7 +73,7 @@ def test_what_does_not_fit_into_the_time_is_left_out_and_says_so(capsys):
 
 
 def test_wrong_arguments_are_exit_code_2(capsys):
-    assert main(["--bulk-images", "photos"]) == 2
+    assert main(["--bulk-images", "images"]) == 2
     assert main(["--size", "0"]) == 2
     assert "--bulk-checkpoint" in capsys.readouterr().out
 

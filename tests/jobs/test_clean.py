@@ -1,4 +1,4 @@
-"""`jobs/clean.py` as a person types it: what it prints, its exit code, what it leaves."""
+"""`jobs/clean.py` as a user runs it: what it prints, its exit code, what it leaves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`jobs/coco.py` as a person types it: a COCO becomes a table that training opens."""
+"""`jobs/coco.py` as a user runs it: a COCO becomes a table that training opens."""
 
 from __future__ import annotations
 
@@ -103,14 +103,14 @@ def test_what_is_missing_or_wrong_is_one_line_and_exit_2(prefix: str, capsys: Ca
         return line
 
     files = coco_files(train2017=TRAIN, val2017=VAL)
-    photo = files.pop("train2017/000000000002.jpg")
+    image = files.pop("train2017/000000000002.jpg")
     put_all(f"{prefix}/coco", files)
     assert convert(prefix) == 2
     assert "1 of 3 images" in (line := said())
     assert "the first is 000000000002.jpg" in line
 
     uri = "annotations/instances_val2017.json"
-    put_all(f"{prefix}/coco", {"train2017/000000000002.jpg": photo, uri: json.dumps([])})
+    put_all(f"{prefix}/coco", {"train2017/000000000002.jpg": image, uri: json.dumps([])})
     assert convert(prefix) == 2
     assert f"{uri}: not a COCO instances_*.json file" in said()
 

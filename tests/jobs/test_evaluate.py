@@ -1,4 +1,4 @@
-"""`jobs/evaluate.py` as a person types it: what it prints, and its exit code."""
+"""`jobs/evaluate.py` as a user runs it: what it prints, and its exit code."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ CHECKPOINT = str(DEMO / "tfzoo-voc-mobilenetv2.safetensors")
 
 def put_voc(prefix: str, count: int) -> None:
     """Writes crops of the cat and its label in VOC's layout, and a split `val` of them."""
-    photo = Image.open(io.BytesIO(demo_images()["chelsea.png"])).convert("RGB")
+    cat = Image.open(io.BytesIO(demo_images()["chelsea.png"])).convert("RGB")
     label = Image.open(DEMO / "labels" / "chelsea.png")
     for i in range(count):
         box = (30 * i, 20 * i, 30 * i + 120, 20 * i + 96)
-        for image, name in ((photo, f"JPEGImages/{i}.jpg"), (label, f"SegmentationClass/{i}.png")):
+        for image, name in ((cat, f"JPEGImages/{i}.jpg"), (label, f"SegmentationClass/{i}.png")):
             encoded = io.BytesIO()
             image.crop(box).save(encoded, "JPEG" if name.endswith("jpg") else "PNG")
             storage.write(f"{prefix}/{name}", encoded.getvalue())
@@ -58,10 +58,10 @@ def test_the_last_line_and_the_table_say_what_counting_pixels_says(
     model = optimize.optimize_for_inference(weights.load(CHECKPOINT)[0])
     both, either, right, labelled = np.zeros(21), np.zeros(21), 0, 0
     for i in range(2):
-        photo = Image.open(io.BytesIO(storage.read(f"{prefix}/JPEGImages/{i}.jpg")))
+        image = Image.open(io.BytesIO(storage.read(f"{prefix}/JPEGImages/{i}.jpg")))
         data = storage.read(f"{prefix}/SegmentationClass/{i}.png")
         truth = np.array(Image.open(io.BytesIO(data)))
-        mask = predict.segment(model, np.array(photo)[None])[0][0].numpy()
+        mask = predict.segment(model, np.array(image)[None])[0][0].numpy()
         for k in range(21):
             of_mask = (mask == k) & (truth != 255)
             both[k] += (of_mask & (truth == k)).sum()

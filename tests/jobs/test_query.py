@@ -1,4 +1,4 @@
-"""`jobs/query.py` as a person types it: each format holds what was asked, and harms nobody."""
+"""`jobs/query.py` as a user runs it: each format is complete and safe to display."""
 
 from __future__ import annotations
 

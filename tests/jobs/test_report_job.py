@@ -1,4 +1,4 @@
-"""`jobs/report.py` as a person types it: the file it writes, its exit code."""
+"""`jobs/report.py` as a user runs it: the file it writes, its exit code."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ for item in storage.list_objects("s3://results"):
     file = pq.ParquetFile(io.BytesIO(data)) if item.uri.endswith(".parquet") else None
     print(item.uri, (file.read().to_pylist(), file.schema_arrow.metadata) if file else data)
 """
-"""Prints all that lies in the results, tables as their rows: the files are compressed."""
+"""Prints everything in the results, tables as their rows: the files are compressed."""
 
 
 @pytest.mark.ray
@@ -36,17 +36,17 @@ def test_the_secret_is_in_nothing_that_a_run_leaves_behind(
 ) -> None:
     secret = "wJalrXUtnFEMI-K7MDENG-this-is-secret"
     monkeypatch.setattr("jobs.demo.server.SECRET_KEY", secret)
-    photo = io.BytesIO()
-    Image.open(io.BytesIO(demo_images()["chelsea.png"])).crop((0, 0, 160, 120)).save(photo, "PNG")
+    image = io.BytesIO()
+    Image.open(io.BytesIO(demo_images()["chelsea.png"])).crop((0, 0, 160, 120)).save(image, "PNG")
     # Ray's sockets need a short path
     with (
         tempfile.TemporaryDirectory(dir="/tmp") as ray_files,
-        s3_server(tmp_path / "s3", buckets=("photos", "results")) as variables,
+        s3_server(tmp_path / "s3", buckets=("images", "results")) as variables,
     ):
         environment = {**os.environ, **variables, "RAY_TMPDIR": ray_files}
-        for name, data in (("good.png", photo.getvalue()), ("bad.png", b"no photo")):
-            _python(f"storage.write('s3://photos/{name}', {data!r})", environment)
-        job = ["jobs/segment.py", "--images", "s3://photos", "--results", "s3://results"]
+        for name, data in (("good.png", image.getvalue()), ("bad.png", b"no image")):
+            _python(f"storage.write('s3://images/{name}', {data!r})", environment)
+        job = ["jobs/segment.py", "--images", "s3://images", "--results", "s3://results"]
         job += ["--checkpoint", CHECKPOINT, "--max-error-fraction", "1"]
         run = subprocess.run(
             [sys.executable, *job], cwd=ROOT, env=environment, capture_output=True, check=False
@@ -58,24 +58,24 @@ def test_the_secret_is_in_nothing_that_a_run_leaves_behind(
         assert len(logs) > 10  # it looked where Ray logs
         assert len(listed.splitlines()) >= 5  # shard, classes, done, record, plan and its part
     assert secret.encode() not in left
-    assert b"s3://photos/bad.png" in listed  # what is compressed was read
+    assert b"s3://images/bad.png" in listed  # what is compressed was read
     assert secret.encode() not in listed
 
 
 @pytest.mark.s3
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["no bucket", "wrong secret", "no photos"])
+@pytest.mark.parametrize("fault", ["no bucket", "wrong secret", "no images"])
 def test_a_run_that_fails_says_nothing_of_the_secret_and_leaves_it_nowhere(
     tmp_path: Path, s3_environment: dict[str, str], s3_prefix: str, fault: str
 ) -> None:
     environment = {**os.environ, **s3_environment, "TMPDIR": str(tmp_path)}
     secret = environment["AWS_SECRET_ACCESS_KEY"]
-    _python(f"storage.write('{s3_prefix}/photos/a.jpg', b'no photo')", environment)
+    _python(f"storage.write('{s3_prefix}/images/a.jpg', b'no image')", environment)
     results = "s3://no-such-bucket/x" if fault == "no bucket" else f"{s3_prefix}/results"
     if fault == "wrong secret":
         secret = environment["AWS_SECRET_ACCESS_KEY"] = "another-wJalrXUtnFEMI-secret"
-    photos = f"{s3_prefix}/nothing" if fault == "no photos" else f"{s3_prefix}/photos"
-    job = ["jobs/segment.py", "--images", photos, "--results", results]
+    images = f"{s3_prefix}/nothing" if fault == "no images" else f"{s3_prefix}/images"
+    job = ["jobs/segment.py", "--images", images, "--results", results]
     run = subprocess.run(
         [sys.executable, *job, "--checkpoint", CHECKPOINT],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""`jobs/segment.py` as a person types it: what it prints, its exit code, what it leaves."""
+"""`jobs/segment.py` as a user runs it: what it prints, its exit code, what it leaves."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ DEMO = ROOT / "jobs" / "demo"
 CHECKPOINT = str(DEMO / "tfzoo-voc-mobilenetv2.safetensors")
 
 
-def put_photos(prefix: str, count: int) -> None:
+def put_images(prefix: str, count: int) -> None:
     """Writes `count` crops of the cat, with the same crops of its label."""
-    photo = Image.open(io.BytesIO(demo_images()["chelsea.png"])).convert("RGB")
+    cat = Image.open(io.BytesIO(demo_images()["chelsea.png"])).convert("RGB")
     label = Image.open(DEMO / "labels" / "chelsea.png")
     for i in range(count):
         box = (3 * i, 2 * i, 3 * i + 160, 2 * i + 120)
-        for image, name in ((photo, f"photos/{i:03d}.jpg"), (label, f"labels/{i:03d}.png")):
+        for image, name in ((cat, f"images/{i:03d}.jpg"), (label, f"labels/{i:03d}.png")):
             encoded = io.BytesIO()
             image.crop(box).save(encoded, "JPEG" if name.endswith("jpg") else "PNG")
             storage.write(f"{prefix}/{name}", encoded.getvalue())
@@ -40,7 +40,7 @@ def put_photos(prefix: str, count: int) -> None:
 
 def arguments(prefix: str, *more: str) -> list[str]:
     return [
-        *("--images", f"{prefix}/photos", "--labels", f"{prefix}/labels"),
+        *("--images", f"{prefix}/images", "--labels", f"{prefix}/labels"),
         *("--results", f"{prefix}/results", "--checkpoint", CHECKPOINT, "--cpus-per-actor", "1"),
         *more,
     ]
@@ -51,7 +51,7 @@ def arguments(prefix: str, *more: str) -> list[str]:
 def test_iou_of_a_run_equals_counting_the_pixels_of_masks_and_labels(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put_photos(str(tmp_path), 5)
+    put_images(str(tmp_path), 5)
     assert main(arguments(str(tmp_path), "--run-id", "a", "--shard-images", "2")) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("segment finished run=a images=5 ok=5 errors=0 label_errors=0 shards=3")
@@ -69,7 +69,7 @@ def test_iou_of_a_run_equals_counting_the_pixels_of_masks_and_labels(
     ).fetchall()
     record = f"'{tmp_path}/results/runs/*.parquet'"
     [used] = duckdb.execute(f"select bytes_read, bytes_written, cost from {record}").fetchall()
-    read = [*tmp_path.rglob("photos/*"), *tmp_path.rglob("labels/*")]
+    read = [*tmp_path.rglob("images/*"), *tmp_path.rglob("labels/*")]
     folders = [tmp_path / "results" / name for name in ("images", "classes", "done")]
     written = [path for folder in folders for path in folder.rglob("*")]
     sizes = [sum(p.stat().st_size for p in paths if p.is_file()) for paths in (read, written)]
@@ -85,8 +85,8 @@ def test_iou_of_a_run_equals_counting_the_pixels_of_masks_and_labels(
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     prefix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put_photos(prefix, 3)
-    storage.write(f"{prefix}/photos/notes.txt", b"not a photo")
+    put_images(prefix, 3)
+    storage.write(f"{prefix}/images/notes.txt", b"not an image")
     assert main(arguments(prefix, "--dry-run", "--shard-images", "2")) == 0
     out = capsys.readouterr().out
     assert "3 images" in out
@@ -103,19 +103,19 @@ BAD_USE = {
     "scales of 0": (["--scales", "0"], 2, "--scales 0.0: each must be over 0"),
     "an output stride of 5": (["--output-stride", "5"], 2, "--output-stride 5: take 4, 8"),
     "a run id that is a path": (["--run-id", "../x"], 2, "run id '../x': must be"),
-    "no photos": (["--images", "{prefix}/none"], 2, "there are no objects under {prefix}/none"),
+    "no images": (["--images", "{prefix}/none"], 2, "there are no objects under {prefix}/none"),
     "no labels": (["--labels", "{prefix}/none"], 2, "there are no objects under {prefix}/none"),
     "patterns that take none": (
         ["--include", "*.xyz"],
         2,
         "--include matches none of its 2 objects",
     ),
-    "a checkpoint that is not one": (["--checkpoint", "{prefix}/photos/000.jpg"], 2, "000.jpg"),
+    "a checkpoint that is not one": (["--checkpoint", "{prefix}/images/000.jpg"], 2, "000.jpg"),
     "no checkpoint": (["--checkpoint", "{prefix}/x.pth"], 1, "{prefix}/x.pth does not exist"),
-    "results below a file": (["--results", "{prefix}/photos/000.jpg/r"], 1, "000.jpg/r"),
+    "results below a file": (["--results", "{prefix}/images/000.jpg/r"], 1, "000.jpg/r"),
     "a GPU that is not there": (["--gpus-per-actor", "512"], 2, "--gpus-per-actor 512"),
     "a part of a second GPU": (["--gpus-per-actor", "1.5"], 2, "--gpus-per-actor 1.5"),
-    "one photo for a folder": (["--images", "{prefix}/photos/000.jpg"], 2, "is an object"),
+    "one image for a folder": (["--images", "{prefix}/images/000.jpg"], 2, "is an object"),
     "a price of no GPU": (["--price-per-gpu-hour", "2"], 2, "with --gpus-per-actor over 0"),
     "an inventory that is not there": (["--inventory", "{prefix}/i.csv"], 2, "i.csv does not"),
     "an answer to nothing": (["--on-model-change", "new-only"], 2, "without --only-new"),
@@ -127,7 +127,7 @@ BAD_USE = {
 def test_bad_use_is_one_line_an_exit_code_and_nothing_left_behind(
     what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put_photos(str(tmp_path), 2)
+    put_images(str(tmp_path), 2)
     before = sorted(tmp_path.rglob("*"))
     flags, code, message = BAD_USE[what]
     more = [flag.replace("{prefix}", str(tmp_path)) for flag in flags]
@@ -138,15 +138,15 @@ def test_bad_use_is_one_line_an_exit_code_and_nothing_left_behind(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_labels_or_photos_that_share_a_stem_are_refused_by_name(
+def test_labels_or_images_that_share_a_stem_are_refused_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put_photos(str(tmp_path), 2)
-    (tmp_path / "photos" / "001.png").write_bytes((tmp_path / "photos" / "001.jpg").read_bytes())
+    put_images(str(tmp_path), 2)
+    (tmp_path / "images" / "001.png").write_bytes((tmp_path / "images" / "001.jpg").read_bytes())
     assert main(arguments(str(tmp_path))) == 2
     said = capsys.readouterr().out
-    assert f"{tmp_path}/photos/001.jpg" in said
-    assert f"{tmp_path}/photos/001.png" in said
+    assert f"{tmp_path}/images/001.jpg" in said
+    assert f"{tmp_path}/images/001.png" in said
     assert not (tmp_path / "results").exists() or not list((tmp_path / "results").rglob("*.*"))
 
 
@@ -157,7 +157,7 @@ def test_labels_or_photos_that_share_a_stem_are_refused_by_name(
         (None, None, "bucket no-such-bucket does not exist"),
         ("AWS_SECRET_ACCESS_KEY", "wrong", "access denied"),
         ("AWS_ENDPOINT_URL", "http://127.0.0.1:9", "127.0.0.1:9"),
-        ("AWS_ENDPOINT_URL", "SILENT", "no answer"),
+        ("AWS_ENDPOINT_URL", "SILENT", "no response"),
         ("AWS_PROFILE", "nobody", "profile (nobody) could not be found"),
         ("RAY_ADDRESS", "127.0.0.1:9", "cannot reach Ray at RAY_ADDRESS"),
     ],
@@ -172,7 +172,7 @@ def test_a_bucket_that_cannot_be_read_is_one_line_within_half_a_minute(
     silent = socket.create_server(("127.0.0.1", 0))  # it takes connections and never answers
     value = f"http://127.0.0.1:{silent.getsockname()[1]}" if value == "SILENT" else value
     environment = {**os.environ, **s3_environment, **({variable: value} if variable else {})}
-    put_photos(s3_prefix, 1)
+    put_images(s3_prefix, 1)
     prefix = s3_prefix if variable == "RAY_ADDRESS" else "s3://no-such-bucket"
     started = time.monotonic()
     done = subprocess.run(
@@ -194,7 +194,7 @@ def test_a_bucket_that_cannot_be_read_is_one_line_within_half_a_minute(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_driver_that_is_told_to_end_says_so_and_gives_its_lease_back(tmp_path: Path) -> None:
-    put_photos(str(tmp_path), 60)
+    put_images(str(tmp_path), 60)
     command = [sys.executable, "jobs/segment.py", *arguments(str(tmp_path), "--shard-images", "2")]
     driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     while not list(storage.list_objects(f"{tmp_path}/results/images")):
@@ -211,7 +211,7 @@ def test_a_driver_that_is_told_to_end_says_so_and_gives_its_lease_back(tmp_path:
 @pytest.mark.slow
 @pytest.mark.s3
 def test_a_driver_that_is_killed_is_continued_by_the_same_command(s3_prefix: str) -> None:
-    put_photos(s3_prefix, 24)
+    put_images(s3_prefix, 24)
     command = [sys.executable, "-m", "jobs.segment", *arguments(s3_prefix, "--shard-images", "2")]
     images = f"{s3_prefix}/results/images"
     driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -220,7 +220,7 @@ def test_a_driver_that_is_killed_is_continued_by_the_same_command(s3_prefix: str
         time.sleep(0.2)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    put_photos(s3_prefix, 25)  # one more than the plan has, and new etags of the same bytes
+    put_images(s3_prefix, 25)  # one more than the plan has, and new etags of the same bytes
     first = {item.uri: item.etag for item in storage.list_objects(images)}
     assert len(first) < 12
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -27,16 +27,16 @@ Capture = pytest.CaptureFixture[str]
 def arguments(prefix: str) -> list[str]:
     checkpoint = str(DEMO / "tfzoo-voc-mobilenetv2.safetensors")
     return [
-        *("--images", f"{prefix}/photos", "--results", f"{prefix}/results", "--run-id", "a"),
+        *("--images", f"{prefix}/images", "--results", f"{prefix}/results", "--run-id", "a"),
         *("--checkpoint", checkpoint, "--cpus-per-actor", "1"),
     ]
 
 
 def segmented(prefix: str) -> RunLayout:
-    """A run of two photos whose driver was killed when all shards were done, without Ray."""
+    """A run of two images whose driver was killed when all shards were done, without Ray."""
     for number in range(2):
         name, image, _ = small_image(number)
-        storage.write(f"{prefix}/photos/{name}", image)
+        storage.write(f"{prefix}/images/{name}", image)
     settings = parse(BulkSettings, arguments(prefix), description="")
     layout = RunLayout(results=settings.results, run_id="a")
     identity = settings.identity(model=preflight.preflight(settings).fingerprint)
@@ -65,8 +65,8 @@ def failed(prefix: str, capsys: Capture) -> str:
 @pytest.mark.parametrize(
     ("name", "way_out"),
     [
-        ("plans/run=a/plan.json", "another --run-id begins anew"),
-        ("plans/run=a/part-*.parquet", "another --run-id begins anew"),
+        ("plans/run=a/plan.json", "pass another --run-id to start over"),
+        ("plans/run=a/part-*.parquet", "pass another --run-id to start over"),
         ("usage/run=a/0123.json", "delete it, and run the same command again"),
         ("runs/run=a.parquet", "delete it, and run the same command again"),
     ],

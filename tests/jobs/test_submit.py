@@ -64,9 +64,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 def test_a_submitted_job_gives_its_rows_and_its_exit_code(
     head: dict[str, str], tmp_path: Path
 ) -> None:
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "chelsea.png").write_bytes(demo_images()["chelsea.png"])
-    job = ["python", "jobs/segment.py", "--images", f"{tmp_path}/photos"]
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "chelsea.png").write_bytes(demo_images()["chelsea.png"])
+    job = ["python", "jobs/segment.py", "--images", f"{tmp_path}/images"]
     job += ["--results", f"{tmp_path}/results", "--checkpoint", CHECKPOINT, "--run-id", "job"]
     good = _submit(job, head)
     assert good.returncode == 0, good.stdout + good.stderr
@@ -92,7 +92,7 @@ def test_a_submitted_training_leaves_its_network(head: dict[str, str], tmp_path:
 
 
 def _submit(job: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """The job's end, for who waits at a terminal."""
+    """Wait for the end of the job, as at a terminal."""
     command = [RAY, "job", "submit", "--working-dir", ".", "--", *job]
     while True:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""`jobs/train.py` as a person types it: what it trains, what it prints, what it says beforehand."""
+"""`jobs/train.py` as a user runs it: what it trains, what it prints, what it says beforehand."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ def facts(out: str) -> dict[str, str]:
 
 
 def counted_ious(checkpoint: str, numbers: range) -> list[float | None]:
-    """IoU of each class over the drawn photos, from the pixels of masks and labels."""
+    """IoU of each class over the drawn images, from the pixels of masks and labels."""
     model, _ = weights.load(checkpoint)
     both, either = np.zeros(4), np.zeros(4)
     for number in numbers:
-        photo, label = draw_sample(number)
-        photo = np.array(Image.open(io.BytesIO(encode(photo, "JPEG"))))
-        mask = predict.segment(model, photo[None])[0][0].numpy()
+        image, label = draw_sample(number)
+        image = np.array(Image.open(io.BytesIO(encode(image, "JPEG"))))
+        mask = predict.segment(model, image[None])[0][0].numpy()
         for k in range(4):
             both[k] += ((mask == k) & (label == k)).sum()
             either[k] += (((mask == k) | (label == k)) & (label != 255)).sum()
@@ -231,9 +231,9 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert not (tmp_path / "out").exists()
     assert "recipe camvid-mobilenetv2" in out
     said = dict(re.findall(r"^  ([a-z ]+?)  +(\S.*)$", out, re.MULTILINE))
-    assert said["train"] == "train, 6 photos (18 with those of blue repeated)"
-    assert said["val"] == "val, 3 photos"
-    assert said["steps"] == "6 of 4 photos (1.3 epochs)"
+    assert said["train"] == "train, 6 images (18 with those of blue repeated)"
+    assert said["val"] == "val, 3 images"
+    assert said["steps"] == "6 of 4 images (1.3 epochs)"
     assert said["lr"].startswith("0.003,")
     assert said["crop"].startswith("33 x 35,")
     assert not re.search(r"[{}\[\]]|None|True|False", out.split("as flags:")[0])
@@ -241,9 +241,9 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     labels = np.concatenate([draw_sample(number)[1].ravel() for number in range(6)])
     labelled = labels[labels != 255]
     for k, name in enumerate(("red", "green", "blue", "never")):
-        share, photos = re.findall(rf"^{name} +([\d.]+) +(\d+)$", out, re.MULTILINE)[0]
+        share, images = re.findall(rf"^{name} +([\d.]+) +(\d+)$", out, re.MULTILINE)[0]
         assert float(share) == pytest.approx(100 * (labelled == k).mean(), abs=0.0051)
-        assert photos == ("6" if k < 3 else "0")
+        assert images == ("6" if k < 3 else "0")
     assert re.search(r"^about .*: 6 steps of \d+\.\d\d s", out, re.MULTILINE)
 
 
@@ -288,7 +288,7 @@ def test_a_dry_run_says_how_much_of_a_step_waits_for_photos(
     found = re.search(r"of (\d+\.\d\d) s \((\d+)% of it waiting", capsys.readouterr().out)
     assert found is not None
     step_s, waiting = float(found[1]), int(found[2]) / 100
-    # a worker's two photos of a quarter of a second, or more on a busy machine; not all four
+    # a worker's two images of a quarter of a second, or more on a busy machine; not all four
     assert 0.49 <= step_s * waiting <= 3 * np.mean(took)
 
 

@@ -1,4 +1,4 @@
-"""Training that is killed, worker and driver, and goes on as if it had not been."""
+"""Training whose worker or driver is killed resumes as if it had not been."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def command_line(pid: int) -> str:
 
 
 def trainers(pid: int) -> dict[int, str]:
-    """The processes that train or read photos: Ray's own take their time to notice the end."""
+    """The processes that train or read images; Ray's own take some time to end."""
     ours = ("RayTrainWorker", "multiprocessing")
     return {
         each: began
@@ -104,7 +104,7 @@ def workers(pid: int) -> list[int]:
 
 
 class Undisturbed(NamedTuple):
-    """A run that nothing happened to, below `root`, with the photos that it was trained on."""
+    """An undisturbed run below `root`, with the images it was trained on."""
 
     root: Path
     workers: int
@@ -140,11 +140,11 @@ def test_what_was_killed_ends_with_the_weights_of_what_was_not(
         assert len(first) == undisturbed.workers
         os.kill(first[-1], signal.SIGKILL)
         newest = checkpoints.newest_step(out)
-        # all of the group begin anew
+        # the whole group restarts
         until(lambda: not set(first) & set(workers(process.pid)), process, log)
         until(lambda: checkpoints.newest_step(out) > newest + 5, process, log)
         started = trainers(process.pid)
-        assert any("forkserver" in line for line in alive(started))  # what reads photos
+        assert any("forkserver" in line for line in alive(started))  # reads images
         process.kill()
         process.wait()
         assert checkpoints.newest_step(out) < 40

@@ -22,7 +22,7 @@ def label_37_of_val(root: Path) -> None:
     storage.write(f"{root}/set/val/labels/11.png", encode(np.full((52, 75), 37, np.uint8)))
 
 
-def label_in_colours(root: Path) -> None:
+def label_in_colors(root: Path) -> None:
     storage.write(f"{root}/set/train/labels/03.png", encode(draw_sample(3)[0]))
 
 
@@ -34,7 +34,7 @@ def label_missing(root: Path) -> None:
     (root / "set/train/labels/03.png").unlink()
 
 
-def nothing_labelled_in_val(root: Path) -> None:
+def nothing_labeled_in_val(root: Path) -> None:
     for number in range(10, 13):
         ignored = np.full_like(draw_sample(number)[1], 255)
         storage.write(f"{root}/set/val/labels/{number}.png", encode(ignored))
@@ -47,10 +47,10 @@ def letter(root: Path) -> None:
 BAD_DATA = {
     "a label of a class that is not there": (label_37, "train/labels/03.png: label holds"),
     "such a label in val": (label_37_of_val, "val/labels/11.png: label holds"),
-    "a label in unknown colours": (label_in_colours, "train/labels/03.png"),
+    "a label in unknown colors": (label_in_colors, "train/labels/03.png"),
     "a label of another size": (label_of_another_size, "train/labels/03.png"),
     "a label that is missing": (label_missing, "train/images/03.jpg"),
-    "a val without a labelled pixel": (nothing_labelled_in_val, "no pixel of the 3 photos of val"),
+    "a val without a labeled pixel": (nothing_labeled_in_val, "no pixel of the 3 images of val"),
 }
 
 
@@ -75,7 +75,7 @@ BAD_USE = {
         "split 'test' is not in {root}/set; choose",
     ),
     "another layout": (["--layout", "voc"], "it looks like layout folders"),
-    "fewer photos than workers": (["--batch-size", "1", "--workers", "2"], "--batch-size 1"),
+    "fewer images than workers": (["--batch-size", "1", "--workers", "2"], "--batch-size 1"),
     "no workers": (["--workers", "0"], "--workers 0: give a number"),
     "other classes than the network's": (["--num-classes", "3"], "give --num-classes 4"),
     "a class to repeat that is none": (["--repeat-classes", "gold"], "--repeat-classes 'gold'"),
