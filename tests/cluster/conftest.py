@@ -16,7 +16,7 @@ from pipeline.data import storage
 from tests import plain_loop
 from tests.cluster.several_nodes import (
     CHECKPOINT,
-    PHOTO_COUNT,
+    IMAGE_COUNT,
     IMAGES,
     SCALES,
     SCENARIOS,
@@ -47,11 +47,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
                 patch.setenv(name, value)
             for name in ("AWS_PROFILE", "RAY_ADDRESS"):
                 patch.delenv(name, raising=False)
-            for number in range(PHOTO_COUNT):
+            for number in range(IMAGE_COUNT):
                 name, data, _ = small_image(number)
                 storage.write(f"{IMAGES}/{name}", data)
             rows = plain_loop.rows(IMAGES, CHECKPOINT, Inference(scales=SCALES))
-            assert len(rows) == PHOTO_COUNT
+            assert len(rows) == IMAGE_COUNT
             made.start(3, {**variables, "DEEPLAB_CACHE": str(folder / "cache")})
             yield World(made, folder, rows)
     finally:

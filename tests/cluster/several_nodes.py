@@ -33,7 +33,7 @@ RAY = str(Path(sysconfig.get_path("scripts")) / "ray")
 CHECKPOINT = "jobs/demo/tfzoo-voc-mobilenetv2.safetensors"
 IMAGES = "s3://images/night"
 SCALES = (1.0, 2.0, 3.0, 4.0)  # a third of a second of one CPU per image: a node arrives in time
-PHOTO_COUNT = 120
+IMAGE_COUNT = 120
 SHARD_IMAGES = 2
 PATIENCE_S = 420.0  # for what takes seconds on a machine with nothing else to do
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.cluster.several_nodes import (
-    PHOTO_COUNT,
+    IMAGE_COUNT,
     SHARD_IMAGES,
     Submission,
     World,
@@ -31,8 +31,8 @@ def test_three_nodes_see_what_one_machine_sees(world: World) -> None:
         until(lambda: len(world.at_work(STAGE)) == 3, job)
         assert job.wait() == 0, job.said
     world.check("three", scenario)
-    assert f"segment finished run=three images={PHOTO_COUNT} ok={PHOTO_COUNT} errors=0 " in job.said
-    assert re.search(rf"\d+ of {PHOTO_COUNT} images \(\d+%\) after", job.said)  # progress, as lines
+    assert f"segment finished run=three images={IMAGE_COUNT} ok={IMAGE_COUNT} errors=0 " in job.said
+    assert re.search(rf"\d+ of {IMAGE_COUNT} images \(\d+%\) after", job.said)  # progress, as lines
     again = world.segment("three", "--actors", "3", "3", job_id="three")
     assert again.wait() != 0
     assert "three already exists" in again.said
@@ -47,7 +47,7 @@ def test_a_stopped_job_is_gone_on_with(world: World) -> None:
         job.wait()
         assert "interrupted; the same command continues the run" in job.said
         before = files_of("stopped")
-        assert 0 < len(before) < PHOTO_COUNT // SHARD_IMAGES
+        assert 0 < len(before) < IMAGE_COUNT // SHARD_IMAGES
         job = world.segment("stopped", "--actors", "3", "3", job_id="stopped-2")
         assert job.wait() == 0, job.said
     assert before.items() <= files_of("stopped").items()
