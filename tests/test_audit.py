@@ -1,4 +1,4 @@
-"""`make audit` passes only where every pinned package was looked up and nothing is known."""
+"""`make audit` passes only if every pinned package was looked up and no vulnerability is known."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ UNKNOWN: dict[str, Any] = {"name": "unknown", "skip_reason": "not found"}
         ([GOOD, BAD], {}, 1, "bad 2: PYSEC-1, fixed in 3"),
         ([BAD], {"PYSEC-1": "2999-01-01"}, 0, "1 packages looked up, 0 findings"),
         ([BAD], {"CVE-1": "2999-01-01"}, 0, "0 findings"),
-        ([BAD], {"PYSEC-1": "2001-01-01"}, 1, "exception PYSEC-1 ran out on 2001-01-01"),
+        ([BAD], {"PYSEC-1": "2001-01-01"}, 1, "exception PYSEC-1 expired on 2001-01-01"),
         ([BAD], {"PYSEC-11": "2999-01-01"}, 1, "PYSEC-1, fixed in 3"),
         ([GOOD, UNKNOWN], {}, 1, "1 packages could not be looked up: unknown"),
-        (None, {}, 1, "pip-audit gave no answer"),
+        (None, {}, 1, "pip-audit gave no result"),
     ],
 )
-def test_what_the_audit_says(
+def test_the_audit_reports_findings_and_exceptions(
     tmp_path: Path, dependencies: Any, exceptions: dict[str, str], code: int, says: str
 ) -> None:
     said = "no answer" if dependencies is None else json.dumps({"dependencies": dependencies})
     program = tmp_path / "pip-audit"
-    # it exits 1 where something is found, as the real one does
+    # exits 1 with findings, as the real one does
     program.write_text(f"#!{sys.executable}\nimport sys\nprint({said!r})\nsys.exit(1)\n")
     program.chmod(0o755)
     (tmp_path / "audit.py").write_bytes((ROOT / ".ci" / "audit.py").read_bytes())
-    dated = {name: {"until": until, "why": "it is not used"} for name, until in exceptions.items()}
+    dated = {name: {"until": until, "why": "not used"} for name, until in exceptions.items()}
     (tmp_path / "audit-exceptions.json").write_text(json.dumps(dated))
     found = subprocess.run(
         [sys.executable, str(tmp_path / "audit.py")],

@@ -28,13 +28,13 @@ def ended(by: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.process
-def test_a_library_that_crashes_at_the_end_would_take_the_exit_code() -> None:
+def test_a_library_that_crashes_at_exit_would_change_the_exit_code() -> None:
     assert ended("sys.exit(0)").returncode < 0
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("code", [0, 1])
-def test_the_exit_code_is_the_jobs_and_nothing_said_or_tidied_up_is_lost(
+def test_hard_exit_keeps_the_exit_code_the_output_and_the_cleanup(
     code: int,
 ) -> None:
     done = ended(f"hard_exit({code})")
@@ -44,7 +44,7 @@ def test_the_exit_code_is_the_jobs_and_nothing_said_or_tidied_up_is_lost(
     assert subprocess.run(["test", "-e", folder], check=False).returncode == 1
 
 
-def test_what_a_person_asked_for_ends_in_a_line_where_it_could_not_be_done(
+def test_a_failed_interactive_job_prints_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def refused() -> int:

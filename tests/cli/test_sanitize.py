@@ -25,7 +25,7 @@ def _is_harmless(text: str) -> bool:
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_the_last_line_of_a_job_is_one_line_whatever_its_values_hold(
+def test_the_last_line_of_a_job_is_one_line_whatever_its_values(
     capsys: pytest.CaptureFixture[str], hostile: str
 ) -> None:
     assert _is_harmless(last_line("done", {"uri": f"s3://b/{hostile}.jpg"}))
@@ -40,7 +40,7 @@ def test_the_last_line_of_a_job_is_one_line_whatever_its_values_hold(
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_a_log_record_is_one_line_and_a_traceback_keeps_its_own(hostile: str) -> None:
+def test_a_log_record_is_one_line_and_a_traceback_keeps_its_lines(hostile: str) -> None:
     record = logging.LogRecord("x", logging.WARNING, "f", 1, "lost %s!", (hostile,), None)
     said = Formatter("%(levelname)s %(message)s").format(record)
     assert said.startswith("WARNING lost ")
@@ -57,7 +57,7 @@ def test_a_log_record_is_one_line_and_a_traceback_keeps_its_own(hostile: str) ->
 
 @pytest.mark.parametrize("job", [clean.main, query.main])
 @pytest.mark.parametrize("hostile", ["\x1b[31m", "\x9b31m", "\u202e", "\n", "[red]"])
-def test_other_jobs_name_what_is_missing_harmlessly(
+def test_interactive_jobs_sanitize_the_names_in_their_errors(
     capsys: pytest.CaptureFixture[str], job: Callable[[list[str]], int], hostile: str
 ) -> None:
     arguments = [f"/nowhere/{hostile}", "select 1"][: 2 if job is query.main else 1]

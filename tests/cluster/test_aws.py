@@ -27,7 +27,7 @@ def given() -> dict[str, Any]:
     return found
 
 
-def test_ray_takes_the_file(given: dict[str, Any]) -> None:
+def test_ray_accepts_the_file(given: dict[str, Any]) -> None:
     config = prepare_config(given)
     validate_config(config)
     assert config["available_node_types"]["head"]["max_workers"] == 0
@@ -37,7 +37,7 @@ def test_ray_takes_the_file(given: dict[str, Any]) -> None:
         validate_config(broken)
 
 
-def test_nothing_computes_on_the_head_and_gpus_come_and_go_as_spot_machines(
+def test_the_head_has_no_cpus_and_gpu_workers_are_spot_instances(
     given: dict[str, Any],
 ) -> None:
     nodes = given["available_node_types"]
@@ -52,7 +52,7 @@ def test_nothing_computes_on_the_head_and_gpus_come_and_go_as_spot_machines(
     assert "--dashboard-host=127.0.0.1" in start
 
 
-def test_ec2_takes_the_machines(given: dict[str, Any]) -> None:
+def test_ec2_accepts_the_instances(given: dict[str, Any]) -> None:
     described = botocore.loaders.Loader().load_service_model("ec2", "service-2")
     shape = ServiceModel(described).operation_model("RunInstances").input_shape
     checker = botocore.validate.ParamValidator()
@@ -63,7 +63,7 @@ def test_ec2_takes_the_machines(given: dict[str, Any]) -> None:
         assert checker.validate(misspelt, shape).has_errors()
 
 
-def test_machines_have_roles_of_their_own_and_no_keys(given: dict[str, Any]) -> None:
+def test_instances_have_their_own_roles_and_no_keys(given: dict[str, Any]) -> None:
     profiles = {
         name: node["node_config"]["IamInstanceProfile"]["Name"]
         for name, node in given["available_node_types"].items()
@@ -74,12 +74,12 @@ def test_machines_have_roles_of_their_own_and_no_keys(given: dict[str, Any]) -> 
     assert "SECRET_ACCESS_KEY" not in FILE.read_text()
 
 
-def test_every_node_asks_for_the_token(given: dict[str, Any]) -> None:
+def test_every_node_requires_the_token(given: dict[str, Any]) -> None:
     assert "--env RAY_AUTH_MODE=token" in given["docker"]["run_options"]
     assert given["file_mounts"] == {"/home/ray/.ray/auth_token": "~/.ray/auth_token"}
 
 
-def test_the_aws_library_is_of_the_version_of_its_neighbour(given: dict[str, Any]) -> None:
+def test_boto3_has_the_version_of_botocore(given: dict[str, Any]) -> None:
     pins = dict(line.split("==") for line in CONSTRAINTS.read_text().split())
     [install] = given["head_setup_commands"]
     assert f"boto3=={pins['botocore']}" in install

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "cluster" / "Dockerfile"
 
 
-def test_the_image_has_the_ray_that_is_tested() -> None:
+def test_the_image_has_the_tested_version_of_ray() -> None:
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
     images = re.findall(r"^FROM (\S+)", DOCKERFILE.read_text(), re.MULTILINE)
     assert len(images) == 2
@@ -24,7 +24,7 @@ def test_the_image_has_the_ray_that_is_tested() -> None:
         assert image.startswith(f"rayproject/ray:{pins['ray']}-py311-"), image
 
 
-def test_what_the_dockerfile_copies_reaches_the_builder() -> None:
+def test_the_build_context_contains_what_the_dockerfile_copies() -> None:
     kept = (ROOT / "cluster" / "Dockerfile.dockerignore").read_text()
     copied = re.findall(r"^COPY --chown=\S+ (.+) \S+$", DOCKERFILE.read_text(), re.MULTILINE)
     for name in " ".join(copied).split():
@@ -42,7 +42,7 @@ def test_hadolint_finds_nothing() -> None:
     assert said.returncode == 0
 
 
-def test_what_is_submitted_is_small(tmp_path: Path) -> None:
+def test_a_submitted_working_directory_is_small(tmp_path: Path) -> None:
     package = tmp_path / "package.zip"
     packaging.create_package(str(ROOT), package, include_gitignore=True)
     size = package.stat().st_size / 2**20

@@ -78,7 +78,7 @@ def _key(resource: Resource) -> tuple[str, str]:
     return resource["kind"], resource["metadata"]["name"]
 
 
-def test_kuberay_knows_every_field(manifests: list[Resource]) -> None:
+def test_kuberay_has_every_field(manifests: list[Resource]) -> None:
     known = schemas()
     checked = [each for each in manifests if each["kind"] in CUSTOM]
     assert len(checked) == 3
@@ -87,7 +87,7 @@ def test_kuberay_knows_every_field(manifests: list[Resource]) -> None:
         assert [f"{error.json_path}: {error.message[:200]}" for error in errors] == []
 
 
-def test_a_misspelt_field_is_refused_at_any_depth(manifests: list[Resource]) -> None:
+def test_a_misspelled_field_is_refused_at_any_depth(manifests: list[Resource]) -> None:
     known = schemas()
     cluster = _named(manifests, "RayCluster", "deeplab")
     for path in (["spec"], ["spec", "headGroupSpec", "template", "spec", "containers", 0]):
@@ -100,7 +100,7 @@ def test_a_misspelt_field_is_refused_at_any_depth(manifests: list[Resource]) -> 
         assert "imagePullPolicies" in error.message
 
 
-def test_kubernetes_knows_every_field(manifests: list[Resource]) -> None:
+def test_kubernetes_has_every_field(manifests: list[Resource]) -> None:
     validator = pytest.importorskip("kubernetes_validate", reason="pip install -e '.[test]'")
     core = [each for each in manifests if each["kind"] not in CUSTOM]
     assert len(core) == 12
@@ -112,7 +112,7 @@ def test_kubernetes_knows_every_field(manifests: list[Resource]) -> None:
         validator.validate(broken, "1.37", strict=True)
 
 
-def test_ray_pods_are_what_kubernetes_calls_pods(manifests: list[Resource]) -> None:
+def test_ray_pods_are_valid_kubernetes_pods(manifests: list[Resource]) -> None:
     """KubeRay's schemas leave out much of what core's say of a pod: resources, for one."""
     validator = pytest.importorskip("kubernetes_validate", reason="pip install -e '.[test]'")
     for spec in _clusters(manifests).values():
@@ -122,7 +122,7 @@ def test_ray_pods_are_what_kubernetes_calls_pods(manifests: list[Resource]) -> N
             validator.validate(whole, "1.37", strict=True)
 
 
-def test_every_pod_may_run_where_only_restricted_ones_may(manifests: list[Resource]) -> None:
+def test_every_pod_meets_the_restricted_pod_security_standard(manifests: list[Resource]) -> None:
     """Source: Kubernetes' Pod Security Standards, restricted."""
     pods = list(_pods(manifests))
     assert len(pods) == 9  # three clusters of head and worker, two submitters, the night's
@@ -140,7 +140,7 @@ def test_every_pod_may_run_where_only_restricted_ones_may(manifests: list[Resour
         assert spec["autoscalerOptions"]["securityContext"]["capabilities"] == {"drop": ["ALL"]}
 
 
-def test_what_is_referred_to_is_there(manifests: list[Resource]) -> None:
+def test_every_reference_resolves(manifests: list[Resource]) -> None:
     there = {_key(each) for each in manifests}
     for pod in _pods(manifests):
         spec = pod["spec"]
@@ -157,7 +157,7 @@ def test_what_is_referred_to_is_there(manifests: list[Resource]) -> None:
                 assert ("ConfigMap", volume["configMap"]["name"]) in there
 
 
-def test_no_secret_is_in_a_variable_or_a_runtime_environment(manifests: list[Resource]) -> None:
+def test_no_variable_or_runtime_environment_contains_a_secret(manifests: list[Resource]) -> None:
     text = yaml.safe_dump(manifests)
     assert "runtimeEnvYAML" not in text
     assert "secretKeyRef" not in text
@@ -165,7 +165,7 @@ def test_no_secret_is_in_a_variable_or_a_runtime_environment(manifests: list[Res
     assert not [each for each in manifests if each["kind"] == "Secret"]
 
 
-def test_rights_are_those_that_are_used(manifests: list[Resource]) -> None:
+def test_accounts_have_only_the_rights_they_use(manifests: list[Resource]) -> None:
     roles = [each for each in manifests if "Role" in each["kind"] and "rules" in each]
     [role] = roles  # KubeRay makes the autoscaler's
     rule = {"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create", "get"]}
@@ -175,7 +175,7 @@ def test_rights_are_those_that_are_used(manifests: list[Resource]) -> None:
             assert group["template"]["spec"]["automountServiceAccountToken"] is False
 
 
-def test_every_pod_is_behind_a_network_policy_both_ways(manifests: list[Resource]) -> None:
+def test_network_policies_cover_every_pod_in_both_directions(manifests: list[Resource]) -> None:
     policies = [each["spec"] for each in manifests if each["kind"] == "NetworkPolicy"]
     for pod in _pods(manifests):
         role = pod["metadata"]["labels"]["deeplab/role"]
@@ -187,7 +187,7 @@ def test_every_pod_is_behind_a_network_policy_both_ways(manifests: list[Resource
         assert closed == {"Ingress", "Egress"}, role
 
 
-def test_a_cluster_begins_without_gpus_grows_and_asks_for_its_token(
+def test_a_cluster_starts_without_gpus_scales_up_and_requires_its_token(
     manifests: list[Resource],
 ) -> None:
     for name, spec in _clusters(manifests).items():
@@ -203,7 +203,7 @@ def test_a_cluster_begins_without_gpus_grows_and_asks_for_its_token(
     assert kept["gcsFaultToleranceOptions"]["backend"] == "rocksdb"
 
 
-def test_actors_fit_the_nodes_as_rays_autoscaler_reads_them(manifests: list[Resource]) -> None:
+def test_actors_fit_the_nodes_according_to_rays_autoscaler(manifests: list[Resource]) -> None:
     from ray.autoscaler._private.kuberay import autoscaling_config
 
     for name in ("segment", "train"):
@@ -236,7 +236,7 @@ def _flags(entrypoint: str) -> dict[str, list[str]]:
     return flags
 
 
-def test_entrypoints_are_commands_that_the_jobs_take(manifests: list[Resource]) -> None:
+def test_entrypoints_are_valid_job_commands(manifests: list[Resource]) -> None:
     words = shlex.split(_named(manifests, "RayJob", "segment")["spec"]["entrypoint"])
     assert words[:3] == ["python", "-m", "jobs.segment"]
     args = _named(manifests, "CronJob", "nightly")["spec"]["jobTemplate"]["spec"]["template"]
@@ -253,7 +253,7 @@ def test_entrypoints_are_commands_that_the_jobs_take(manifests: list[Resource]) 
     assert trained.gpus_per_worker == 1
 
 
-def test_jobs_rest_until_someone_wants_them(manifests: list[Resource]) -> None:
+def test_jobs_are_suspended_by_default(manifests: list[Resource]) -> None:
     for name in ("segment", "train"):
         job = _named(manifests, "RayJob", name)["spec"]
         assert job["suspend"] is True

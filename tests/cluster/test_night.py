@@ -179,7 +179,7 @@ def test_a_night_without_its_template_or_its_rights_fails_with_one_line(
     assert "401" in capsys.readouterr().out
 
 
-def test_a_retry_after_midnight_belongs_to_the_evening_before() -> None:
+def test_a_retry_after_midnight_belongs_to_the_scheduled_day() -> None:
     after = datetime(2026, 11, 23, 0, 10, tzinfo=UTC)
     evening = int(datetime(2026, 11, 22, 23, 50, tzinfo=UTC).timestamp() // 60)
     assert nightly.day_of(f"nightly-{evening}", after) == "2026-11-22"

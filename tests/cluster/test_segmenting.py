@@ -24,7 +24,7 @@ STAGE = "MapWorker"  # what Ray Data's actors are called
 CUT_S = 12.0
 
 
-def test_three_nodes_see_what_one_machine_sees(world: World) -> None:
+def test_three_nodes_give_the_rows_of_one_machine(world: World) -> None:
     world.need(3)
     with timed("segment", "3") as scenario:
         job = world.segment("three", "--actors", "3", "3")
@@ -38,7 +38,7 @@ def test_three_nodes_see_what_one_machine_sees(world: World) -> None:
     assert "three already exists" in again.said
 
 
-def test_a_stopped_job_is_gone_on_with(world: World) -> None:
+def test_a_stopped_job_is_resumed(world: World) -> None:
     world.need(3)
     with timed("ray job stop in mid-run, then again", "3") as scenario:
         job = world.segment("stopped", "--actors", "3", "3")
@@ -54,7 +54,7 @@ def test_a_stopped_job_is_gone_on_with(world: World) -> None:
     world.check("stopped", scenario)
 
 
-def test_a_link_that_is_cut_and_restored_loses_nothing(world: World) -> None:
+def test_a_link_cut_and_restored_loses_nothing(world: World) -> None:
     world.need(3)
     with timed(f"link cut for {CUT_S:g} s in mid-run", "3") as scenario:
         job = world.segment("cut", "--actors", "3", "3")
@@ -67,7 +67,7 @@ def test_a_link_that_is_cut_and_restored_loses_nothing(world: World) -> None:
     world.check("cut", scenario)
 
 
-def test_a_node_that_is_dropped_loses_nothing(world: World) -> None:
+def test_a_dropped_node_loses_nothing(world: World) -> None:
     world.need(3)
     with timed("node dropped for good in mid-run", "3, then 2") as scenario:
         job = world.segment("dropped", "--actors", "2", "3")
@@ -76,7 +76,7 @@ def test_a_node_that_is_dropped_loses_nothing(world: World) -> None:
     world.check("dropped", scenario)
 
 
-def test_a_node_that_is_added_is_used(world: World) -> None:
+def test_an_added_node_is_used(world: World) -> None:
     world.need(1)
     with timed("node added in mid-run", "1, then 2") as scenario:
         job = world.segment("added", "--actors", "1", "2")
@@ -87,7 +87,7 @@ def test_a_node_that_is_added_is_used(world: World) -> None:
     world.check("added", scenario)
 
 
-def test_a_node_that_is_told_to_go_loses_nothing(world: World) -> None:
+def test_a_preempted_node_loses_nothing(world: World) -> None:
     world.need(3)
     with timed("node preempted (SIGTERM, gone after 30 s)", "3, then 2") as scenario:
         job = world.segment("preempted", "--actors", "2", "3")

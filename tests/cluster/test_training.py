@@ -42,7 +42,7 @@ def single_machine(world: World) -> bytes:
     return storage.read(f"{PREFIX}/alone/model.safetensors")
 
 
-def test_two_nodes_train_what_one_machine_trains(world: World, single_machine: bytes) -> None:
+def test_two_nodes_train_the_weights_of_one_machine(world: World, single_machine: bytes) -> None:
     world.need(2)
     with timed("train (gloo)", "2", "steps") as scenario:
         job = world.submit("train", "jobs/train.py", *_arguments("two"))
@@ -53,7 +53,7 @@ def test_two_nodes_train_what_one_machine_trains(world: World, single_machine: b
     assert storage.read(f"{PREFIX}/two/model.safetensors") == single_machine
 
 
-def test_a_node_that_is_told_to_go_costs_a_few_steps_and_changes_nothing(
+def test_a_preempted_node_costs_a_few_steps_and_changes_no_weight(
     world: World, single_machine: bytes
 ) -> None:
     world.need(3)
@@ -68,7 +68,7 @@ def test_a_node_that_is_told_to_go_costs_a_few_steps_and_changes_nothing(
     assert storage.read(f"{PREFIX}/preempted/model.safetensors") == single_machine
 
 
-def test_an_elastic_run_takes_a_node_that_comes_and_goes_on_without_it(
+def test_an_elastic_run_uses_an_added_node_and_continues_without_it(
     world: World, single_machine: bytes
 ) -> None:
     world.need(1)

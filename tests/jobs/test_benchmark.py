@@ -37,7 +37,7 @@ def arguments(*more):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
-def test_every_row_is_measured_or_says_why_not_and_both_forms_tell_the_same(tmp_path, capsys):
+def test_each_row_is_measured_or_has_a_reason_in_table_and_json_alike(tmp_path, capsys):
     out = tmp_path / "out.json"
     forms = ("plain", "channels_last", "torchvision", "fast")
     assert main(arguments("--forms", *forms, "--repeats", "1", "--json", str(out))) == 0
@@ -65,14 +65,14 @@ def test_every_row_is_measured_or_says_why_not_and_both_forms_tell_the_same(tmp_
 
 
 @pytest.mark.usefixtures("tiny")
-def test_what_does_not_fit_into_the_time_is_left_out_and_says_so(capsys):
+def test_rows_that_exceed_the_time_limit_are_marked_as_left_out(capsys):
     assert main(arguments("--forms", "plain", "--minutes", "0")) == 0
     printed = capsys.readouterr().out
     assert printed.count("not measured: takes about") == 2
     assert printed.splitlines()[-1] == "benchmark finished rows=0 left_out=2"
 
 
-def test_wrong_arguments_are_exit_code_2(capsys):
+def test_invalid_arguments_are_exit_code_2(capsys):
     assert main(["--bulk-images", "images"]) == 2
     assert main(["--size", "0"]) == 2
     assert "--bulk-checkpoint" in capsys.readouterr().out
@@ -92,7 +92,7 @@ def test_a_form_gives_the_plain_logits():
             assert (found - wanted).abs().max() <= 0.05 * wanted.abs().max()
 
 
-def test_a_product_s_rate_is_its_work_over_its_time(monkeypatch):
+def test_a_matmul_rate_is_its_work_divided_by_its_time(monkeypatch):
     monkeypatch.setitem(timing._MATMUL_SIDE, "cpu", 128)
     monkeypatch.setattr(timing, "measure", lambda *_, **__: timing.Cost(0.5, 1.0, 0))
     rate = timing.matmul_rate(torch.device("cpu"), torch.float32)

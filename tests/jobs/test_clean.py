@@ -26,7 +26,9 @@ def names(results: str) -> set[str]:
     return {storage.relative(results, item.uri) for item in storage.list_objects(results)}
 
 
-def test_a_dry_run_says_what_would_go_and_leaves_it(prefix: str, capsys: Capture) -> None:
+def test_a_dry_run_lists_what_would_be_deleted_and_deletes_nothing(
+    prefix: str, capsys: Capture
+) -> None:
     write_run(prefix, "a")
     before = names(prefix)
     assert main([prefix, "--run-id", "a", "--dry-run"]) == 0
@@ -42,7 +44,7 @@ def test_a_dry_run_says_what_would_go_and_leaves_it(prefix: str, capsys: Capture
     assert did[-1].startswith(f"deleted run a below {prefix}: {len(before)} objects, ")
 
 
-def test_without_a_run_only_leftovers_go(prefix: str, capsys: Capture) -> None:
+def test_without_a_run_id_only_leftovers_are_deleted(prefix: str, capsys: Capture) -> None:
     write_run(prefix, "a")
     before = names(prefix)
     storage.write(RunLayout(results=prefix, run_id="a").lease, b"12345")
@@ -53,7 +55,7 @@ def test_without_a_run_only_leftovers_go(prefix: str, capsys: Capture) -> None:
     assert capsys.readouterr().out.endswith(": 0 objects, 0 bytes\n")
 
 
-def test_a_run_that_is_not_there_or_in_use_is_one_line_and_exit_1(
+def test_a_missing_or_active_run_is_one_line_and_exit_code_1(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "HEARTBEAT_S", 0.2)
@@ -72,7 +74,7 @@ def test_a_run_that_is_not_there_or_in_use_is_one_line_and_exit_1(
 
 
 @pytest.mark.process
-def test_what_is_waited_for_is_said(tmp_path: Path) -> None:
+def test_a_lease_being_watched_is_logged(tmp_path: Path) -> None:
     write_run(str(tmp_path), "a", finished=False)
     silent = {"run_id": "a", "host": "node7", "pid": 42}
     storage.write(RunLayout(results=str(tmp_path), run_id="a").lease, json.dumps(silent).encode())
@@ -89,6 +91,6 @@ def test_what_is_waited_for_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("argv", [[], ["x", "--run-id", "../x"], ["gs://x"], ["x", "--runs"]])
-def test_bad_arguments_are_one_line_and_exit_2(argv: list[str], capsys: Capture) -> None:
+def test_invalid_arguments_are_one_line_and_exit_code_2(argv: list[str], capsys: Capture) -> None:
     assert main(argv) == 2
     assert capsys.readouterr().err.count("\n") == 1

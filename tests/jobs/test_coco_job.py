@@ -56,7 +56,7 @@ def test_the_recipe_opens_what_the_job_wrote(prefix: str, capsys: Capture) -> No
     assert names(opened(prefix, "val")) == ["000000000003.jpg", "000000000004.jpg"]
 
 
-def test_a_photo_needs_as_many_pixels_as_were_asked_for(prefix: str, capsys: Capture) -> None:
+def test_an_image_needs_the_given_number_of_pixels(prefix: str, capsys: Capture) -> None:
     put_all(f"{prefix}/coco", coco_files(train2017=TRAIN, val2017=VAL))
     assert convert(prefix, "--min-pixels", "11") == 0
     assert names(opened(prefix, "train")) == ["000000000001.jpg"]
@@ -65,7 +65,7 @@ def test_a_photo_needs_as_many_pixels_as_were_asked_for(prefix: str, capsys: Cap
     assert "none of the 3 images in train2017 has 37 px of VOC's classes" in reason
 
 
-def test_the_same_command_again_writes_what_is_missing_or_has_changed(prefix: str) -> None:
+def test_a_repeated_command_writes_only_what_is_missing_or_changed(prefix: str) -> None:
     put_all(f"{prefix}/coco", coco_files(train2017=TRAIN, val2017=VAL))
     assert convert(prefix, "--min-pixels", "0") == 0
     ours = f"{prefix}/ours"
@@ -87,7 +87,7 @@ def test_the_same_command_again_writes_what_is_missing_or_has_changed(prefix: st
     assert {uri: before[uri] for uri in kept} == {uri: after[uri] for uri in kept}
 
 
-def test_pixels_of_which_nobody_knows_the_class_do_not_count(prefix: str) -> None:
+def test_ignored_pixels_do_not_count(prefix: str) -> None:
     both = [(0, 17, rectangle(0, 0, 5, 4)), (0, 1, rectangle(0, 2, 5, 7)), *ENOUGH]
     train = instances([0, 1], both)
     put_all(f"{prefix}/coco", coco_files(train2017=train, val2017=VAL))
@@ -97,7 +97,9 @@ def test_pixels_of_which_nobody_knows_the_class_do_not_count(prefix: str) -> Non
     assert names(opened(prefix, "train")) == ["000000000001.jpg"]
 
 
-def test_what_is_missing_or_wrong_is_one_line_and_exit_2(prefix: str, capsys: Capture) -> None:
+def test_missing_or_invalid_inputs_are_one_line_and_exit_code_2(
+    prefix: str, capsys: Capture
+) -> None:
     def said() -> str:
         (line,) = (line for line in capsys.readouterr().out.splitlines() if "failed" in line)
         return line
@@ -121,7 +123,7 @@ def test_what_is_missing_or_wrong_is_one_line_and_exit_2(prefix: str, capsys: Ca
     assert not list(storage.list_objects(f"{prefix}/ours"))
 
 
-def test_storage_that_refuses_is_one_line_and_exit_1(tmp_path: Path, capsys: Capture) -> None:
+def test_a_storage_failure_is_one_line_and_exit_code_1(tmp_path: Path, capsys: Capture) -> None:
     put_all(str(tmp_path / "coco"), coco_files(train2017=TRAIN, val2017=VAL))
     (tmp_path / "ours").write_text("a file, where a folder should be")
     assert convert(str(tmp_path), "--min-pixels", "0") == 1

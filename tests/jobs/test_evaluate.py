@@ -49,7 +49,7 @@ def facts(out: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
-def test_the_last_line_and_the_table_say_what_counting_pixels_says(
+def test_the_last_line_and_the_table_equal_counted_pixels(
     prefix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put_voc(prefix, 2)
@@ -82,7 +82,7 @@ def test_the_last_line_and_the_table_say_what_counting_pixels_says(
     assert re.search(r"^train +-$", out, re.MULTILINE)
 
 
-def test_the_table_has_a_row_for_each_of_the_papers_ways_to_look(
+def test_the_table_has_a_row_per_configuration_of_the_paper(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put_voc(str(tmp_path), 2)
@@ -100,7 +100,7 @@ def test_the_table_has_a_row_for_each_of_the_papers_ways_to_look(
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-def test_workers_and_a_bulk_run_come_to_the_same_iou(
+def test_workers_and_a_bulk_run_give_the_same_iou(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put_voc(str(tmp_path), 5)
@@ -138,7 +138,7 @@ def test_workers_and_a_bulk_run_come_to_the_same_iou(
         (("--workers", "9", "--gpus-per-worker", "1"), "--gpus-per-worker 1 on 9 workers: this"),
     ],
 )
-def test_arguments_that_cannot_be_right_are_one_line_and_exit_code_2(
+def test_invalid_arguments_are_one_line_and_exit_code_2(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     more: tuple[str, ...],
@@ -152,7 +152,7 @@ def test_arguments_that_cannot_be_right_are_one_line_and_exit_code_2(
     assert out.count("\n") == 1
 
 
-def test_a_photo_that_cannot_be_read_is_named_and_there_is_no_score(
+def test_an_unreadable_image_is_named_and_there_is_no_score(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put_voc(str(tmp_path), 2)

@@ -61,7 +61,7 @@ def test_json_is_one_array_that_holds_every_value(results: str, capsysbinary: Ca
     assert not set(out.decode()) & set("\x1b\x9b\x7f\u202e")
 
 
-def test_json_knows_times_nests_sums_and_what_is_no_number(
+def test_json_encodes_times_nested_values_decimals_nan_and_null(
     results: str, capsysbinary: Capture
 ) -> None:
     sql = (
@@ -102,7 +102,7 @@ def test_csv_holds_every_value_and_no_formula(results: str, capsysbinary: Captur
     assert '\r\n9,"",,' in out  # an empty string is no null
 
 
-def test_parquet_is_what_duckdb_answers(
+def test_parquet_equals_the_result_of_duckdb(
     results: str, capsysbinary: Capture, tmp_path: Path
 ) -> None:
     sql = "SELECT * FROM images ORDER BY uri"
@@ -116,7 +116,7 @@ def test_parquet_is_what_duckdb_answers(
     assert file.read_bytes() == piped
 
 
-def test_the_table_shows_sizes_of_masks_and_no_control_character(
+def test_a_table_prints_the_size_of_masks_and_no_control_character(
     results: str, capsysbinary: Capture
 ) -> None:
     out = answer(capsysbinary, results, "SELECT error, mask FROM images").decode()
@@ -128,7 +128,7 @@ def test_the_table_shows_sizes_of_masks_and_no_control_character(
     assert "x" * 5000 in long
 
 
-def test_a_long_table_says_that_there_is_more(results: str, capsysbinary: Capture) -> None:
+def test_a_truncated_table_says_so(results: str, capsysbinary: Capture) -> None:
     out = answer(capsysbinary, results, "SELECT range AS n FROM range(1001)").decode()
     assert "the first 1000 rows" in " ".join(out.split())
     assert " 999 " in out
@@ -192,7 +192,7 @@ def test_a_reader_that_leaves_early_is_no_error(results: str, how: list[str]) ->
         ("SELECT * FROM argv", "argv does not exist"),  # our own variables are no tables
     ],
 )
-def test_what_is_wrong_with_the_question_is_one_line_and_exit_1(
+def test_an_invalid_query_is_one_line_and_exit_code_1(
     results: str, capsys: pytest.CaptureFixture[str], sql: str, said: str
 ) -> None:
     assert main([results, sql]) == 1
@@ -202,7 +202,7 @@ def test_what_is_wrong_with_the_question_is_one_line_and_exit_1(
     assert "\x1b" not in error
 
 
-def test_a_failed_question_leaves_no_file_and_not_half_of_one(results: str, tmp_path: Path) -> None:
+def test_a_failed_query_leaves_no_partial_file(results: str, tmp_path: Path) -> None:
     file = tmp_path / "answer.csv"
     file.write_bytes(b"earlier")
     late = "SELECT if(range = 500000, error('late'), range) FROM range(1000000)"
@@ -211,7 +211,7 @@ def test_a_failed_question_leaves_no_file_and_not_half_of_one(results: str, tmp_
     assert sorted(item.name for item in tmp_path.iterdir()) == ["answer.csv", "results"]
 
 
-def test_no_results_are_one_line_and_exit_1(
+def test_missing_results_are_one_line_and_exit_code_1(
     prefix: str, capsys: pytest.CaptureFixture[Any]
 ) -> None:
     assert main([prefix, "SELECT 1"]) == 1
@@ -219,7 +219,7 @@ def test_no_results_are_one_line_and_exit_1(
 
 
 @pytest.mark.parametrize("argv", [[], ["x"], ["gs://x", "SELECT 1"], ["x", "y", "--format", "z"]])
-def test_bad_arguments_are_one_line_and_exit_2(
+def test_invalid_arguments_are_one_line_and_exit_code_2(
     argv: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(argv) == 2
@@ -227,7 +227,7 @@ def test_bad_arguments_are_one_line_and_exit_2(
 
 
 @pytest.mark.s3
-def test_results_on_s3_are_asked_alike(s3_prefix: str, capsysbinary: Capture) -> None:
+def test_results_on_s3_can_be_queried(s3_prefix: str, capsysbinary: Capture) -> None:
     write_run(s3_prefix, "a")
     sql = "SELECT run_id, count(*) AS n FROM latest GROUP BY ALL"
     out = answer(capsysbinary, s3_prefix, sql, "--format", "json")

@@ -13,7 +13,7 @@ from tests.results.synthetic_runs import write_run
 Capture = pytest.CaptureFixture[str]
 
 
-def test_a_report_is_one_file_where_it_was_asked_for(prefix: str, capsys: Capture) -> None:
+def test_a_report_is_one_file_at_the_given_path(prefix: str, capsys: Capture) -> None:
     write_run(prefix, "a", hour=1)
     write_run(prefix, "b")
     out = storage.join(prefix, "pages/report.html")
@@ -24,7 +24,7 @@ def test_a_report_is_one_file_where_it_was_asked_for(prefix: str, capsys: Captur
     assert b"<title>Run b</title>" in storage.read(out)
 
 
-def test_what_cannot_be_shown_is_one_line(prefix: str, tmp_path: Path, capsys: Capture) -> None:
+def test_an_impossible_report_is_one_line(prefix: str, tmp_path: Path, capsys: Capture) -> None:
     for _ in range(2):
         assert main([prefix]) == 1
         assert capsys.readouterr().err.startswith(f"no finished run with images at {prefix};")

@@ -31,9 +31,7 @@ for item in storage.list_objects("s3://results"):
 @pytest.mark.ray
 @pytest.mark.s3
 @pytest.mark.slow
-def test_the_secret_is_in_nothing_that_a_run_leaves_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_leaves_the_secret_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = "wJalrXUtnFEMI-K7MDENG-this-is-secret"
     monkeypatch.setattr("jobs.demo.server.SECRET_KEY", secret)
     image = io.BytesIO()
@@ -65,7 +63,7 @@ def test_the_secret_is_in_nothing_that_a_run_leaves_behind(
 @pytest.mark.s3
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["no bucket", "wrong secret", "no images"])
-def test_a_run_that_fails_says_nothing_of_the_secret_and_leaves_it_nowhere(
+def test_a_failed_run_neither_prints_nor_leaves_the_secret(
     tmp_path: Path, s3_environment: dict[str, str], s3_prefix: str, fault: str
 ) -> None:
     environment = {**os.environ, **s3_environment, "TMPDIR": str(tmp_path)}

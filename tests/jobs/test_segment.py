@@ -82,7 +82,7 @@ def test_iou_of_a_run_equals_counting_the_pixels_of_masks_and_labels(
 
 
 @pytest.mark.process
-def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
+def test_a_dry_run_describes_the_run_and_writes_nothing(
     prefix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put_images(prefix, 3)
@@ -124,7 +124,7 @@ BAD_USE = {
 
 
 @pytest.mark.parametrize("what", BAD_USE)
-def test_bad_use_is_one_line_an_exit_code_and_nothing_left_behind(
+def test_misuse_is_one_line_and_an_exit_code_and_leaves_nothing(
     what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put_images(str(tmp_path), 2)
@@ -138,7 +138,7 @@ def test_bad_use_is_one_line_an_exit_code_and_nothing_left_behind(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_labels_or_images_that_share_a_stem_are_refused_by_name(
+def test_images_that_share_a_label_are_refused_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put_images(str(tmp_path), 2)
@@ -162,7 +162,7 @@ def test_labels_or_images_that_share_a_stem_are_refused_by_name(
         ("RAY_ADDRESS", "127.0.0.1:9", "cannot reach Ray at RAY_ADDRESS"),
     ],
 )
-def test_a_bucket_that_cannot_be_read_is_one_line_within_half_a_minute(
+def test_an_unreadable_bucket_is_one_line_within_half_a_minute(
     s3_environment: dict[str, str],
     s3_prefix: str,
     variable: str | None,
@@ -193,7 +193,9 @@ def test_a_bucket_that_cannot_be_read_is_one_line_within_half_a_minute(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_driver_that_is_told_to_end_says_so_and_gives_its_lease_back(tmp_path: Path) -> None:
+def test_a_driver_that_gets_sigterm_prints_how_to_resume_and_releases_its_lease(
+    tmp_path: Path,
+) -> None:
     put_images(str(tmp_path), 60)
     command = [sys.executable, "jobs/segment.py", *arguments(str(tmp_path), "--shard-images", "2")]
     driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -210,7 +212,7 @@ def test_a_driver_that_is_told_to_end_says_so_and_gives_its_lease_back(tmp_path:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.s3
-def test_a_driver_that_is_killed_is_continued_by_the_same_command(s3_prefix: str) -> None:
+def test_the_run_of_a_killed_driver_is_resumed_by_the_same_command(s3_prefix: str) -> None:
     put_images(s3_prefix, 24)
     command = [sys.executable, "-m", "jobs.segment", *arguments(s3_prefix, "--shard-images", "2")]
     images = f"{s3_prefix}/results/images"

@@ -71,7 +71,7 @@ def failed(prefix: str, capsys: Capture) -> str:
         ("runs/run=a.parquet", "delete it, and run the same command again"),
     ],
 )
-def test_a_file_of_the_run_that_is_cut_off_is_named_with_a_way_out(
+def test_a_truncated_file_of_the_run_is_named_with_a_way_out(
     name: str, way_out: str, tmp_path: Path, capsys: Capture
 ) -> None:
     layout = segmented(str(tmp_path))
@@ -92,7 +92,7 @@ def test_a_file_of_the_run_that_is_cut_off_is_named_with_a_way_out(
 
 
 @pytest.mark.process
-def test_a_shard_that_is_cut_off_is_named(tmp_path: Path, capsys: Capture) -> None:
+def test_a_truncated_shard_is_named(tmp_path: Path, capsys: Capture) -> None:
     layout = segmented(str(tmp_path))
     storage.write(layout.shard(0), storage.read(layout.shard(0))[:100])
     said = failed(str(tmp_path), capsys)
@@ -116,7 +116,7 @@ def proxy(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> It
 
 
 @pytest.mark.s3
-def test_storage_that_is_away_at_the_end_of_a_run_is_one_line_and_the_same_command_goes_on(
+def test_storage_that_fails_at_the_end_of_a_run_is_one_line_and_the_run_resumes(
     s3_prefix: str, proxy: Proxy, capsys: Capture
 ) -> None:
     layout = segmented(s3_prefix)

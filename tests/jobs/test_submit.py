@@ -61,7 +61,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         process.wait()
 
 
-def test_a_submitted_job_gives_its_rows_and_its_exit_code(
+def test_a_submitted_job_returns_its_rows_and_its_exit_code(
     head: dict[str, str], tmp_path: Path
 ) -> None:
     (tmp_path / "images").mkdir()

@@ -83,7 +83,7 @@ def counted_ious(checkpoint: str, numbers: range) -> list[float | None]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_run_says_how_it_goes_and_ends_with_its_score(trained: Trained) -> None:
+def test_a_run_logs_its_progress_and_ends_with_its_score(trained: Trained) -> None:
     lines = trained.out.splitlines()
     assert lines[-1].startswith("train finished steps=6 seconds=")
     assert facts(trained.out)["out"] == f"{trained.prefix}/out"
@@ -106,7 +106,7 @@ def test_a_run_says_how_it_goes_and_ends_with_its_score(trained: Trained) -> Non
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_the_record_and_the_last_line_say_what_counting_pixels_says(trained: Trained) -> None:
+def test_the_record_and_the_last_line_equal_counted_pixels(trained: Trained) -> None:
     record = json.loads(trained.read("record.json"))
     expected = counted_ious(f"{trained.prefix}/out/model.safetensors", range(10, 13))
     assert expected[3] is None
@@ -125,7 +125,7 @@ def test_the_record_and_the_last_line_say_what_counting_pixels_says(trained: Tra
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_run_leaves_networks_pictures_curves_and_no_more(trained: Trained) -> None:
+def test_a_run_leaves_networks_plots_and_curves_only(trained: Trained) -> None:
     for name in ("model.safetensors", "best.safetensors"):
         model, classes = weights.load(f"{trained.prefix}/out/{name}")
         assert classes.names == ("red", "green", "blue", "never")
@@ -154,7 +154,7 @@ def tensorboard(data: bytes) -> Iterator[list[object]]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_finished_run_says_so_and_changes_nothing(
+def test_a_finished_run_reports_it_and_changes_nothing(
     trained: Trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = list_etags(f"{trained.prefix}/out")
@@ -169,7 +169,7 @@ def test_a_finished_run_says_so_and_changes_nothing(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_another_experiment_under_the_same_name_is_refused_by_field(
+def test_another_experiment_under_the_same_out_is_refused_naming_the_field(
     trained: Trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = list_etags(f"{trained.prefix}/out")
@@ -182,7 +182,7 @@ def test_another_experiment_under_the_same_name_is_refused_by_field(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_segment_takes_the_network_as_it_is_and_gives_the_iou_of_evaluate(
+def test_segment_uses_the_network_as_it_is_with_the_iou_of_evaluate(
     trained: Trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = f"{trained.prefix}/out/model.safetensors"
@@ -219,7 +219,7 @@ def ious_of(table: bytes) -> dict[int, float]:
     return dict(found)
 
 
-def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
+def test_a_dry_run_describes_the_run_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_dataset(f"{tmp_path}/set")
@@ -248,7 +248,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
 
 
 @pytest.mark.process
-def test_the_flags_of_a_dry_run_are_for_a_shell_and_give_its_experiment_to_another_recipe(
+def test_the_flags_of_a_dry_run_reproduce_the_experiment_in_a_shell(
     tmp_path: Path,
 ) -> None:
     named = ("--classes", '{"names": ["a b", "it\'s", "c", "d"]}')
@@ -270,7 +270,7 @@ def _leaves(values: dict[str, Any]) -> list[Any]:
     return found
 
 
-def test_a_dry_run_says_how_much_of_a_step_waits_for_photos(
+def test_a_dry_run_reports_how_much_of_a_step_waits_for_images(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_dataset(f"{tmp_path}/set")

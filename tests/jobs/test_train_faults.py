@@ -129,7 +129,7 @@ def undisturbed(
     return run
 
 
-def test_what_was_killed_ends_with_the_weights_of_what_was_not(
+def test_a_killed_and_resumed_run_ends_with_the_weights_of_an_undisturbed_one(
     undisturbed: Undisturbed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = undisturbed.arguments(out=f"{tmp_path}/out")
@@ -190,7 +190,7 @@ def newest_state(out: str) -> str:
     return f"{out}/checkpoints/{checkpoints.folder_name(step)}/state.safetensors"
 
 
-def test_a_driver_that_is_interrupted_says_so_and_gives_its_lease_back(tmp_path: Path) -> None:
+def test_an_interrupted_driver_prints_how_to_resume_and_releases_its_lease(tmp_path: Path) -> None:
     write_dataset(f"{tmp_path}/set")
     log = tmp_path / "log.txt"
     given = arguments(str(tmp_path), "--max-steps", "2000", "--checkpoint-every", "5")

@@ -55,7 +55,7 @@ BAD_DATA = {
 
 
 @pytest.mark.parametrize("what", BAD_DATA)
-def test_data_that_cannot_be_trained_on_is_named_before_anything_is_written(
+def test_unusable_training_data_is_named_before_anything_is_written(
     what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_dataset(f"{tmp_path}/set")
@@ -101,7 +101,7 @@ BAD_USE = {
 
 
 @pytest.mark.parametrize("what", BAD_USE)
-def test_bad_use_is_one_line_an_exit_code_and_nothing_left_behind(
+def test_misuse_is_one_line_and_an_exit_code_and_leaves_nothing(
     what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_dataset(f"{tmp_path}/set", train=2, val=1)
@@ -117,7 +117,7 @@ def test_bad_use_is_one_line_an_exit_code_and_nothing_left_behind(
     assert message.replace("{root}", str(tmp_path)) in line
 
 
-def test_a_class_to_repeat_is_refused_before_labels_are_looked_at(
+def test_an_unknown_class_to_repeat_is_refused_before_labels_are_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_dataset(f"{tmp_path}/set", train=2, val=1)
@@ -128,7 +128,7 @@ def test_a_class_to_repeat_is_refused_before_labels_are_looked_at(
     assert "checking the labels" not in said
 
 
-def test_what_has_to_be_said_is_asked_for(
+def test_missing_required_flags_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "missing: --recipe; --list prints" in refused(tmp_path, capsys, [])
@@ -141,7 +141,7 @@ def test_what_has_to_be_said_is_asked_for(
 @pytest.mark.s3
 @pytest.mark.usefixtures("s3_environment")
 @pytest.mark.parametrize("flag", ["--data", "--out"])
-def test_a_bucket_that_does_not_exist_is_said_within_half_a_minute(
+def test_a_missing_bucket_is_reported_within_half_a_minute(
     flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_dataset(f"{tmp_path}/set", train=2, val=1)
