@@ -17,7 +17,7 @@ from pipeline.bulk.driver.progress import Progress
 from pipeline.bulk.worker.summary import ShardSummary
 from pipeline.checks import check_at_least
 from pipeline.cli.arguments import parse
-from pipeline.cli.exit import hard_exit, last_line, run_job
+from pipeline.cli.exit import hard_exit, last_line, print_line, run_job
 from pipeline.cli.progress import Display
 from pipeline.cli.sanitize import visible
 from pipeline.data import coco_labels, storage
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _draw(arguments: CocoArguments) -> str:
     data, out = storage.normalize(arguments.data), storage.normalize(arguments.out)
-    print(f"reading the annotations of {visible(data)}", flush=True)
+    print_line(f"reading the annotations of {visible(data)}")
     pictures = coco_labels.read_annotations(data)
     progress = Progress(images=sum(map(len, pictures.values())), images_before=0)
     with Display(count_errors=False) as display:
@@ -68,7 +68,7 @@ def _draw(arguments: CocoArguments) -> str:
             pictures, data, out, min_pixels=arguments.min_pixels, progress=tell
         )
     table = storage.join(out, coco_labels.TABLE)
-    print(f"train with: --recipe coco-pretraining --data {visible(shlex.quote(table))}")
+    print_line(f"train with: --recipe coco-pretraining --data {visible(shlex.quote(table))}")
     facts = {split: each.kept for split, each in drawn.items()}
     return last_line("coco finished", facts | {"left_out": drawn["train"].left_out})
 

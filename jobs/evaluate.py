@@ -17,7 +17,7 @@ from pipeline.bulk.driver.progress import Progress
 from pipeline.bulk.worker.summary import ShardSummary
 from pipeline.cli.arguments import parse
 from pipeline.cli.evaluation_plan import EvaluateArguments, EvaluationPlan, plan_evaluation
-from pipeline.cli.exit import hard_exit, last_line, run_job
+from pipeline.cli.exit import hard_exit, last_line, print_line, run_job
 from pipeline.cli.progress import Display
 from pipeline.cli.tables import Scores, class_table, mean_table
 from pipeline.data.samples import SampleError
@@ -41,7 +41,7 @@ def _evaluate(arguments: EvaluateArguments) -> str:
     started = time.monotonic()
     plan = plan_evaluation(arguments)
     rows = _scores(arguments, plan)
-    print("\n".join(_report(arguments, plan, rows)))
+    print_line("\n".join(_report(arguments, plan, rows)))
     return last_line("evaluate finished", _facts(arguments, rows, time.monotonic() - started))
 
 

@@ -15,7 +15,8 @@ import pyarrow as pa
 import tyro
 
 from pipeline.cli.arguments import parse
-from pipeline.cli.exit import hard_exit, run_interactive, unfinished
+from pipeline.cli.exit import hard_exit, run_interactive
+from pipeline.cli.interrupts import unfinished
 from pipeline.cli.output_formats import WRITERS, write_parquet
 from pipeline.data import storage
 from pipeline.results import files

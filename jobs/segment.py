@@ -15,7 +15,7 @@ from pipeline.bulk.driver.run import BulkResult, run
 from pipeline.bulk.planning.plan import Plan
 from pipeline.bulk.settings import BulkSettings
 from pipeline.cli.arguments import parse
-from pipeline.cli.exit import hard_exit, last_line, run_job
+from pipeline.cli.exit import hard_exit, last_line, print_line, run_job
 from pipeline.cli.progress import Display, duration, size
 from pipeline.data.storage import StorageError
 from pipeline.results import files
@@ -51,7 +51,7 @@ class _PlanAndProgress:
     def __call__(self, plan: Plan, progress: Progress) -> None:
         if not self._printed:
             self._printed = True
-            print("\n".join(_plan_lines(plan, progress)), flush=True)
+            print_line("\n".join(_plan_lines(plan, progress)))
         if not self._settings.dry_run and plan.counts.images:
             self._display(progress)
 
@@ -126,11 +126,11 @@ def _last_line(settings: BulkSettings, ended: BulkResult) -> str:
     if ended.plan.identity["only_new"]:
         facts["done_before"] = ended.plan.counts.done_before
     if ended.nothing_to_do:
-        print(f"run {ended.plan.run_id} is already finished; nothing to do")
+        print_line(f"run {ended.plan.run_id} is already finished; nothing to do")
     elif ended.plan.identity["only_new"] and not ended.plan.counts.images:
-        print("nothing is new: earlier runs processed every image")
-    if settings.dry_run:
-        print("".join(f"{line}\n" for line in _estimate_lines(settings, ended)), end="")
+        print_line("nothing is new: earlier runs processed every image")
+    if settings.dry_run and (lines := _estimate_lines(settings, ended)):
+        print_line("\n".join(lines))
     if ended.estimate is not None:
         facts |= {
             "estimated_seconds": f"{ended.estimate.seconds:.0f}",

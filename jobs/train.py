@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipeline.cli.arguments import ArgumentsError, parse
-from pipeline.cli.exit import hard_exit, last_line, run_job
+from pipeline.cli.exit import hard_exit, last_line, print_line, run_job
 from pipeline.cli.training_progress import TrainingDisplay
 from pipeline.cli.training_tables import dry_run, final_scores
 from pipeline.data.storage import StorageError
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the job with the command line `argv` and return its exit code."""
     given = sys.argv[1:] if argv is None else argv
     if "--list" in given:
-        print(registry.describe(registry.RECIPES.values()), end="")
+        print_line(registry.describe(registry.RECIPES.values()).removesuffix("\n"))
         return 0
     return run_job(
         "train",
@@ -53,9 +53,9 @@ def _train(argv: Sequence[str]) -> str:
     recipe = _recipe(name, rest)
     settings = _settings(recipe, rest)
     if settings.dry_run:
-        return dry_run(recipe, settings, estimate(settings, _print_now))
+        return dry_run(recipe, settings, estimate(settings, print_line))
     with ray_connection.disconnect_on_exit(), TrainingDisplay(settings) as display:
-        ended = fit(settings, _print_now, display)
+        ended = fit(settings, print_line, display)
     return _ended(settings, ended)
 
 
@@ -98,15 +98,11 @@ def _settings(recipe: Recipe, argv: Sequence[str]) -> TrainingSettings:
     return settings
 
 
-def _print_now(line: str) -> None:
-    print(line, flush=True)
-
-
 def _ended(settings: TrainingSettings, ended: TrainingResult) -> str:
     record = ended.record
     if ended.nothing_to_do:
-        print(f"{settings.out} is already finished; nothing to do")
-    print(final_scores(record))
+        print_line(f"{settings.out} is already finished; nothing to do")
+    print_line(final_scores(record))
     facts: dict[str, object] = {"steps": record["steps"], "seconds": record["seconds"]}
     for which in ("last", "best"):
         if record[which]:

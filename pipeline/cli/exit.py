@@ -1,4 +1,4 @@
-"""Uniform exit handling of the jobs: one last line, an exit code, and a prompt end on Ctrl-C."""
+"""Uniform exit handling of the jobs: a final machine-readable line and an exit code."""
 
 from __future__ import annotations
 
@@ -6,24 +6,16 @@ import atexit
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import sys
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import NoReturn, TypeVar
 
+from pipeline.cli.interrupts import end_if_stuck, own_temporary_folder, raise_on_signals
 from pipeline.cli.sanitize import Formatter, in_one_line, json_text
 from pipeline.text import one_line
 
 T = TypeVar("T")
-
-_GRACE_S = 1.0
-
-unfinished: list[str] = []
-"""Files and folders that an interactive job deletes where Ctrl-C ends it in the middle of them."""
 
 
 def run_job(
@@ -41,7 +33,9 @@ def run_job(
     it is 2 for any other ValueError: invalid arguments. A signal calls `on_signal` first.
     """
     _warnings_to_stderr()
-    arrived = _raise_on(on_signal, signal.SIGINT, signal.SIGTERM)  # `ray job stop` sends SIGTERM
+    arrived = raise_on_signals(
+        on_signal, signal.SIGINT, signal.SIGTERM
+    )  # `ray job stop` sends SIGTERM
     try:
         line = work()
     except KeyboardInterrupt:
@@ -55,7 +49,7 @@ def run_job(
             return failed(job, 2, error)
         logging.exception("unexpected error (please report)")
         return failed(job, 1, f"{type(error).__name__}: {error}")
-    print(line)
+    print_line(line)
     return 0
 
 
@@ -78,8 +72,8 @@ def run_interactive(
         given = arguments()
     except ValueError as error:
         return _complain(2, in_one_line(error))
-    arrived = _raise_on(on_signal, signal.SIGINT)
-    with _end_if_stuck(), _own_temporary_folder():
+    arrived = raise_on_signals(on_signal, signal.SIGINT)
+    with end_if_stuck(), own_temporary_folder():
         try:
             work(given)
         except KeyboardInterrupt:
@@ -99,79 +93,6 @@ def _warnings_to_stderr() -> None:
     logging.basicConfig(handlers=[to_stderr], level=logging.WARNING)
 
 
-def _raise_on(on_signal: Callable[[], None], *signals: int) -> list[int]:
-    """Let these signals raise KeyboardInterrupt; the list returned holds those that have arrived.
-
-    DuckDB raises an error of its own in place of KeyboardInterrupt: the list tells them apart.
-    """
-    arrived: list[int] = []
-
-    def interrupt(number: int, _: object) -> None:
-        arrived.append(number)
-        on_signal()
-        raise KeyboardInterrupt
-
-    for number in signals:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as in a shell's background job
-            signal.signal(number, interrupt)
-    return arrived
-
-
-@contextlib.contextmanager
-def _end_if_stuck() -> Iterator[None]:
-    """End the process shortly after Ctrl-C if the main thread does not get out of the block.
-
-    Python raises KeyboardInterrupt between two of its own instructions only, so not while DuckDB
-    works; and cleaning up after it may block on a pipe that nobody reads.
-    """
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    ending = threading.Lock()  # taken by the thread that prints and ends
-
-    def watch() -> None:
-        with open(reading, "rb", buffering=0) as wakeups:
-            if not wakeups.read(1):
-                return
-        time.sleep(_GRACE_S)
-        if ending.acquire(blocking=False):
-            for path in unfinished:
-                _delete(path)
-            os._exit(_complain(1, "interrupted"))
-
-    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    threading.Thread(target=watch, name="ctrl-c", daemon=True).start()
-    try:
-        yield
-    finally:
-        ending.acquire()
-        signal.set_wakeup_fd(before)
-        os.close(writing)
-
-
-def _delete(path: str) -> None:
-    """Delete the file, or the folder even while DuckDB's threads write to it."""
-    with contextlib.suppress(OSError):
-        gone = f"{path}.deleted"
-        os.rename(path, gone)
-        if os.path.isdir(gone):
-            shutil.rmtree(gone, ignore_errors=True)
-        else:
-            os.unlink(gone)
-
-
-@contextlib.contextmanager
-def _own_temporary_folder() -> Iterator[None]:
-    """Give the job a temporary folder of its own, into which DuckDB spills."""
-    before = tempfile.tempdir
-    with tempfile.TemporaryDirectory(prefix="deeplab-", ignore_cleanup_errors=True) as folder:
-        unfinished.append(folder)
-        tempfile.tempdir = folder
-        try:
-            yield
-        finally:
-            tempfile.tempdir = before
-
-
 def _complain(code: int, line: str) -> int:
     print(line, file=sys.stderr, flush=True)
     return code
@@ -185,9 +106,15 @@ def hard_exit(code: int) -> NoReturn:
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(BrokenPipeError):  # the reader is gone
+        with contextlib.suppress(OSError):  # the reader is gone, or the disk is full
             stream.flush()
     os._exit(code)
+
+
+def print_line(line: str) -> None:
+    """Print at once; a standard output that cannot be written neither ends nor fails a job."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
 
 
 def last_line(words: str, facts: Mapping[str, object]) -> str:
@@ -198,7 +125,7 @@ def last_line(words: str, facts: Mapping[str, object]) -> str:
 def failed(job: str, code: int, error: object) -> int:
     """Print the last line of a job that failed, and return its exit code."""
     reason = one_line(error)
-    print(last_line(f"{job} failed", {"exit": code, "reason": reason}), flush=True)
+    print_line(last_line(f"{job} failed", {"exit": code, "reason": reason}))
     return code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -66,3 +67,22 @@ def test_a_failed_interactive_job_prints_one_line(
     assert run_interactive(lambda: 1, lambda _: None, expected=expected) == 0
     with pytest.raises(TypeError):
         run_interactive(lambda: 1, does(TypeError()), expected=expected)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_the_exit_code_does_not_depend_on_whether_stdout_can_be_written(code: int) -> None:
+    work = (
+        "from pipeline.cli.exit import hard_exit, run_job\n"
+        "def work():\n"
+        f"    if {code}: raise [OSError, ValueError][{code} - 1]('refused')\n"
+        "    return 'done'\n"
+        "hard_exit(run_job('segment', work, expected=(OSError,), interrupted=''))"
+    )
+    reading, closed_pipe = os.pipe()
+    os.close(reading)
+    for stdout in (os.open("/dev/full", os.O_WRONLY), closed_pipe):
+        command = [sys.executable, "-c", work]
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, check=False)
+        os.close(stdout)
+        assert (done.returncode, done.stderr) == (code, b"")
