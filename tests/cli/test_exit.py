@@ -1,4 +1,4 @@
-"""The end of a job's process: its exit code, whatever native libraries do behind its back."""
+"""Exit codes of jobs, even if native libraries crash at exit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What nobody vouches for reaches a terminal and a log as text, and as one line."""
+"""Untrusted text reaches a terminal and a log as text, and as one line."""
 
 from __future__ import annotations
 

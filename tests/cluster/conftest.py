@@ -1,4 +1,4 @@
-"""The cluster that the scenarios share, and their table."""
+"""The cluster shared by the scenarios, and their table of results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KubeRay's own schemas as JSON schemas that refuse what they do not know.
+"""KubeRay's schemas as JSON schemas that refuse unknown fields.
 
 A custom resource definition is structural: Kubernetes drops unknown fields in silence, which is how
 a misspelt field goes unnoticed until the night it was needed. Here they are errors.
@@ -19,7 +19,7 @@ VARIABLE = "KUBERAY_CRD"
 
 
 def schemas() -> dict[str, jsonschema.Draft7Validator]:
-    """Kind -> validator of ray.io/v1. Skips the test where the schemas are not at hand."""
+    """Kind -> validator of ray.io/v1. Skips the test if the schemas are missing."""
     folder = os.environ.get(VARIABLE)
     if not folder:
         pytest.skip(

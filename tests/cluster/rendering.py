@@ -1,4 +1,4 @@
-"""What `kubectl kustomize` makes of a folder, for the part of kustomize that cluster/ uses.
+"""Renders a folder like `kubectl kustomize`, for the features that cluster/ uses.
 
 Resources, namespace, ConfigMaps from literals and files, JSON patches, images, replacements; any
 other key of a kustomization is refused, so that nothing is left out in silence. ConfigMaps get no
@@ -77,7 +77,7 @@ def _selected(resources: list[Resource], target: dict[str, str]) -> list[Resourc
 
 
 def _apply(resource: Resource, operation: dict[str, Any]) -> None:
-    """One operation of a JSON patch (RFC 6902): add or replace."""
+    """Apply one operation of a JSON patch (RFC 6902): add or replace."""
     *parents, last = operation["path"].strip("/").split("/")
     place: Any = resource
     for name in parents:

@@ -77,14 +77,14 @@ def timed(name: str, nodes: str, unit: str = "rows") -> Iterator[Scenario]:
 
 @dataclass
 class Submission:
-    """A job that was submitted, and what the terminal shows of it."""
+    """A submitted job and its output."""
 
     process: subprocess.Popen[bytes]
     output: Path
     started: float = field(default_factory=time.monotonic)
 
     def wait(self) -> int:
-        """The exit code of `ray job submit`."""
+        """Wait for `ray job submit` and return its exit code."""
         try:
             return self.process.wait(PATIENCE_S)
         finally:
@@ -100,7 +100,7 @@ class Submission:
 
 @dataclass
 class World:
-    """The cluster, and what is asked of it."""
+    """The cluster, and operations on it."""
 
     cluster: Cluster
     folder: Path
@@ -117,7 +117,7 @@ class World:
         return Submission(process, output)
 
     def submit(self, job_id: str, *job: str) -> Submission:
-        """The job, as README submits it, under an id of its own."""
+        """Submit the job as in the README, with its own id."""
         return self.ray_job(
             "submit", "--submission-id", job_id, "--working-dir", ".", "--", "python", *job
         )
@@ -139,7 +139,7 @@ class World:
         return found
 
     def at_work(self, word: str) -> set[int]:
-        """The numbers of the nodes on which actors live whose class's name has `word` in it."""
+        """Return the numbers of the nodes with live actors whose class name contains `word`."""
         addresses = {each["node_id"]: each["node_ip"] for each in self.state("nodes")}
         living = [
             addresses[each["node_id"]]
@@ -162,7 +162,7 @@ class World:
         until(lambda: self._alive() == nodes + 1)  # Ray takes its time to believe a death
 
     def _alive(self) -> int:
-        """How many nodes Ray takes for alive, the head included."""
+        """Return the number of nodes alive according to Ray, including the head."""
         return sum(each["state"] == "ALIVE" for each in self.state("nodes"))
 
     def check(self, run: str, scenario: Scenario) -> None:
@@ -175,7 +175,7 @@ class World:
 
 
 def until(what: Callable[[], Any], job: Submission | None = None) -> Any:
-    """What `what` gives, once that is true. Raises TimeoutError, or where `job` ended before."""
+    """Wait until `what` returns a true value and return it. Raises if `job` ends or time is up."""
     deadline = time.monotonic() + PATIENCE_S
     while not (found := what()):
         if job is not None and not job.alive():
@@ -187,18 +187,18 @@ def until(what: Callable[[], Any], job: Submission | None = None) -> Any:
 
 
 def results_of(run: str) -> str:
-    """Where the results of a run go: each has a place of its own."""
+    """Return the results URI of a run; each run has its own."""
     return f"s3://results/{run}"
 
 
 def files_of(run: str) -> dict[str, str]:
-    """uri -> etag of the run's shards."""
+    """Return the etag of each shard of the run by uri."""
     layout = RunLayout(results=results_of(run), run_id=run)
     return {item.uri: item.etag for item in storage.list_objects(layout.images)}
 
 
 def rows_of(run: str) -> list[dict[str, Any]]:
-    """All rows that a glob over the run's images finds."""
+    """Return all rows that a glob over the images of the run finds."""
     found: list[dict[str, Any]] = []
     for uri in files_of(run):
         found += pq.read_table(io.BytesIO(storage.read(uri))).to_pylist()

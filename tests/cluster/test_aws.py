@@ -1,4 +1,4 @@
-"""cluster/aws.yaml, as Ray's own reader and AWS's own description of its API see it."""
+"""cluster/aws.yaml against Ray's reader and AWS's description of its API."""
 
 from __future__ import annotations
 

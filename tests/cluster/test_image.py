@@ -1,4 +1,4 @@
-"""The Dockerfile: what it pins is what the tests run with."""
+"""The Dockerfile pins the versions that the tests use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The manifests, as the tools that will read them see them, short of a cluster."""
+"""The manifests against the schemas and readers of their tools, without a cluster."""
 
 from __future__ import annotations
 

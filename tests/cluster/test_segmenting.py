@@ -1,4 +1,4 @@
-"""Segmentation on three nodes, whatever happens to one of them."""
+"""Segmentation on three nodes with faults on one of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training on two nodes, which exchange gradients through a network, and nodes that come and go."""
+"""Training on two nodes that exchange gradients over a network, and elastic training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the jobs share: torch's threads, as they were before each."""
+"""Shared fixtures: restore the number of torch threads after each test."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""`jobs/coco.py` as a user runs it: a COCO becomes a table that training opens."""
+"""`jobs/coco.py` as a user runs it: a COCO data set becomes a table that training opens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make demo` shows what it promises: real classes, IoU against labels drawn by hand, overlays."""
+"""The output of `make demo`: real classes, IoU against hand-drawn labels, overlays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What --help says: every flag of every job has a sentence of its own."""
+"""Output of --help: every flag of every job has its own description."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ JOBS = ("segment", "train", "evaluate", "query", "report", "clean", "coco", "ben
 ONE_SENTENCE_FOR_TWO = {"--mean", "--std"}
 
 
-def flags(said: str) -> dict[str, str]:
-    """What the help of a job says of each flag, but for frame and default."""
+def flags(text: str) -> dict[str, str]:
+    """Return the description of each flag without frame and default."""
     found: dict[str, str] = {}
     name = None
-    _, _, boxes = said.partition("options")
+    _, _, boxes = text.partition("options")
     for line in (framed.strip("│╭╮╰╯ ") for framed in boxes.splitlines()):
         flag = re.match(r"(?:-h, )?(--[a-z0-9-]+)\b.*?(?: {2,}(.*))?$", line)
         if flag:

@@ -1,4 +1,4 @@
-"""`jobs/segment.py` where the run's own files cannot be read: one line, exit code 1, a way out."""
+"""`jobs/segment.py` with unreadable files of its own run: one line, exit code 1, a way out."""
 
 from __future__ import annotations
 

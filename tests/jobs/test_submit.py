@@ -1,4 +1,4 @@
-"""`ray job submit` as README has it, to a Ray that asks for a token: segmenting, and training."""
+"""`ray job submit` as in the README, to a Ray that requires a token: segmentation and training."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _free_port() -> int:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment that leads to a head node of these tests' own."""
+    """Yield the environment variables of a head node started for these tests."""
     tmp_path = tmp_path_factory.mktemp("head")
     (tmp_path / "token").write_text("t" * 64)
     environment = {**os.environ, "RAY_AUTH_MODE": "token"}

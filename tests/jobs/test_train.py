@@ -1,4 +1,4 @@
-"""`jobs/train.py` as a user runs it: what it trains, what it prints, what it says beforehand."""
+"""`jobs/train.py` as a user runs it: what it trains, what it prints, and its dry run."""
 
 from __future__ import annotations
 

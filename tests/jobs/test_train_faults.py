@@ -25,10 +25,10 @@ from tests.tiny_training import arguments, list_etags, write_dataset
 ROOT = Path(__file__).parents[2]
 
 STEPS = ("--max-steps", "40", "--checkpoint-every", "5", "--eval-every", "0", "--loaders", "1")
-"""On one thread: what a worker computes can be repeated bit for bit."""
+"""On one thread the results of a worker are bit-identical."""
 
 TOLERANCE = 1e-3
-"""Of the largest change of a weight: what the order of sums between workers may do."""
+"""Share of the largest change of a weight that the order of sums may account for."""
 
 WAIT_S = 120.0
 
@@ -37,7 +37,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 @contextlib.contextmanager
 def driver(given: list[str], log: Path) -> Iterator[subprocess.Popen[str]]:
-    """`jobs/train.py` with a Ray of its own; what it prints goes to `log`."""
+    """Start `jobs/train.py` with a Ray of its own and its output in `log`."""
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, "jobs/train.py", *given], cwd=ROOT, stdout=file, stderr=file, text=True
@@ -50,7 +50,7 @@ def driver(given: list[str], log: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def until(done: Callable[[], bool], process: subprocess.Popen[str], log: Path) -> None:
-    """Waits, as long as the driver lives."""
+    """Wait while the driver runs."""
     started = time.monotonic()
     while not done():
         assert process.poll() is None, log.read_text()
@@ -59,13 +59,13 @@ def until(done: Callable[[], bool], process: subprocess.Popen[str], log: Path) -
 
 
 def descendants(pid: int) -> dict[int, str]:
-    """All that the process started: process id and when it began."""
+    """Return the descendants of the process: process id and start time."""
     found = {each: state_of(each)[1] for each in with_descendants(pid)[1:]}
     return {each: began for each, began in found.items() if began}
 
 
 def state_of(pid: int) -> tuple[str, str]:
-    """The process's state and when it began, as /proc knows them; empty where it has ended."""
+    """Return state and start time of the process from /proc; empty if it has ended."""
     with contextlib.suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return fields[0], fields[19]
@@ -73,7 +73,7 @@ def state_of(pid: int) -> tuple[str, str]:
 
 
 def alive(processes: dict[int, str]) -> list[str]:
-    """The command lines of those that still run; one that ended and was not waited for does not."""
+    """Return the command lines of those still running; zombies do not count."""
     states = {pid: state_of(pid) for pid in processes}
     return [
         command_line(pid)
@@ -163,7 +163,7 @@ def test_a_killed_and_resumed_run_ends_with_the_weights_of_an_undisturbed_one(
 
 
 def assert_the_same(out: str, other: str, *, exact: bool) -> None:
-    """Both runs have ended with the same networks, optimisers and losses, or nearly."""
+    """Check that both runs end with (nearly) the same networks, optimizers and losses."""
     for name in ("model.safetensors", "best.safetensors") if exact else ():
         assert storage.read(f"{out}/{name}") == storage.read(f"{other}/{name}"), name
     mine, theirs = checkpoints.latest(out), checkpoints.latest(other)

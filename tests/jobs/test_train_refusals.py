@@ -1,4 +1,4 @@
-"""What `jobs/train.py` refuses: in one line, before anything is written, and soon."""
+"""Refusals of `jobs/train.py`: in one line, promptly, before anything is written."""
 
 from __future__ import annotations
 
