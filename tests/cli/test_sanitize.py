@@ -11,7 +11,7 @@ from jobs import clean, query
 from pipeline.cli.exit import last_line, run_job
 from pipeline.cli.sanitize import Formatter
 
-# a colour, a window title, CSI as one byte of C1, a line forged, right to left, half a character
+# a color, a window title, CSI as one byte of C1, a line forged, right to left, half a character
 HOSTILE = [
     *("\x1b[31m", "\x1b]0;title\x07", "\x9b31m", "\nsegment finished run=forged", "\r"),
     *("\u202e", "\u2066", "\u2028", "\ud800", "\0", "\x7f"),

@@ -56,7 +56,7 @@ def test_the_last_line_and_the_table_equal_counted_pixels(
     assert main(arguments(prefix, "--over", "cat", "background")) == 0
     out = capsys.readouterr().out
     model = optimize.optimize_for_inference(weights.load(CHECKPOINT)[0])
-    both, either, right, labelled = np.zeros(21), np.zeros(21), 0, 0
+    both, either, right, labeled = np.zeros(21), np.zeros(21), 0, 0
     for i in range(2):
         image = Image.open(io.BytesIO(storage.read(f"{prefix}/JPEGImages/{i}.jpg")))
         data = storage.read(f"{prefix}/SegmentationClass/{i}.png")
@@ -67,12 +67,12 @@ def test_the_last_line_and_the_table_equal_counted_pixels(
             both[k] += (of_mask & (truth == k)).sum()
             either[k] += (of_mask | (truth == k)).sum()
         right += int((mask == truth).sum())
-        labelled += int((truth != 255).sum())
+        labeled += int((truth != 255).sum())
     ious = [b / e for b, e in zip(both, either, strict=True) if e]
     said = facts(out)
     assert said["images"] == "2"
     assert float(said["miou"]) == pytest.approx(np.mean(ious), abs=1e-4)
-    assert float(said["pixel_accuracy"]) == pytest.approx(right / labelled, abs=1e-4)
+    assert float(said["pixel_accuracy"]) == pytest.approx(right / labeled, abs=1e-4)
     over = (both[0] / either[0] + both[8] / either[8]) / 2
     assert float(said["over"]) == pytest.approx(over, abs=1e-4)
     assert float(said["over_low"]) <= float(said["over"]) <= float(said["over_high"])

@@ -239,10 +239,10 @@ def test_a_dry_run_describes_the_run_and_writes_nothing(
     assert not re.search(r"[{}\[\]]|None|True|False", out.split("as flags:")[0])
     assert max(map(len, out.splitlines())) <= 120
     labels = np.concatenate([draw_sample(number)[1].ravel() for number in range(6)])
-    labelled = labels[labels != 255]
+    labeled = labels[labels != 255]
     for k, name in enumerate(("red", "green", "blue", "never")):
         share, images = re.findall(rf"^{name} +([\d.]+) +(\d+)$", out, re.MULTILINE)[0]
-        assert float(share) == pytest.approx(100 * (labelled == k).mean(), abs=0.0051)
+        assert float(share) == pytest.approx(100 * (labeled == k).mean(), abs=0.0051)
         assert images == ("6" if k < 3 else "0")
     assert re.search(r"^about .*: 6 steps of \d+\.\d\d s", out, re.MULTILINE)
 
