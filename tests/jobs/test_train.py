@@ -96,7 +96,7 @@ def test_a_run_logs_its_progress_and_ends_with_its_score(trained: Trained) -> No
     )
     score = r"val after step \d: mIoU [\d.]+% \(best [\d.]+%\), pixel accuracy [\d.]+%"
     ious = r"  (red|green|blue) [\d.]+%(, (green|blue) [\d.]+%)*"
-    warning = "WARNING on CPUs each worker normalizes by its own images only: .*"
+    warning = "WARNING on CPUs each worker normalizes by its own images only, so .*"
     known = "|".join((progress, score, ious, warning))
     said = trained.err.splitlines()
     assert [line for line in said if not re.fullmatch(known, line)] == []
