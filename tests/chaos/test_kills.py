@@ -20,7 +20,7 @@ def test_actors_that_are_killed_at_each_of_their_stages(world: World, seed: int)
             killer.kill(stage, alive=run.alive)
         assert run.wait() == 0, run.said
         line.injected = len(killer.hits)
-    assert all("Stage" in hit.victim for hit in killer.hits), killer.hits
+    assert all("Worker" in hit.victim for hit in killer.hits), killer.hits
     check(world, "actors", line)
 
 
@@ -32,7 +32,7 @@ def test_decoders_that_are_killed_while_they_decode(world: World, seed: int) -> 
             killer.kill("decoder", place="begin", alive=run.alive)
         assert run.wait() == 0, run.said
         line.injected = len(killer.hits)
-    assert all("decode_child" in hit.victim for hit in killer.hits), killer.hits
+    assert all("decoder_process" in hit.victim for hit in killer.hits), killer.hits
     check(world, "decoders", line)
 
 

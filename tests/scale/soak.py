@@ -55,7 +55,7 @@ class Memory:
         self._next = (done // self._every + 1) * self._every
         row: Row = {"done": done, "minutes": (time.monotonic() - self._started) / 60}
         row["driver_mib"] = kib_of("VmRSS") / 2**10
-        for name, of in (("actor", "ray::MapWorker"), ("decoder", "decode_child")):
+        for name, of in (("actor", "ray::MapWorker"), ("decoder", "decoder_process")):
             row[f"{name}_mib"] = max(descendants_kib(of), default=0) / 2**10
         self.rows.append(row)
         return row

@@ -32,9 +32,9 @@ STAGES = {
     "infer": ("pipeline.model.predict", "segment"),
     "create": ("pipeline.data.storage", "create"),
     "reconcile": ("pipeline.bulk.driver.reconcile", "Reconciler._missing"),
-    "classes": ("pipeline.bulk.driver.finalize", "Finish.write_classes"),
-    "done": ("pipeline.bulk.driver.finalize", "Finish.write_done"),
-    "record": ("pipeline.bulk.driver.finalize", "Finish.write_record"),
+    "classes": ("pipeline.bulk.driver.finalize", "RunFinalizer.write_classes"),
+    "done": ("pipeline.bulk.driver.finalize", "RunFinalizer.write_done"),
+    "record": ("pipeline.bulk.driver.finalize", "RunFinalizer.write_record"),
 }
 PLACES = ("begin", "amid", "end")
 _WAIT_S = 60.0
