@@ -1,4 +1,4 @@
-"""Shared by all tests: one S3 server, one Ray, and the rules of the quick tier."""
+"""Fixtures of all tests: one S3 server, one Ray cluster, and the rules of the quick tier."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from jobs.demo.server import s3_server
 
-# how long an example takes says nothing about the code on a busy machine
+# on a busy machine the duration of an example says nothing about the code
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
 
@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def quick_tests_start_no_process(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail a test of the quick tier that starts a process: it needs a marker."""
+    """Fail tests of the quick tier that start a process: they need a marker."""
     before = len(_started)
     yield
     if not _HEAVY & {marker.name for marker in request.node.iter_markers()}:
@@ -58,7 +58,7 @@ def s3_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[st
 
 @pytest.fixture(scope="session")
 def ray_session(s3_environment: dict[str, str]) -> Iterator[None]:
-    """The session's one Ray, with CPUs enough that actors do not starve other stages.
+    """One Ray cluster per session, with enough CPUs that actors do not starve other stages.
 
     Its processes inherit the environment variables of the S3 server.
     """
@@ -77,7 +77,7 @@ def s3_prefix(s3_environment: dict[str, str]) -> str:
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
 def prefix(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty storage prefix: a local folder, and again on S3."""
+    """An empty storage prefix, once in a local folder and once on S3."""
     if request.param == "local":
         return str(tmp_path / "store")
     found: str = request.getfixturevalue("s3_prefix")

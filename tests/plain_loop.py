@@ -1,4 +1,4 @@
-"""What a bulk run's rows must be: those of a plain loop in this process, on one thread."""
+"""Reference rows of a bulk run: those of a plain loop in this process, on one thread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.data import storage
 from pipeline.model.weights import checkpoint_fingerprint
 from pipeline.results.layout import RunLayout
 
-_OF_RUN = ("run_id", "shard", "etag")  # columns that say in which run, not what was seen
+_OF_RUN = ("run_id", "shard", "etag")  # columns that depend on the run, not on the image alone
 
 
 def rows(
@@ -25,7 +25,7 @@ def rows(
     *,
     include: tuple[str, ...] = BulkSettings.include,
 ) -> dict[str, dict[str, Any]]:
-    """uri -> the photo's row, of all below `images` that `include` takes."""
+    """Return the rows of all images below `images` that match `include`, by URI."""
     settings = BulkSettings(
         images=images, results="/nowhere", checkpoint=checkpoint, include=include, run_id="loop"
     )
@@ -42,13 +42,13 @@ def rows(
         gpu=False,
     )
     with Listing(settings, model=work.model, settings_print="") as listing:
-        photos = list(listing.images())
+        refs = list(listing.images())
     segmenter = Segmenter(work)
-    data, _ = segmenter.rows_of(0, photos)
+    data, _ = segmenter.rows_of(0, refs)
     segmenter.close()
     return {row["uri"]: row for row in pq.read_table(io.BytesIO(data)).to_pylist()}
 
 
 def seen(row: dict[str, Any]) -> dict[str, Any]:
-    """What a row says of its photo, whatever the run."""
+    """Return the columns that depend on the image alone, whatever the run."""
     return {name: value for name, value in row.items() if name not in _OF_RUN}

@@ -1,7 +1,7 @@
-"""A reverse proxy between a run and its S3 server, which does to requests what rules say.
+"""A reverse proxy between a run and its S3 server that injects faults by rules.
 
-It listens on loopback in a thread of its own. Requests pass as they are, `Host` included, so that
-their signatures hold. A rule names a fault, the requests it is for, and how often it strikes.
+It listens on loopback in its own thread. Requests are forwarded unchanged, `Host` included, so that
+their signatures stay valid. A rule has a fault, the requests it applies to, and how often.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "te", "content-l
 
 @dataclass(kw_only=True)
 class Rule:
-    """Strikes the first `in_a_row` requests for each path that it is for, `times` in all."""
+    """Injects a fault into the first `in_a_row` requests of each matching path, `times` in all."""
 
     fault: Fault
     methods: str = "GET"
-    path: str = ""  # a regular expression, searched in the decoded path
+    path: str = ""  # a regular expression that matches anywhere in the decoded path
     in_a_row: int = 1
     times: int = 10**9
     struck: int = 0
@@ -49,7 +49,7 @@ class Rule:
     _by_path: Counter[str] = field(default_factory=Counter)
 
     def strikes(self, method: str, path: str) -> bool:
-        """Whether this request is to be struck; counts it."""
+        """Return whether to inject the fault into this request, and count it."""
         if method not in self.methods.split() or not re.search(self.path, path):
             return False
         if self.struck >= self.times or self._by_path[path] >= self.in_a_row:
@@ -60,7 +60,7 @@ class Rule:
 
     @property
     def paths(self) -> int:
-        """Objects that were struck."""
+        """The number of paths that had the fault."""
         return len(self._by_path)
 
 
@@ -71,28 +71,28 @@ class Proxy:
         self.upstream = upstream
         self.rules: list[Rule] = []
         self.url = ""
-        self.arrived = 0  # requests that `late` rules held, and that were forwarded
+        self.arrived = 0  # requests forwarded after a `late` rule held them
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="proxy", daemon=True)
 
     def start(self) -> None:
-        """Listens on a free port; `url` says which."""
+        """Listen on a free port, and set `url`."""
         self._thread.start()
         assert self._ready.wait(10)
 
     def stop(self) -> None:
-        """Ends the thread, and what it holds open."""
+        """Stop the thread and close its connections."""
         self._loop.call_soon_threadsafe(self._stopped.set)
         self._thread.join(10)
 
     def let_go(self, rule: Rule) -> None:
-        """Forwards the requests that a `late` rule holds."""
+        """Forward the requests that a `late` rule holds."""
         self._loop.call_soon_threadsafe(rule.release.set)
 
     @contextmanager
     def ruled(self, *rules: Rule) -> Iterator[None]:
-        """With these rules alone, while the block runs."""
+        """Apply only these rules while the block runs."""
         self.rules = list(rules)
         try:
             yield
@@ -138,7 +138,7 @@ class Proxy:
             return _cut(request)
         try:
             status, headers, data = await self._forward(request, body)
-        except (ClientError, OSError):  # the server is away: so is its proxy
+        except (ClientError, OSError):  # the server is down
             return _cut(request)
         if fault == "lost_reply":
             return _cut(request)
@@ -155,7 +155,7 @@ class Proxy:
             return answer.status, dict(answer.headers), await answer.read()
 
     async def _later(self, request: web.Request, body: bytes, rule: Rule) -> None:
-        """The request arrives when nobody waits for it any more."""
+        """Forward the request after its client has given up."""
         await rule.release.wait()
         await self._forward(request, body)
         self.arrived += 1
@@ -177,7 +177,7 @@ class Proxy:
         if fault == "flipped":
             middle = len(data) // 2
             data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
-        if fault == "garbled":  # as from a proxy that has a word to say
+        if fault == "garbled":  # like the error page of a proxy
             data = b"<html>be back soon".ljust(len(data))[: len(data)]
         if fault == "truncated":
             await answer.write(data[: len(data) // 2])
@@ -199,7 +199,7 @@ def _refusal(status: int, code: str) -> web.Response:
 
 
 def _cut(request: web.Request) -> web.StreamResponse:
-    """Ends the connection in the middle of nothing."""
+    """Abort the connection."""
     if request.transport is not None:
         request.transport.abort()
     return web.Response(status=500)

@@ -1,4 +1,4 @@
-"""The world that faults are injected into, made once; what each fault came to, as a table."""
+"""The world that faults are injected into, created once, and the table of outcomes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEED = int(os.environ.get("CHAOS_SEED", "1"))
 
 
 def put_images(prefix: str) -> None:
-    """600 objects of which 18 are no images: empty ones, letters, and truncated ones."""
+    """Store 600 objects, 18 of which are broken: empty, text, or truncated images."""
     for number in range(GOOD):
         name, data, _ = small_image(number)
         storage.write(f"{prefix}/{name}", data)
@@ -29,7 +29,7 @@ def put_images(prefix: str) -> None:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """The server, its proxy, and the images."""
+    """The S3 server, its proxy, and the images."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("AWS_PROFILE", raising=False)
         patch.delenv("RAY_ADDRESS", raising=False)
@@ -40,13 +40,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """Of what a test draws; printed, and set by $CHAOS_SEED."""
+    """The seed of a test's random choices, from $CHAOS_SEED; it is printed."""
     print(f"CHAOS_SEED={SEED}")
     return SEED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints the table, and writes it where $CHAOS_TABLE says."""
+    """Print the table, and write it to the file $CHAOS_TABLE if set."""
     if OUTCOMES:
         table = as_table(OUTCOMES)
         terminalreporter.section(f"faults injected, seed {SEED}")

@@ -1,6 +1,6 @@
-"""Processes that are killed at a named stage: armed by a file, claimed by who comes by, killed.
+"""Kill processes at named stages: a file arms a kill, and the first process there claims it.
 
-The other side is `hooks/sitecustomize.py`, in the processes of the run.
+`hooks/sitecustomize.py` is the counterpart in the processes of the run.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ PLACES = ("begin", "amid", "end")
 HOOKS = Path(__file__).with_name("hooks")
 
 _POLL_S = 0.002
-_AMID_S = 0.02  # at most so long after a stage began is its process killed
+_AMID_S = 0.02  # a kill `amid` a stage comes at most this long after its start
 
 
 def hooked(folder: Path) -> dict[str, str]:
-    """What the environment of processes needs for them to look for faults in `folder`."""
+    """Return the environment variables that make Python processes look for faults in `folder`."""
     path = os.pathsep.join(filter(None, [str(HOOKS), os.environ.get("PYTHONPATH")]))
     return {"FAULTS": str(folder), "PYTHONPATH": path}
 
@@ -34,11 +34,11 @@ class Hit:
     stage: str
     place: str
     pid: int
-    victim: str  # what the process was called
+    victim: str  # command line of the killed process
 
 
 class Killer:
-    """Kills who comes by the armed stages; `folder` is what $FAULTS says, and is emptied."""
+    """Kills processes at the stages it arms; `folder` is that of $FAULTS, and is emptied first."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder = folder
@@ -57,10 +57,10 @@ class Killer:
         within_s: float = 240.0,
         alive: Callable[[], bool] = lambda: True,
     ) -> Hit:
-        """Kills the next process in `stage`, or what `victim` makes of its id.
+        """Kill the next process in `stage`, or the one whose id `victim` returns for its id.
 
-        `place` is drawn where it is not given; nobody leaves the stage before the kill. Raises
-        TimeoutError where nobody comes by within `within_s`, or `alive()` says that nobody will.
+        `place` is random by default; the process waits in the stage for the kill. Raises
+        TimeoutError if no process reaches it within `within_s`, or while `alive()` is true.
         """
         where = place or self._random.choice(PLACES)
         time.sleep(self._random.uniform(0, 0.3))
@@ -78,7 +78,7 @@ class Killer:
                 return int(claim.suffix[1:])
             time.sleep(_POLL_S)
         armed.unlink(missing_ok=True)
-        raise TimeoutError(f"nobody came by {stage}.{place}")
+        raise TimeoutError(f"no process reached {stage}.{place}")
 
     def _hit(self, stage: str, place: str, pid: int, victim: Callable[[int], int] | None) -> Hit:
         target = victim(pid) if victim else pid
@@ -104,4 +104,4 @@ def _wait_for_death(pid: int, within_s: float = 60.0) -> None:
         if state == "Z":
             return
         time.sleep(_POLL_S)
-    raise TimeoutError(f"process {pid} does not die")
+    raise TimeoutError(f"process {pid} is still alive after {within_s:g} s")

@@ -1,4 +1,4 @@
-"""What a fault came to: rows expected and found, compared with those of an undisturbed loop."""
+"""Outcomes of injected faults: the rows found, compared with those of an undisturbed loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.plain_loop import seen
 
 @dataclass
 class Outcome:
-    """A line of the table."""
+    """A row of the table of outcomes."""
 
     fault: str
     injected: int = 0
@@ -30,11 +30,11 @@ class Outcome:
 
 
 OUTCOMES: list[Outcome] = []
-"""Of this test session, in order."""
+"""The outcomes of this test session, in order."""
 
 
 def as_table(outcomes: Iterable[Outcome]) -> str:
-    """A table in Markdown."""
+    """Return the outcomes as a Markdown table."""
     lines = ["| fault | injected | rows expected | found | duplicates | lost | seconds |"]
     lines.append("|---|---|---|---|---|---|---|")
     for each in outcomes:
@@ -46,10 +46,10 @@ def as_table(outcomes: Iterable[Outcome]) -> str:
 
 @contextmanager
 def watched(fault: str, results: str, run_ids: set[str] | None = None) -> Iterator[Outcome]:
-    """A line of the table for what happens in the block; a reader looks on all the while.
+    """Yield an outcome for the faults injected in the block, while a reader polls the results.
 
-    At its end all runs must be finished, and nothing else may lie in `results`; by default there
-    is one run, of the name that the results have.
+    At the end of the block, all runs must be finished and `results` must hold nothing else; by
+    default there is one run, with the name of the results folder.
     """
     outcome = Outcome(fault)
     started = time.monotonic()
@@ -63,7 +63,7 @@ def watched(fault: str, results: str, run_ids: set[str] | None = None) -> Iterat
 
 
 def instead(outcome: Outcome, injected: Mapping[str, int]) -> None:
-    """A line for each of the faults that met one run, in place of the run's own line."""
+    """Replace the outcome of a run by one for each of the faults injected into it."""
     OUTCOMES.remove(outcome)
     OUTCOMES.extend(replace(outcome, fault=f, injected=times) for f, times in injected.items())
 
@@ -77,11 +77,11 @@ def check(
     kinds: Mapping[str, Collection[str]] | None = None,
     rows: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:
-    """Asserts that the run's rows are those of the undisturbed loop, each image once.
+    """Check that the run's rows are those of the undisturbed loop, each image once.
 
-    `kinds` are images that must be errors of one of these kinds, by URI; `rows` those of the
-    undisturbed loop, all of the world's by default; `results` where they lie, the run's own place
-    by default.
+    `kinds` maps the URIs of images that must be errors to the kinds allowed; `rows` are those of
+    the undisturbed loop, by default for all of the world's images; `results` defaults to the run's
+    own folder.
     """
     kinds = kinds or {}
     undisturbed = world.rows if rows is None else rows
@@ -104,7 +104,7 @@ def check(
 
 
 def check_tidy(results: str, run_ids: set[str]) -> None:
-    """Asserts that nothing lies in the results that belongs to no run, and nothing half done."""
+    """Check that all results belong to the runs, and that no temporary files are left."""
     left = [item.uri for item in storage.list_objects(results)]
     assert {run_id_of(results, uri) for uri in left} == run_ids
     passing = [uri for uri in left if "/leases/" in uri or "/singles/" in uri]

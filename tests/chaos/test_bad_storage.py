@@ -1,4 +1,4 @@
-"""Storage that fails in every way it can while a run goes on: survived, or said and continued."""
+"""Storage faults during a run: the run survives them, or aborts with a reason and is resumed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.s3, pytest.mark.ti
 IN_A_ROW = 6
 
 READ = {
-    # images 0010, 0110 and 0210, and so on: they lie in few shards, so that waits are shared
+    # images 0010, 0110, 0210 etc. are in few shards, so that their retries overlap
     "503 SlowDown": Rule(fault="slow_down", path=r"/0[0-2]10-", in_a_row=IN_A_ROW),
     "500": Rule(fault="internal", path=r"/0[0-2]12-", in_a_row=IN_A_ROW),
     "connection reset": Rule(fault="reset", path=r"/0[0-2]14-", in_a_row=IN_A_ROW),
@@ -36,7 +36,7 @@ WRITTEN = {
 }
 
 
-def test_every_fault_of_storage_six_times_in_a_row(world: World) -> None:
+def test_a_run_survives_every_storage_fault_six_times_in_a_row(world: World) -> None:
     for rule in WRITTEN.values():
         rule.methods = "PUT"
     rules = {f"GET: {fault}": rule for fault, rule in READ.items()}
@@ -52,8 +52,8 @@ def test_every_fault_of_storage_six_times_in_a_row(world: World) -> None:
     instead(line, {fault: rule.struck for fault, rule in rules.items()})
 
 
-def test_a_server_that_is_killed_and_started_again(world: World) -> None:
-    with watched("kill -9 of the S3 server, started again", results_of("server")) as line:
+def test_a_run_survives_a_restart_of_the_s3_server(world: World) -> None:
+    with watched("kill -9 of the S3 server, restarted", results_of("server")) as line:
         run = world.run("server")
         for shards in (3, 12):
             wait_for_shards(run, results_of("server"), "server", shards)
@@ -65,8 +65,8 @@ def test_a_server_that_is_killed_and_started_again(world: World) -> None:
     check(world, "server", line)
 
 
-def test_a_server_that_stays_away_ends_the_run_which_is_continued(world: World) -> None:
-    with watched("S3 answers 500 for good, later well again", results_of("away")) as line:
+def test_a_lasting_server_error_aborts_the_run_which_is_resumed(world: World) -> None:
+    with watched("S3 answers 500 until the run aborts, then recovers", results_of("away")) as line:
         run = world.run("away")
         wait_for_shards(run, results_of("away"), "away")
         fault = Rule(fault="internal", methods="GET PUT HEAD POST DELETE", in_a_row=10**9)

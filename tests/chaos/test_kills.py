@@ -1,4 +1,4 @@
-"""kill -9 of whatever works on a run, at a named stage: each image is there once, undamaged."""
+"""SIGKILL of a run's processes at each stage: every image has one correct row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.chaos.world import World, results_of
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
 
 
-def test_actors_that_are_killed_at_each_of_their_stages(world: World, seed: int) -> None:
+def test_actors_killed_at_any_stage_lose_no_image(world: World, seed: int) -> None:
     killer = world.killer(seed)
     with watched("kill -9 of an actor: fetch, decode, infer, create", results_of("actors")) as line:
         run = world.run("actors", "--actors", "2 2")
@@ -24,7 +24,7 @@ def test_actors_that_are_killed_at_each_of_their_stages(world: World, seed: int)
     check(world, "actors", line)
 
 
-def test_decoders_that_are_killed_while_they_decode(world: World, seed: int) -> None:
+def test_decoders_killed_while_decoding_lose_no_image(world: World, seed: int) -> None:
     killer = world.killer(seed)
     with watched("kill -9 of a decoder process", results_of("decoders")) as line:
         run = world.run("decoders")
@@ -36,13 +36,13 @@ def test_decoders_that_are_killed_while_they_decode(world: World, seed: int) -> 
     check(world, "decoders", line)
 
 
-def test_drivers_that_are_killed_at_each_of_their_stages(world: World, seed: int) -> None:
+def test_drivers_killed_at_any_stage_are_resumed(world: World, seed: int) -> None:
     killer = world.killer(seed)
     own = ["plan", "reconcile", "classes", "done", "record"]
     with watched(f"kill -9 of the driver: create, {', '.join(own)}", results_of("drivers")) as line:
         for stage in ["plan", "reconcile", "create", "create", "classes", "done", "record"]:
             run = world.run("drivers")
-            # an actor's stage says when; the driver is who dies
+            # the stage of an actor triggers the kill of the driver
             driver = None if stage in own else lambda _, run=run: run.process.pid
             killer.kill(stage, victim=driver, alive=run.alive)
             assert run.wait(30) == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""kill -9 of a raylet, and with it of all that its node does, in a cluster of two and a head."""
+"""SIGKILL of raylets, and with them of their nodes' workers, in a cluster of two nodes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.s3, pytest.mark.ti
 
 @pytest.fixture
 def nodes(world: World) -> Iterator[Nodes]:
-    """A cluster of its own: a head, and two nodes of two CPUs."""
+    """A separate cluster: a head, and two nodes with two CPUs each."""
     nodes = Nodes(world.variables)
     nodes.add(cpus=2)
     nodes.add(cpus=2)
@@ -29,13 +29,13 @@ def _parent(pid: int) -> int:
     return int(stat.rpartition(")")[2].split()[1])
 
 
-def test_raylets_that_are_killed_while_their_node_works(
+def test_nodes_that_are_lost_while_working_lose_no_image(
     world: World, seed: int, nodes: Nodes
 ) -> None:
     killer = world.killer(seed)
     with watched("kill -9 of a raylet: infer, create, fetch", results_of("nodes")) as line:
         run = world.run("nodes", "--actors", "2 2", nodes=nodes)
-        # both nodes at once: the run is short, and the one that is left would end it
+        # both nodes at once: a remaining one might finish the short run before the next kill
         for stages in (("infer", "create"), ("fetch",)):
             for stage in stages:
                 killer.kill(stage, victim=_parent, alive=run.alive)

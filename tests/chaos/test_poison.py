@@ -1,4 +1,4 @@
-"""Images that kill the process that touches them: each is an error row, and nobody else's."""
+"""Images that crash their process: each becomes an error row, and no other image is affected."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.small_images import small_image
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
 
-LONGER_S = 60.0  # an image, at most
+LONGER_S = 60.0  # at most, per image
 POISON = {"crash": "worker_died", "eat": "out_of_memory", "hang": "timeout"}
 
 
 @pytest.fixture(scope="module")
 def control_s(world: World) -> float:
-    """Seconds of a run that no fault meets."""
+    """The duration of a run without faults, in seconds."""
     killer = world.killer()
     with watched("none: the control run", results_of("control")) as line:
         run = world.done("control")
@@ -35,7 +35,7 @@ def control_s(world: World) -> float:
 
 
 def _loads(run: Run, folder: Path) -> int:
-    """How often the model was loaded, the driver's own look at it not counted."""
+    """Return how often the model was loaded by processes other than the driver."""
     return sum(pid != run.process.pid for pid in _noted(folder / "loads"))
 
 
@@ -44,7 +44,7 @@ def _noted(path: Path) -> list[int]:
 
 
 def _png(first_pixels: tuple[int, ...]) -> bytes:
-    """An image that begins so."""
+    """Return a PNG that starts with these pixel values."""
     pixels = np.asarray(Image.open(io.BytesIO(small_image(3)[1])).convert("RGB")).copy()
     pixels.reshape(-1)[: len(first_pixels)] = first_pixels
     buffer = io.BytesIO()
@@ -52,7 +52,7 @@ def _png(first_pixels: tuple[int, ...]) -> bytes:
     return buffer.getvalue()
 
 
-def test_images_whose_decoder_crashes_or_eats_memory_or_never_returns(
+def test_an_image_that_crashes_fills_or_hangs_its_decoder_is_an_error(
     world: World, control_s: float
 ) -> None:
     kinds = {}
@@ -62,36 +62,36 @@ def test_images_whose_decoder_crashes_or_eats_memory_or_never_returns(
         kinds[uri] = [kind]
     killer = world.killer()
     images = ("--images", BUCKET, "--include", "night/* poison/*")
-    with watched("decoder: segfault, all memory, no return", results_of("poison")) as line:
+    with watched("decoder: segfault, out of memory, hang", results_of("poison")) as line:
         run = world.done("poison", *images)
         line.injected = len(_noted(killer.folder / "poisoned"))
     check(world, "poison", line, kinds=kinds)
     assert _loads(run, killer.folder) == 1
-    assert line.injected == len(kinds) + 1  # a crash is tried twice
+    assert line.injected == len(kinds) + 1  # a crash is retried once
     assert line.seconds < control_s + len(kinds) * LONGER_S * world.crowd
 
 
-def test_a_image_whose_inference_kills_the_actor_with_shards_queued_on_it(
+def test_an_image_that_kills_its_actor_is_an_error_and_queued_shards_are_not(
     world: World, control_s: float
 ) -> None:
     uri = f"{BUCKET}/deadly/0.png"
     storage.write(uri, _png(DEADLY))
     killer = world.killer()
     images = ("--images", BUCKET, "--include", "night/* deadly/*")
-    with watched("an actor that dies during inference", results_of("deadly")) as line:
+    with watched("an actor that crashes during inference", results_of("deadly")) as line:
         world.done("deadly", *images)
         line.injected = len(_noted(killer.folder / "poisoned"))
     check(world, "deadly", line, kinds={uri: ["worker_died"]})
-    assert line.injected == 4  # among others, beside nothing queued, and twice alone
+    assert line.injected == 4  # with others, without a queue, and twice alone
     assert line.seconds < control_s + LONGER_S * world.crowd
 
 
 @pytest.fixture
 def small_node(world: World) -> Iterator[Nodes]:
-    """A node on which Ray kills who takes two thirds of what the greedy image does."""
+    """A node where Ray kills a worker that allocates two thirds of GREED_BYTES."""
     total, free = _memory("MemTotal"), _memory("MemAvailable")
     if free < 1.5 * GREED_BYTES:
-        pytest.skip("the machine has too little memory to spare")
+        pytest.skip("the machine has too little free memory")
     most = (total - free + 2 * GREED_BYTES / 3) / total
     watch = {"RAY_memory_usage_threshold": f"{most:.3f}", "RAY_memory_monitor_refresh_ms": "100"}
     nodes = Nodes(world.variables | watch)
@@ -101,12 +101,12 @@ def small_node(world: World) -> Iterator[Nodes]:
 
 
 def _memory(name: str) -> int:
-    """Bytes, by the kernel."""
+    """Return this value of /proc/meminfo in bytes."""
     [line] = [line for line in Path("/proc/meminfo").read_text().splitlines() if name in line]
     return int(line.split()[1]) << 10
 
 
-def test_a_image_for_which_the_node_kills_the_actor_to_save_its_memory(
+def test_an_image_whose_actor_is_killed_for_memory_is_an_error(
     world: World, small_node: Nodes
 ) -> None:
     uri = f"{BUCKET}/greedy/0.png"
@@ -114,10 +114,10 @@ def test_a_image_for_which_the_node_kills_the_actor_to_save_its_memory(
     few = {name: row for name, row in world.rows.items() if "/night/0/000" in name}
     killer = world.killer()
     images = ("--images", BUCKET, "--include", "night/0/000* greedy/*", "--shard-images", "4")
-    with watched("an actor that is killed for memory", results_of("greedy")) as line:
+    with watched("an actor killed for using too much memory", results_of("greedy")) as line:
         run = world.run("greedy", *images, nodes=small_node)
         assert run.wait() == 0, run.said
         line.injected = len(_noted(killer.folder / "poisoned"))
     check(world, "greedy", line, kinds={uri: ["out_of_memory"]}, rows=few)
-    assert line.injected >= 2  # alone; among others, others may have been killed in its place
+    assert line.injected >= 2  # alone; with others, Ray may kill another worker
     assert line.seconds < 2 * LONGER_S * world.crowd

@@ -1,4 +1,4 @@
-"""Who else is at work: drivers of the same run, other runs, zombies, and who changes the images."""
+"""Concurrency: drivers of the same run, other runs, late writes, and changes to the images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.s3, pytest.mark.ti
 
 @contextmanager
 def _gate(folder: Path) -> Iterator[None]:
-    """While the block runs, nothing of the run that is hooked in `folder` is inferred."""
+    """Block inference while the block runs, for runs whose faults are in `folder`."""
     gate = folder / "gate"
     gate.touch()
     try:
@@ -33,7 +33,7 @@ def _gate(folder: Path) -> Iterator[None]:
         gate.unlink()
 
 
-def test_two_drivers_on_one_run(world: World) -> None:
+def test_a_second_driver_on_a_run_is_refused(world: World) -> None:
     killer = world.killer()
     results = results_of("two")
     with watched("two drivers on one run", results) as line:
@@ -48,9 +48,9 @@ def test_two_drivers_on_one_run(world: World) -> None:
     check(world, "two", line)
 
 
-def test_a_driver_that_was_frozen_while_another_took_its_run_over(world: World) -> None:
+def test_a_frozen_driver_whose_run_was_taken_over_does_no_harm(world: World) -> None:
     results = results_of("frozen")
-    with watched("a driver frozen, and awake when another has its run", results) as line:
+    with watched("a driver frozen, and resumed after a takeover", results) as line:
         frozen = world.run("frozen")
         wait_for_shards(frozen, results, "frozen", 1)
         os.kill(frozen.process.pid, signal.SIGSTOP)
@@ -58,16 +58,16 @@ def test_a_driver_that_was_frozen_while_another_took_its_run_over(world: World) 
         wait_for_shards(second, results, "frozen", 12)
         os.kill(frozen.process.pid, signal.SIGCONT)
         assert second.wait() == 0, second.said
-        code = frozen.wait()  # it finds the run finished, or itself dismissed
+        code = frozen.wait()  # it finds the run finished or taken over
         assert code == 0 or "another driver" in frozen.last_line, frozen.said
         line.injected = 1
     check(world, "frozen", line)
 
 
-def test_four_runs_on_one_bucket_at_once(world: World) -> None:
+def test_four_runs_at_once_share_one_results_prefix(world: World) -> None:
     results = results_of("four")
     names = {f"four-{number}" for number in range(4)}
-    with watched("four runs on one bucket at once", results, names) as line:
+    with watched("four runs at once with the same results prefix", results, names) as line:
         runs = {name: world.run(name, "--results", results) for name in sorted(names)}
         for run in runs.values():
             assert run.wait() == 0, run.said
@@ -76,7 +76,7 @@ def test_four_runs_on_one_bucket_at_once(world: World) -> None:
         check(world, name, line, results=results)
 
 
-def test_zombie_puts_that_arrive_after_their_run_has_ended(world: World) -> None:
+def test_puts_that_arrive_after_the_run_has_ended_change_nothing(world: World) -> None:
     results = results_of("zombie")
     late = Rule(
         fault="late", methods="PUT", path=r"/shard-00000[2-5]|/classes/|/done/|/runs/|/plan\.json"
@@ -98,7 +98,7 @@ def test_zombie_puts_that_arrive_after_their_run_has_ended(world: World) -> None
     assert "nothing to do" in again.said
 
 
-def test_images_deleted_replaced_and_added_while_the_run_goes_on(world: World) -> None:
+def test_images_deleted_replaced_or_added_during_a_run(world: World) -> None:
     results, moving = results_of("moving"), f"{BUCKET}/moving"
     names = [f"{moving}/{number:02d}-{what}.jpg" for number in range(20) for what in ("a", "b")]
     for number, uri in enumerate(names):
@@ -108,7 +108,7 @@ def test_images_deleted_replaced_and_added_while_the_run_goes_on(world: World) -
     killer = world.killer()
     images = ("--images", BUCKET, "--include", "night/* moving/*")
     with watched("images deleted, replaced, added", results) as line:
-        with _gate(killer.folder):  # the first shard, of moving images, is fetched or is not
+        with _gate(killer.folder):  # the first shard, of changing images, may be fetched already
             run = world.run("moving", *images)
             _wait_for(f"{results}/plans/run=moving/plan.json", run)
             _change(gone[::2], replaced[::2], [f"{moving}/added-0.jpg"])

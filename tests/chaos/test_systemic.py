@@ -1,4 +1,4 @@
-"""What is wrong with everything stops a run within a minute, and costs no image its row."""
+"""Systemic faults abort a run within a minute; a resumed run has a row for every image."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EVERYTHING = "GET PUT HEAD POST DELETE"
 
 
 def _stops(world: World, run: Run, reason: str) -> None:
-    """Asserts that the run ends by itself, soon enough, and says why on its last line."""
+    """Check that the run aborts in time, with the reason on its last line."""
     since = time.monotonic()
     assert run.wait() == 1, run.said
     assert time.monotonic() - since < WITHIN_S * world.crowd
@@ -45,7 +45,7 @@ def _stops(world: World, run: Run, reason: str) -> None:
         ),
     ],
 )
-def test_storage_that_refuses_from_some_moment_on(
+def test_storage_that_starts_to_refuse_all_requests_aborts_the_run(
     fault: str, name: str, rule: Rule, reason: str, world: World
 ) -> None:
     with watched(fault, results_of(name)) as line:
@@ -59,14 +59,14 @@ def test_storage_that_refuses_from_some_moment_on(
     check(world, name, line)
 
 
-def test_a_bug_in_the_segmenter(world: World) -> None:
+def test_a_bug_in_the_segmenter_aborts_the_run(world: World) -> None:
     killer = world.killer()
     bug = killer.folder / "bug"
     with watched("an exception in the segmenter", results_of("bug")) as line:
         run = world.run("bug")
         wait_for_shards(run, results_of("bug"), "bug")
         bug.touch()
-        _stops(world, run, "a bug that was put here")
+        _stops(world, run, "an injected bug")
         line.injected = 1
         bug.unlink()
         world.done("bug")
@@ -75,7 +75,7 @@ def test_a_bug_in_the_segmenter(world: World) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """`small_disk(KiB)`: a folder on a disk of that size; called again, it has the new size."""
+    """A function that mounts a disk of a size in KiB, or resizes it, and returns its folder."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -83,7 +83,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         again = ",remount" if folder.is_mount() else ""
         command = ["mount", "-t", "tmpfs", "-o", f"size={size}k{again}", "none", str(folder)]
         if subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("only root may mount a small disk")
+            pytest.skip("mounting a small disk needs root")
         return folder
 
     yield mount
@@ -91,7 +91,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_disk_that_is_full(world: World, small_disk: Callable[[int], Path]) -> None:
+def test_a_full_disk_aborts_the_run(world: World, small_disk: Callable[[int], Path]) -> None:
     results = str(small_disk(256) / "disk")
     with watched("disk full", results) as line:
         run = world.run("disk", "--results", results)
@@ -103,7 +103,7 @@ def test_a_disk_that_is_full(world: World, small_disk: Callable[[int], Path]) ->
     check(world, "disk", line, results=results)
 
 
-def test_a_tenth_of_the_images_broken(world: World) -> None:
+def test_too_many_broken_images_abort_the_run(world: World) -> None:
     kinds = {}
     for number in range(50):
         uri = f"{BUCKET}/broken/{number:02d}.jpg"

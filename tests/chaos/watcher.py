@@ -1,4 +1,4 @@
-"""A reader who looks at the results all the time: never half a file, never a row twice."""
+"""A concurrent reader of the results: it must never see a partial file or a duplicate row."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _PAUSE_S = 0.2
 
 
 class Watcher:
-    """Reads every new file below `results` while the block runs; `wrong` is what it saw wrong.
+    """Reads every new file below `results` while the block runs; `wrong` lists violations.
 
-    Files of `images/` are written once: a changed or vanished one is wrong too.
+    Files of `images/` are written once: a changed or deleted one is a violation too.
     """
 
     def __init__(self, results: str) -> None:
@@ -37,22 +37,22 @@ class Watcher:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
-        self.look()  # at the end too
+        self.look()  # once more at the end
 
     @property
     def files(self) -> int:
-        """Files that were read."""
+        """The number of files read."""
         return len(self._files)
 
     def _watch(self) -> None:
         while not self._ended.wait(_PAUSE_S):
             try:
                 self.look()
-            except StorageError:  # the server is away
+            except StorageError:  # the server is down
                 continue
 
     def look(self) -> None:
-        """Reads what is new."""
+        """Read the new files."""
         listed = {item.uri: item.etag for item in storage.list_objects(self._results)}
         self.looks += 1
         images = f"{self._results}/images/"
@@ -67,10 +67,10 @@ class Watcher:
         try:
             rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(storage.read(uri))).to_pylist()
         except StorageError as error:
-            if error.kind == "vanished":  # a single that has become part of its shard
+            if error.kind == "vanished":  # a single-image file that was merged into its shard
                 return
             raise
-        except Exception as error:  # whatever a reader of Parquet says: this is no whole file
+        except Exception as error:  # any error of the Parquet reader means a partial file
             self.wrong.append(f"{uri}: {error}")
             return
         known = uri in self._files
@@ -78,4 +78,4 @@ class Watcher:
         if counted and not known:
             self._rows.update((row["run_id"], row["uri"]) for row in rows)
             twice = [key for key, count in self._rows.items() if count > 1]
-            self.wrong += [f"{key} is there twice" for key in twice]
+            self.wrong += [f"{key} has two rows" for key in twice]

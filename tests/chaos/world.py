@@ -1,10 +1,10 @@
-"""What every fault is injected into: 600 images on a real S3 server behind the proxy, and runs.
+"""The environment that faults are injected into: 600 images on an S3 server behind a proxy.
 
-Runs are real ones, `python jobs/segment.py` as a process of its own, on a Ray that is started once
-for all of them: that is what takes most of a small run's time. What they leave is compared
-with the rows of a plain loop that no fault met.
+Each run is a process, `python jobs/segment.py`, on one Ray cluster for all of them, since starting
+Ray takes most of a small run's time. Its results are compared with the rows of an undisturbed
+plain loop.
 
-Images that a test adds lie beside the 600, so that `--images s3://images` takes both.
+A test stores its own images beside the 600, so that `--images s3://images` includes both.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ SHARD_IMAGES = 16
 
 @dataclass
 class Run:
-    """One run's process, its output, and when it began."""
+    """A run's process, its output, and its start time."""
 
     process: subprocess.Popen[bytes]
     output: Path
     started: float = field(default_factory=time.monotonic)
 
     def wait(self, within_s: float = 600.0) -> int:
-        """The exit code; a run that takes longer is ended, and TimeoutExpired raised."""
+        """Return the exit code. Kills a run that takes longer, and raises TimeoutExpired."""
         try:
             return self.process.wait(within_s)
         except subprocess.TimeoutExpired:
@@ -58,18 +58,18 @@ class Run:
             raise
 
     def alive(self) -> bool:
-        """Whether it still runs."""
+        """Return whether the run is still active."""
         return self.process.poll() is None
 
     def end(self) -> None:
-        """Ends it where it still runs, with all that it started."""
+        """Kill the run and its child processes, if it is still active."""
         if self.alive():
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
     @property
     def said(self) -> str:
-        """What it printed, both streams."""
+        """The output so far, stdout and stderr."""
         return self.output.read_text()
 
     @property
@@ -78,11 +78,11 @@ class Run:
 
 
 class World:
-    """The server, the proxy, the images, and the rows that undisturbed images have."""
+    """The server, the proxy, the images, and the rows of an undisturbed loop."""
 
     def __init__(self, folder: Path, put: Callable[[str], None]) -> None:
         self.folder = folder
-        # seconds that others cost a run, for each second it takes on free cores
+        # slowdown by other load: seconds here per second on an idle machine
         self.crowd = slowdown()
         self._runs: list[Run] = []
         self._ports = free_ports()
@@ -105,14 +105,14 @@ class World:
         self._server.close()
 
     def start_server(self) -> None:
-        """Starts the S3 server, where it was before if it was started before."""
+        """Start the S3 server, always on the same ports and folder."""
         variables = self._server.enter_context(
             s3_server(self.folder / "s3", buckets=("images", "results"), ports=self._ports)
         )
         os.environ.update(variables)
 
     def kill_server(self) -> None:
-        """kill -9 of the S3 server, with all that it has not written yet."""
+        """Send SIGKILL to the S3 server; unwritten data is lost."""
         marker = f"-dir={self.folder / 's3'}".encode()
         for process in Path("/proc").glob("[0-9]*"):
             try:
@@ -124,13 +124,13 @@ class World:
         self._server.close()
 
     def killer(self, seed: int = 0) -> Killer:
-        """Who kills processes of runs, and what else is told to those; nothing is at first."""
+        """Return a new killer for the processes of runs; no faults are armed."""
         return Killer(self.folder / "faults", seed)
 
     def run(self, name: str, *flags: str, nodes: Nodes | None = None) -> Run:
-        """Starts the run `name` on all images, through the proxy, on the world's Ray or `nodes`.
+        """Start the run `name` on all images, through the proxy, on the world's Ray or `nodes`.
 
-        `flags` are names and values.
+        `flags` alternates names and values.
         """
         output = self.folder / f"{name}-{time.monotonic_ns()}.log"
         given = {
@@ -157,7 +157,7 @@ class World:
         return self._runs[-1]
 
     def done(self, name: str, *flags: str, within_s: float = 600.0) -> Run:
-        """The run, once it has ended well."""
+        """Start a run, wait until it has succeeded, and return it."""
         run = self.run(name, *flags)
         code = run.wait(within_s)
         assert code == 0, f"exit code {code}: {run.said}"
@@ -165,24 +165,24 @@ class World:
 
 
 def results_of(name: str) -> str:
-    """Where the results of the run `name` go: each has a place of its own."""
+    """Return the results prefix of the run `name`; each run has its own."""
     return f"s3://results/{name}"
 
 
 def shards_of(results: str, run_id: str) -> list[storage.Object]:
-    """The files that the run has committed so far."""
+    """Return the files that the run has committed so far."""
     return list(storage.list_objects(RunLayout(results=results, run_id=run_id).images))
 
 
 def wait_for_shards(run: Run, results: str, run_id: str, count: int = 3) -> None:
-    """Returns once so many shards are there, and the run goes on."""
+    """Wait until the run has committed `count` shards; fail if it ends before."""
     while len(shards_of(results, run_id)) < count:
         assert run.alive(), run.said
         time.sleep(0.1)
 
 
 def rows_of(results: str, run_id: str) -> list[dict[str, Any]]:
-    """All rows that a glob over the run's images finds."""
+    """Return all rows of the run's `images` table."""
     found: list[dict[str, Any]] = []
     for item in shards_of(results, run_id):
         found += pq.read_table(io.BytesIO(storage.read(item.uri))).to_pylist()
@@ -190,5 +190,5 @@ def rows_of(results: str, run_id: str) -> list[dict[str, Any]]:
 
 
 def undisturbed(images: str) -> dict[str, dict[str, Any]]:
-    """uri -> the row of what lies there now, by a plain loop, broken images too."""
+    """Return the rows of a plain loop over the images stored now, broken ones too, by URI."""
     return plain_loop.rows(images, CHECKPOINT, Inference(), include=("*",))

@@ -1,12 +1,11 @@
 """Loaded by every Python that a run under fault injection starts (its folder is on PYTHONPATH).
 
-The product knows nothing of it. It wraps the functions that are a run's stages, as their modules
-are imported, so that a test can have a process wait at a named place to be killed there, and so
-that crafted images do to their process what they say. What is armed lies as files in the folder
-`$FAULTS`: `armed/STAGE.PLACE` is claimed by the first process that comes by, by renaming it to
-`claimed/STAGE.PLACE.PID`; nothing is inferred while there is a `gate`, and what is raises while
-there is a `bug`. `loads` lists the processes that loaded a model, `poisoned` those that an image
-did something to.
+The product does not know about it. As the modules are imported, it wraps the functions of a run's
+stages, so that a test can hold a process at a named point and kill it there, and so that crafted
+images crash or block their process. Faults are armed by files in the folder `$FAULTS`: the first
+process to reach `armed/STAGE.PLACE` claims it by renaming it to `claimed/STAGE.PLACE.PID`;
+inference waits while a file `gate` exists, and raises an exception while a file `bug` exists.
+`loads` lists the processes that loaded a model, `poisoned` those that processed a crafted image.
 """
 
 import functools
@@ -27,8 +26,8 @@ STAGES = {
     "decode": (
         "pipeline.bulk.worker.decode",
         "DecoderPool.image",
-    ),  # the actor, waiting for its child
-    "decoder": ("pipeline.data.images", "decode"),  # the child itself
+    ),  # the actor, waiting for its decoder process
+    "decoder": ("pipeline.data.images", "decode"),  # the decoder process itself
     "infer": ("pipeline.model.predict", "segment"),
     "create": ("pipeline.data.storage", "create"),
     "reconcile": ("pipeline.bulk.driver.reconcile", "Reconciler._missing"),
@@ -43,8 +42,8 @@ counts = Counter()
 
 
 def _note(what):
-    """Adds this process's id to the list `what`."""
-    if not os.path.isdir(FOLDER):  # nobody asks
+    """Add this process's id to the list `what`."""
+    if not os.path.isdir(FOLDER):  # the test has ended
         return
     with open(f"{FOLDER}/{what}", "a") as file:
         file.write(f"{os.getpid()}\n")
@@ -66,11 +65,11 @@ def _hang(_data):
 
 
 def _devour():
-    """Eats so much and no more: what does not kill it by then will not."""
+    """Allocate GREED_BYTES, then wait to be killed for it."""
     eaten = []
     for _ in range(GREED_BYTES // _GREED_STEP):
         eaten.append(b"\1" * _GREED_STEP)
-        time.sleep(0.05)  # who watches the node's memory looks ten times a second
+        time.sleep(0.05)  # Ray checks the node's memory ten times a second
     time.sleep(_WAIT_S)
 
 
@@ -81,7 +80,7 @@ DEADLY = (255, 0, 254, 1, 2, 3)
 """The first two pixels of an image whose inference kills its process."""
 
 GREEDY = (255, 0, 254, 1, 2, 4)
-"""The first two pixels of an image whose inference eats memory until its process is killed."""
+"""The first two pixels of an image whose inference allocates memory until it is killed."""
 
 GREED_BYTES = 8 << 30
 _GREED_STEP = 256 << 20
@@ -99,7 +98,7 @@ def _poisoned(stage, arguments):
         while os.path.exists(f"{FOLDER}/gate"):
             time.sleep(0.1)
         if os.path.exists(f"{FOLDER}/bug"):
-            raise RuntimeError("a bug that was put here")
+            raise RuntimeError("an injected bug")
         images = arguments[1]
         if any(tuple(image.reshape(-1)[:6]) == DEADLY for image in images):
             _note("poisoned")
@@ -110,7 +109,7 @@ def _poisoned(stage, arguments):
 
 
 def _claimed(stage, place):
-    """Whether this process is the one to be killed there, where one was asked for."""
+    """Claim the fault armed at this point; return whether this process is now to be killed."""
     try:
         os.rename(
             f"{FOLDER}/armed/{stage}.{place}", f"{FOLDER}/claimed/{stage}.{place}.{os.getpid()}"
@@ -127,7 +126,7 @@ def _wrapped(stage, function):
             return function(*arguments, **named)
         _poisoned(stage, arguments)
         if stage == "decoder" and not counts[stage]:
-            counts[stage] += 1  # it may hold an image whose decoder was just killed: two condemn
+            counts[stage] += 1  # after a second crash, its image would be an error
             return function(*arguments, **named)
         if _claimed(stage, "begin"):
             time.sleep(_WAIT_S)
@@ -135,7 +134,7 @@ def _wrapped(stage, function):
         try:
             return function(*arguments, **named)
         finally:
-            if amid or _claimed(stage, "end"):  # who was to be hit amid was quicker than that
+            if amid or _claimed(stage, "end"):  # it left the stage before the kill
                 time.sleep(_WAIT_S)
 
     return at_stage
@@ -150,7 +149,7 @@ def _wrap(module):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the stages' modules as they would be found, and wraps them once they are loaded."""
+    """Finds modules as usual, and wraps the stages in them once they are loaded."""
 
     def find_spec(self, name, path=None, target=None):
         if name not in {module for module, _ in STAGES.values()}:
