@@ -7,13 +7,13 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 
-from pipeline.bulk.driver import actor_pool
 from pipeline.bulk.driver.preflight import build_pool, build_worker_context
 from pipeline.bulk.driver.progress import Progress
 from pipeline.bulk.driver.run import run
 from pipeline.bulk.planning import plan
 from pipeline.bulk.planning.plan import Plan
 from pipeline.bulk.settings import BulkSettings
+from pipeline.bulk.worker import shard_worker
 from pipeline.bulk.worker.segmenter import Segmenter
 from pipeline.results.layout import RunLayout
 
@@ -96,7 +96,7 @@ def _loop(settings: BulkSettings, planned: Plan) -> _Clock:
     with closing(Segmenter(work)) as segmenter:
         for part in planned.parts:
             for row in plan.read_part(layout, part).to_pylist():
-                images = actor_pool.images_of(row["images"])
+                images = shard_worker.images_of(row["images"])
                 segmenter.rows_of(row["shard"], images)
                 done += len(images)
                 clock.note(done)

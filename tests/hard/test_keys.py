@@ -20,11 +20,11 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from jobs import query
-from pipeline.bulk.driver.actor_pool import images_of
 from pipeline.bulk.driver.finalize import RunFinalizer
 from pipeline.bulk.planning import plan
 from pipeline.bulk.settings import BulkSettings, fingerprint
 from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
+from pipeline.bulk.worker.shard_worker import images_of
 from pipeline.data import storage
 from pipeline.data.storage import s3
 from pipeline.model.weights import checkpoint_fingerprint

@@ -10,10 +10,10 @@ import pytest
 
 from jobs.segment import main
 from pipeline.bulk.driver import preflight
-from pipeline.bulk.driver.actor_pool import images_of
 from pipeline.bulk.planning import plan
 from pipeline.bulk.settings import BulkSettings
 from pipeline.bulk.worker.segmenter import Segmenter
+from pipeline.bulk.worker.shard_worker import images_of
 from pipeline.cli.arguments import parse
 from pipeline.data import storage
 from pipeline.data.storage import s3

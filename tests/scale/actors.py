@@ -154,8 +154,8 @@ def _of_the_wave(facts: list[dict[str, float]], actors: int) -> set[float]:
 
 def rows(counts: list[int], shards_each: int) -> Iterator[Row]:
     """A row for each number of actors, in one Ray."""
-    actor_pool.ShardWorker = StubStage  # type: ignore[misc, assignment]
-    actor_pool.ShardSummary = Measured  # type: ignore[attr-defined, assignment, misc]
+    actor_pool.ShardWorker = StubStage  # type: ignore[misc, assignment, attr-defined]
+    actor_pool.ShardSummary = Measured  # type: ignore[misc, assignment, attr-defined]
     actor_pool.ray.cloudpickle.register_pickle_by_value(__import__(__name__))  # type: ignore[attr-defined]
     ray.init(
         address="local", num_cpus=max(counts) + 1, include_dashboard=False, log_to_driver=False

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.bulk.driver.actor_pool import Pool, images_of
+from pipeline.bulk.driver.actor_pool import Pool
 from pipeline.bulk.planning import plan
 from pipeline.bulk.planning.listing import ImageRef
 from pipeline.bulk.planning.plan import Plan
 from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
+from pipeline.bulk.worker.shard_worker import images_of
 
 MEASURE_S = 60.0
 """Seconds of measuring after which no further images are started."""

@@ -21,7 +21,8 @@ import ray
 from pipeline.bulk.driver.actor_pool import Pool
 from pipeline.bulk.planning.listing import ImageRef
 from pipeline.bulk.worker.rows import RowBuilder
-from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
+from pipeline.bulk.worker.segmenter import WorkerContext
+from pipeline.bulk.worker.shard_worker import IsolatedWorker
 from pipeline.bulk.worker.summary import ShardSummary
 from pipeline.data import storage
 from pipeline.results import tables
@@ -42,23 +43,6 @@ _CRASHED = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
 """Ray's errors for a worker that crashed; the second if Ray killed it to free memory."""
 
 logger = logging.getLogger(__name__)
-
-
-class IsolatedWorker:
-    """The actor: a segmenter that processes one image at a time."""
-
-    def __init__(self, context: WorkerContext) -> None:
-        self._context = context
-
-    def start(self) -> str:
-        """Load the model, and return the id of this process's node."""
-        self._segmenter = Segmenter(self._context)
-        node: str = ray.get_runtime_context().get_node_id()
-        return node
-
-    def segment(self, shard: int, image: ImageRef) -> bytes:
-        """Return a Parquet file of the image's row."""
-        return self._segmenter.rows_of(shard, [image])[0]
 
 
 class ImageIsolator:

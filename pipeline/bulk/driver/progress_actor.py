@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import ray
-
-_REPORT_EVERY_S = 2.0
 
 
 class ProgressActor:
@@ -45,17 +42,3 @@ def start_progress_actor() -> Any:
     If its node is lost, Ray restarts it elsewhere, empty.
     """
     return ray.remote(ProgressActor).options(num_cpus=0, max_restarts=-1).remote()
-
-
-class ProgressReporter:
-    """Reports the progress of one shard, at most every `_REPORT_EVERY_S`."""
-
-    def __init__(self, progress_actor: Any, shard: int) -> None:
-        self._progress_actor = progress_actor
-        self._shard = shard
-        self._next = time.monotonic() + _REPORT_EVERY_S
-
-    def __call__(self, images: int) -> None:
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + _REPORT_EVERY_S
-            self._progress_actor.report.remote(self._shard, images)

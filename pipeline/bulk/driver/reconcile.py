@@ -18,12 +18,13 @@ import pyarrow as pa
 import ray
 
 from pipeline.bulk.driver import actor_pool, progress_actor
-from pipeline.bulk.driver.actor_pool import BatchLostError, Pool, images_of
+from pipeline.bulk.driver.actor_pool import BatchLostError, Pool
 from pipeline.bulk.driver.isolation import ImageIsolator
 from pipeline.bulk.planning import plan
 from pipeline.bulk.planning.plan import PlanPart
 from pipeline.bulk.worker.rows import RowBuilder
 from pipeline.bulk.worker.segmenter import WorkerContext
+from pipeline.bulk.worker.shard_worker import images_of
 from pipeline.bulk.worker.summary import ShardSummary
 from pipeline.data import storage
 from pipeline.results.layout import RunLayout, shard_number

@@ -17,10 +17,11 @@ import ray
 
 from pipeline.bulk.driver import isolation
 from pipeline.bulk.driver.actor_pool import Pool
-from pipeline.bulk.driver.isolation import ImageIsolator, IsolatedWorker
+from pipeline.bulk.driver.isolation import ImageIsolator
 from pipeline.bulk.planning.listing import ImageRef
 from pipeline.bulk.worker.rows import RowBuilder
 from pipeline.bulk.worker.segmenter import WorkerContext
+from pipeline.bulk.worker.shard_worker import IsolatedWorker
 from pipeline.data import storage
 from pipeline.data.labels import VOC
 from pipeline.results import tables

@@ -14,13 +14,14 @@ import pytest
 import ray
 
 from pipeline.bulk.driver import actor_pool, progress_actor
-from pipeline.bulk.driver.actor_pool import BatchLostError, Pool, ShardWorker, pack, unpack
+from pipeline.bulk.driver.actor_pool import BatchLostError, Pool, unpack
 from pipeline.bulk.driver.reconcile import Reconciler
 from pipeline.bulk.planning import plan
 from pipeline.bulk.planning.listing import ImageRef
 from pipeline.bulk.settings import BulkSettings
 from pipeline.bulk.worker.rows import RowBuilder
 from pipeline.bulk.worker.segmenter import WorkerContext
+from pipeline.bulk.worker.shard_worker import ShardWorker, pack
 from pipeline.bulk.worker.summary import ShardSummary
 from pipeline.data import storage
 from pipeline.data.labels import VOC

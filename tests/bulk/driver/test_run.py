@@ -21,7 +21,7 @@ import ray
 from ray.data import DataContext
 
 from cluster.local import with_descendants
-from pipeline.bulk.driver.actor_pool import Pool, images_of
+from pipeline.bulk.driver.actor_pool import Pool
 from pipeline.bulk.driver.isolation import ImageIsolator
 from pipeline.bulk.driver.run import BulkResult, run
 from pipeline.bulk.driver.watchdog import StallWatchdog
@@ -30,6 +30,7 @@ from pipeline.bulk.planning.listing import ImageRef
 from pipeline.bulk.settings import BulkSettings, Inference
 from pipeline.bulk.worker.rows import RowBuilder
 from pipeline.bulk.worker.segmenter import Segmenter, WorkerContext
+from pipeline.bulk.worker.shard_worker import images_of
 from pipeline.data import storage
 from pipeline.data.labels import VOC
 from pipeline.results.layout import RunLayout

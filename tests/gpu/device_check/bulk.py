@@ -20,11 +20,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.bulk.driver.actor_pool import images_of
 from pipeline.bulk.driver.preflight import build_pool, build_worker_context, preflight
 from pipeline.bulk.planning import plan
 from pipeline.bulk.settings import BulkSettings, Inference
 from pipeline.bulk.worker.segmenter import Segmenter
+from pipeline.bulk.worker.shard_worker import images_of
 from pipeline.data import images, labels, storage
 from pipeline.model import predict, weights
 from pipeline.model.config import ModelConfig
