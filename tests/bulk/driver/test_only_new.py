@@ -254,7 +254,7 @@ def test_new_only_skips_images_that_only_another_model_has_done(
 
 
 def _in_old_files(results: str) -> None:
-    """Rewrites all files of results as versions did that had no versions of image formats."""
+    """Rewrite all files of results as versions without format versions wrote them."""
     for item in list(storage.list_objects(results)):
         table = pq.read_table(io.BytesIO(storage.read(item.uri)))
         buffer = io.BytesIO()
@@ -297,7 +297,7 @@ def test_a_raised_format_version_makes_only_images_of_its_family_new(
     assert _names(_new(settings)[0]) == ["00", "04", "05"]
 
 
-def test_a_passing_error_is_tried_again_in_three_runs_after_its_format_was_raised(
+def test_a_raised_format_version_allows_three_more_tries_of_a_transient_error(
     tmp_path: Path, settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = settings_for(str(tmp_path), only_new=True)
