@@ -326,7 +326,9 @@ def test_a_corrupt_plan_is_one_clear_error(tmp_path: Path, fill: Any, settings_f
     settings = settings_for(str(tmp_path))
     layout = RunLayout(results=settings.results, run_id="test")
     storage.write(f"{layout.plan}/plan.json", b"{}")
-    with pytest.raises(RunStoppedError, match=r"plan\.json is corrupt .* not a plan of this version"):
+    with pytest.raises(
+        RunStoppedError, match=r"plan\.json is corrupt .* not a plan of this version"
+    ):
         run(settings, quiet)
 
 
