@@ -35,7 +35,7 @@ from tests.slowdown import slowdown
 
 ROOT = Path(__file__).parents[2]
 BUCKET = "s3://images"
-PHOTOS = f"{BUCKET}/night"
+IMAGES = f"{BUCKET}/night"
 CHECKPOINT = "jobs/demo/tfzoo-voc-mobilenetv2.safetensors"
 GOOD, BROKEN = 582, 18
 SHARD_IMAGES = 16
@@ -93,8 +93,8 @@ class World:
         self.variables = {"AWS_ENDPOINT_URL": self.proxy.url, **hooked(folder / "faults")}
         self.nodes = Nodes(self.variables)
         self.nodes.add(cpus=8)
-        put(PHOTOS)
-        self.rows = undisturbed(PHOTOS)
+        put(IMAGES)
+        self.rows = undisturbed(IMAGES)
         assert len(self.rows) == GOOD + BROKEN
 
     def close(self) -> None:
@@ -134,7 +134,7 @@ class World:
         """
         output = self.folder / f"{name}-{time.monotonic_ns()}.log"
         given = {
-            "--images": PHOTOS,
+            "--images": IMAGES,
             "--results": results_of(name),
             "--checkpoint": CHECKPOINT,
             "--run-id": name,

@@ -1,7 +1,7 @@
-"""Bytes that nobody made with care: a picture within the limits, or one typed error, and soon.
+"""Malformed bytes decode to an image within the limits, or to one typed error, in bounded time.
 
-`HARD_IMAGES=FOLDER` names a folder of files that made other libraries fail, with a
-`manifest.csv` (path, w, h, exif_orientation, load) of what another reader made of each.
+`HARD_IMAGES=FOLDER` names a folder of files that other libraries failed on, with a
+`manifest.csv` (path, w, h, exif_orientation, load) of another reader's results.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from tests.small_images import small_image
 
 MAX_PIXELS = 1_000_000
 HANG_S = 30
-"""Seconds of CPU after which an image of a few KB has hung; it takes a few milliseconds."""
+"""CPU seconds after which an image of a few KB counts as hung; it takes a few milliseconds."""
 
 COUNT = 10_000
 
-# random bytes go further behind a signature that a parser believes
+# random bytes get further into a parser behind a valid signature
 STARTS = [
     *(b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"II*\0", b"MM\0*"),
     *(b"RIFF\0\0\1\0WEBPVP8 ", b"RIFF\0\0\1\0WEBPVP8L", b"8BPS\0\1", b"DDS ", b"qoif", b"P6\n"),
@@ -39,7 +39,7 @@ STARTS = [
 
 @contextmanager
 def never_for_long(what: str) -> Iterator[None]:
-    """Fails with `what` where the body takes more CPU than any small image can."""
+    """Fail, naming `what`, if the body takes more CPU time than any small image needs."""
 
     def hung(*_: object) -> None:
         pytest.fail(f"{what} hangs")
@@ -54,7 +54,7 @@ def never_for_long(what: str) -> Iterator[None]:
 
 
 def outcome(data: bytes, what: str) -> str:
-    """`ok` for a picture within the limits, else the kind of error, after a look at its message."""
+    """Decode and check the result; return `ok` or the kind of its error."""
     with never_for_long(what):
         found = attempt(data)
     if isinstance(found, ImageError):
@@ -80,7 +80,7 @@ def check_error(kind: str, message: str, what: object) -> None:
     assert message.isprintable(), what
 
 
-def test_random_bytes_are_a_picture_or_a_typed_error() -> None:
+def test_random_bytes_are_an_image_or_a_typed_error() -> None:
     found = set()
     for seed in range(COUNT):
         draw = random.Random(seed)
@@ -90,13 +90,13 @@ def test_random_bytes_are_a_picture_or_a_typed_error() -> None:
 
 
 @pytest.mark.slow
-def test_jpegs_with_flipped_bits_are_a_picture_or_a_typed_error() -> None:
+def test_jpegs_with_flipped_bits_are_an_image_or_a_typed_error() -> None:
     found = set()
     for seed in range(COUNT):
         draw = random.Random(seed)
         damaged = bytearray(small_image(3 * draw.randrange(8) + 1)[1])
         assert damaged.startswith(b"\xff\xd8\xff")
-        # its tables are at the start: what is wrong there goes furthest
+        # its tables are at the start: errors there have the largest effect
         reach = draw.choice([20, 700, len(damaged)])
         for _ in range(draw.choice([1, 1, 2, 8, 64])):
             damaged[draw.randrange(reach)] ^= 1 << draw.randrange(8)
@@ -107,12 +107,12 @@ def test_jpegs_with_flipped_bits_are_a_picture_or_a_typed_error() -> None:
 @pytest.fixture(scope="module")
 def hard_images() -> Path:
     if "HARD_IMAGES" not in os.environ:
-        pytest.skip("HARD_IMAGES names no folder of hard images")
+        pytest.skip("set HARD_IMAGES to a folder of hard images to run this")
     return Path(os.environ["HARD_IMAGES"])
 
 
 @pytest.mark.slow
-def test_every_hard_image_is_what_another_reader_saw_or_a_typed_error(hard_images: Path) -> None:
+def test_a_hard_image_has_the_size_another_reader_saw_or_a_typed_error(hard_images: Path) -> None:
     with (hard_images / "manifest.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) >= 290
@@ -121,14 +121,14 @@ def test_every_hard_image_is_what_another_reader_saw_or_a_typed_error(hard_image
     surprises = []
     try:
         for row in rows:
-            # where the other reader stumbled over the metadata it did not read to the end
+            # with a metadata error, the other reader did not read the whole file
             read = row["load"] == "ok" and row["exif_orientation"] != "ERR"
             seen = size_of(decoders, hard_images / row["path"])
             if isinstance(seen, DecodeError):
                 check_error(seen.kind, str(seen), row)
             if read and seen != upright_size(row):
                 surprises.append((row["path"], seen))
-        assert decoders.pids() == [pid]  # none of them killed its process
+        assert decoders.pids() == [pid]  # none of them crashed its process
     finally:
         decoders.close()
     assert surprises == []
@@ -143,7 +143,7 @@ def size_of(decoders: DecoderPool, path: Path) -> tuple[int, int] | DecodeError:
 
 
 def upright_size(row: dict[str, str]) -> tuple[int, int]:
-    """Height and width as a viewer shows it; of TIFF the manifest says that already."""
+    """Return height and width after EXIF rotation, which the manifest has applied to TIFF."""
     stored = int(row["h"]), int(row["w"])
     turned = row["exif_orientation"] in ("5", "6", "7", "8") and row["format"] != "TIFF"
     return stored[::-1] if turned else stored

@@ -1,7 +1,7 @@
-"""Keys that nobody would choose: each image is one row with its own pixels, and nothing leaks out.
+"""Hostile keys: each image has one row with its own pixels, and nothing is written elsewhere.
 
-The server is moto, which unlike others takes every key that S3 takes. Keys are put into its memory
-without our code, and images of different heights tell whether the right one was read.
+The server is moto, which accepts every key that S3 accepts, unlike others. Keys are put into its
+memory without our code; the images differ in height, to show whether the right one was read.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ KEYS = [
     *("C:\\x.jpg", "~/x.jpg", "-rf.jpg", "{}.jpg", "s3://other/x.jpg", "file:///etc/x.jpg"),
 ]
 NOT_SERVED = "new\nline.jpg"
-"""moto lists this one, but has no route to it: its row must say that the object is not there."""
+"""moto lists this key but cannot serve it: its row must be an error."""
 
 KEYS.append("k" * (1024 - len(PREFIX) - 1 - 4) + ".jpg")
 
 
 @pytest.fixture(scope="module")
 def moto() -> Iterator[Any]:
-    """The backend of a server that storage's client is led to: keys and bytes, as a dictionary."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # or it prints each request
+    """The backend of a moto server that storage uses: a dictionary of keys and bytes."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it logs every request otherwise
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -72,7 +72,7 @@ def moto() -> Iterator[Any]:
         for number, key in enumerate(KEYS):
             image = Image.new("RGB", (33, 20 + number), (number, 90, 200))
             backend.put_object("hostile", f"{PREFIX}/{key}", encode(image, "PNG"))
-        # who normalises `../x.jpg` reads, and matches as a label, one of these
+        # code that normalizes `../x.jpg` would read, or match as a label, one of these
         for key in ("images/x.jpg", "x.jpg", "tmp/x.jpg", "images/x.png", "x.png"):
             backend.put_object("hostile", key, encode(Image.new("RGB", (7, 5)), "PNG"))
         for key in ("../x", "%2e%2e/x", "nul\0", "<script>alert(1)</script>"):
@@ -89,7 +89,7 @@ def keys_of(backend: Any, bucket: str) -> set[str]:
 
 
 def whole_run(settings: BulkSettings) -> RunLayout:
-    """Plan, every shard, and the run's end, without Ray."""
+    """Plan, segment and finalize a run without Ray."""
     model = checkpoint_fingerprint(storage.read(CHECKPOINT))
     layout = RunLayout(results=settings.results, run_id="hostile")
     made = plan.make(settings, layout, settings.identity(model=model))
@@ -117,7 +117,7 @@ def whole_run(settings: BulkSettings) -> RunLayout:
 @pytest.mark.s3
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["local", "s3"])
-def test_every_hostile_key_is_one_row_and_writes_nowhere_else(
+def test_every_hostile_key_is_one_row_and_is_written_nowhere_else(
     moto: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     here = tmp_path / "working" / "folder"
@@ -145,7 +145,7 @@ def test_every_hostile_key_is_one_row_and_writes_nowhere_else(
     assert {row[0]: row[2] for row in rows} == {**wanted, not_served: None}
     labels = {row[3].removeprefix("s3://hostile/labels/") for row in rows if row[3]}
     assert labels == {"../x.png", "%2e%2e/x.png", "nul\0.png", "<script>alert(1)</script>.png"}
-    # the keys come back from `done` as they went in: another run has only that one to try again
+    # `done` has the keys unchanged: another run retries only the failed one
     again = BulkSettings(**{**vars(settings), "only_new": True, "run_id": "again"})
     made = plan.make(
         again,
@@ -156,7 +156,7 @@ def test_every_hostile_key_is_one_row_and_writes_nowhere_else(
     assert (made.counts.images, made.counts.done_before) == (1, len(KEYS) - 1)
     assert keys_of(moto, "hostile") == before
     written = {storage.relative(results, item.uri) for item in storage.list_objects(results)}
-    assert len(written) == 3 + 1 + 1 + 1 + 2  # shards, classes, done, record, the plan's two
+    assert len(written) == 3 + 1 + 1 + 1 + 2  # shards, classes, done, record, and two of the plan
     assert storage.exists(layout.record)
     if where == "local":
         files = {path for path in tmp_path.rglob("*") if path.is_file()}
@@ -167,7 +167,7 @@ def test_every_hostile_key_is_one_row_and_writes_nowhere_else(
 
 @pytest.mark.s3
 @pytest.mark.slow
-def test_hostile_keys_are_shown_harmlessly_and_exported_whole(
+def test_hostile_keys_are_displayed_safely_and_exported_unchanged(
     moto: Any, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     results = str(tmp_path / "results")

@@ -1,4 +1,4 @@
-"""Objects that would cost a fortune: bombs, nothing at all, and 5 GB that must not be read."""
+"""Oversized objects: decompression bombs, an empty file, and 5 GB that must not be read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HUGE_BYTES = 5 * 2**30
 
 
 def bomb(side: int) -> bytes:
-    """A whole PNG of side x side pixels, all of them there, in some 20 to 200 KB: one bit each."""
+    """Return a complete PNG of side x side pixels of one bit each, in 20 to 200 KB."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         checked = struct.pack(">I", zlib.crc32(name + body))
@@ -42,7 +42,7 @@ def peak_kib() -> int:
 
 
 @pytest.mark.slow
-def test_bombs_nothing_and_five_gigabytes_are_error_rows_in_little_memory(tmp_path: Path) -> None:
+def test_bombs_empty_and_huge_files_are_error_rows_in_little_memory(tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
     for name, side in (("13000.png", 13_000), ("40000.png", 40_000)):
@@ -59,7 +59,7 @@ def test_bombs_nothing_and_five_gigabytes_are_error_rows_in_little_memory(tmp_pa
     decoders = DecoderPool(1, DecodeLimits(max_pixels=settings.inference.max_pixels), VOC)
     pids = decoders.pids()
     loader = Loader(decoders, 1, max_object_bytes=settings.inference.max_object_bytes)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = peak_kib()
     try:
         with Listing(settings, model="m", settings_print="s") as listing:
@@ -79,13 +79,11 @@ def test_bombs_nothing_and_five_gigabytes_are_error_rows_in_little_memory(tmp_pa
         "good.png": None,
     }
     assert found["huge.jpg"].fetched_bytes == 0
-    assert str(HUGE_BYTES) in str(found["huge.jpg"].error)  # as the listing says
+    assert str(HUGE_BYTES) in str(found["huge.jpg"].error)  # the size in the listing
     assert "13000" in str(found["13000.png"].error) or "169000000" in str(found["13000.png"].error)
     assert peak_kib() - before < 300_000
     [peak] = [int(line.split()[1]) for text in children for line in text.splitlines()
               if line.startswith("VmHWM:")]  # fmt: skip
-    assert (
-        peak < 400_000
-    )  # KiB; as pixels the smaller bomb takes 495,000 and the larger 4.7 million
-    image = Image.open(io.BytesIO(bomb(64)))  # the bombs are whole pictures, only large
+    assert peak < 400_000  # KiB; decoded, the bombs would take 495,000 and 4.7 million
+    image = Image.open(io.BytesIO(bomb(64)))  # bombs are complete images, only large
     assert image.convert("L").getextrema() == (0, 0)

@@ -1,11 +1,11 @@
-"""Images a second with more actors, and what a shard costs the driver that feeds them.
+"""Benchmark: throughput by number of actors, and the driver's CPU time per shard.
 
     python -m tests.scale.actors [ACTORS ...]
 
-The actors are stubs: they sleep a while for each image and write a small file, so that CPUs do
-not limit them. Planned shards, Ray Data's stream, the listing that reconciles and progress are
-the pipeline's own. Rates are between the moment when the last actor was ready and the last shard;
-the driver's CPU time is all of its process's from the first wave to the end.
+The actors are stubs, which sleep for each image and write a small file, so that they do not
+compete for CPUs. The plan, Ray Data's stream, reconciliation and progress are the pipeline's own.
+Rates are measured from when the last actor is ready until the first one runs out of shards; the
+driver's CPU time is that of its whole process, from the first batch of shards to the end.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ SHARD_IMAGES = 8
 
 
 class StubStage:
-    """What an actor of the pipeline says to its driver, without a network and its libraries."""
+    """A stub of `ShardWorker`: the same summaries, without the network and its libraries."""
 
     def __init__(self, folder: str, _: Any) -> None:
         self._folder = folder
-        self._network = threading.Lock()  # one shard at a time is in it
+        self._network = threading.Lock()  # one shard at a time holds it
         self._ready = time.time()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -62,7 +62,7 @@ class StubStage:
 
 
 class Measured(ShardSummary):
-    """A summary that keeps what the stub says of itself."""
+    """A summary with the measurements of the stub."""
 
     def __init__(self, *, facts: dict[str, float], **values: Any) -> None:
         super().__init__(**values)
@@ -79,7 +79,7 @@ def _plan(settings: BulkSettings, layout: RunLayout, shards: int) -> PlanPart:
 
 
 def measured(actors: int, shards: int) -> Row:
-    """One plan of so many shards through so many actors."""
+    """Process a plan of `shards` shards with `actors` actors, and return the measurements."""
     with tempfile.TemporaryDirectory() as folder:
         settings = BulkSettings(
             images=folder, results=folder, checkpoint="/none", shard_images=SHARD_IMAGES
@@ -108,12 +108,12 @@ def measured(actors: int, shards: int) -> Row:
 
 
 def _work(layout: RunLayout) -> Any:
-    """All that the wave asks of it; the stub is given its folder alone."""
+    """Return a stand-in for the worker context; the stub receives only its folder."""
     return _Folder(layout)
 
 
 class _Folder(str):
-    """The folder of the run's images, which knows the run."""
+    """The folder of the run's `images` files, with the layout as an attribute."""
 
     layout: RunLayout
 
@@ -127,33 +127,33 @@ class _Folder(str):
 
 
 def _rates(found: list[Measured], actors: int) -> Row:
-    """Images a second once all are ready: of the shards that began then, to the last one's end.
+    """Return the images per second while all actors are busy.
 
-    The end is that of the actor that ended first: after it the plan had no shards for it.
+    That is from when the last actor is ready until the first one ends, for lack of shards.
     """
     facts = [summary.facts for summary in found]
-    wave = [each for each in facts if each["pid"] in _of_the_wave(facts, actors)]
-    ready = max(each["ready"] for each in wave)
+    batch = [each for each in facts if each["pid"] in _of_last_batch(facts, actors)]
+    ready = max(each["ready"] for each in batch)
     last: dict[float, float] = {}
-    for each in wave:
+    for each in batch:
         last[each["pid"]] = max(last.get(each["pid"], 0.0), each["ended"])
     end = min(last.values())
     inside = sum(
         max(0.0, min(end, each["ended"]) - max(ready, each["began"]))
         / (each["ended"] - each["began"])
-        for each in wave
+        for each in batch
     )
     return {"images_per_second": inside * SHARD_IMAGES / (end - ready), "window_s": end - ready}
 
 
-def _of_the_wave(facts: list[dict[str, float]], actors: int) -> set[float]:
-    """The processes of the last wave: before it, one actor alone does the first shard."""
+def _of_last_batch(facts: list[dict[str, float]], actors: int) -> set[float]:
+    """Return the processes of the last batch; before it, a single actor does the first shard."""
     ready = {each["pid"]: each["ready"] for each in facts}
     return set(sorted(ready, key=ready.__getitem__)[-actors:])
 
 
 def rows(counts: list[int], shards_each: int) -> Iterator[Row]:
-    """A row for each number of actors, in one Ray."""
+    """Yield a row for each number of actors, all in one Ray session."""
     actor_pool.ShardWorker = StubStage  # type: ignore[misc, assignment, attr-defined]
     actor_pool.ShardSummary = Measured  # type: ignore[misc, assignment, attr-defined]
     actor_pool.ray.cloudpickle.register_pickle_by_value(__import__(__name__))  # type: ignore[attr-defined]
@@ -169,15 +169,15 @@ def rows(counts: list[int], shards_each: int) -> Iterator[Row]:
 
 
 def actors_a_driver_feeds(driver_ms_a_shard: float, shard_s: float) -> float:
-    """Actors whose shards of so many seconds take all of one core of the driver."""
+    """Return how many actors, with shards of `shard_s` seconds, use one core of the driver."""
     return shard_s / (driver_ms_a_shard / 1000)
 
 
 def main() -> None:
-    """Measures and prints a table, and the last row as JSON."""
+    """Measure, and print a table and the last row as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("actors", type=int, nargs="*", default=[1, 2, 4])
-    parser.add_argument("--shards", type=int, default=40, help="for each actor")
+    parser.add_argument("--shards", type=int, default=40, help="shards per actor")
     given = parser.parse_args()
     found: list[Row] = []
 
@@ -191,7 +191,7 @@ def main() -> None:
     cost = found[-1]["driver_ms_a_shard"]
     for what, seconds in (("64 images at 0.05 s", 3.2), ("64 images at 1 s", 64.0)):
         feeds = actors_a_driver_feeds(cost, seconds)
-        print(f"{cost:.1f} ms a shard: one core of a driver feeds {feeds:.0f} actors of {what}")
+        print(f"{cost:.1f} ms per shard: one core of a driver feeds {feeds:.0f} actors of {what}")
     print(json.dumps(found[-1]))
 
 

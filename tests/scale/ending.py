@@ -1,10 +1,10 @@
-"""What the end of a run costs: minutes and peak memory at 100 thousand to 10 million images.
+"""Benchmark of finalization: minutes and peak memory for 100 thousand to 10 million images.
 
-    python -m tests.scale.ending [PHOTOS ...]
+    python -m tests.scale.ending [IMAGES ...]
 
-Below a temporary folder lie the `images` files of a run that never was: 64 rows a file, three
-classes and a small mask each. The driver's last steps (gather, count, classes, done, record) run
-over them in a fresh process; what they wrote is counted.
+A temporary folder holds the `images` files of a synthetic run: 64 rows per file, each with three
+classes and a small mask. The driver's last steps (gather, count, classes, done, record) process
+them in a new process; the rows that they write are counted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.scale.made_up_bucket import PHOTOS, made_up
+from tests.scale.made_up_bucket import IMAGES, made_up
 from tests.scale.measure import Row, in_a_process, print_table, taken
 
 SIZES = (100_000, 1_000_000, 10_000_000)
@@ -28,11 +28,11 @@ STEPS = ("nothing", "end")
 SHARD_IMAGES = 64
 CLASSES_EACH = 3
 DISTINCT_SHARDS = 15_625
-"""Shards of a million images. Further ones are hard links to these: a reader pays the same."""
+"""Shards of a million images. The others are hard links to these: reading them costs as much."""
 
 
 def fill(results: str, images: int) -> None:
-    """The `images` files of the run."""
+    """Write the `images` files of the run."""
     from pipeline.data.labels import VOC
     from pipeline.results import tables
     from pipeline.results.layout import RunLayout
@@ -43,19 +43,19 @@ def fill(results: str, images: int) -> None:
     draw = random.Random(images)
     for shard, first in enumerate(range(0, images, SHARD_IMAGES)):
         if shard >= DISTINCT_SHARDS:
-            assert first + SHARD_IMAGES <= images, f"{images} images are no whole shards"
+            assert first + SHARD_IMAGES <= images, f"{images} images do not fill the last shard"
             os.link(layout.shard(shard % DISTINCT_SHARDS), layout.shard(shard))
             continue
         rows = [
             _row(images, i, shard, draw) for i in range(first, min(images, first + SHARD_IMAGES))
         ]
-        with open(layout.shard(shard), "wb") as file:  # no fsync: they need not last
+        with open(layout.shard(shard), "wb") as file:  # no fsync: they are temporary
             pq.write_table(pa.Table.from_pylist(rows, schema=schema), file, compression="zstd")
 
 
 def _row(images: int, number: int, shard: int, draw: random.Random) -> Row:
-    key, etag, size = made_up(PHOTOS, images, number)
-    row = {"uri": f"s3://{PHOTOS}/{key}", "etag": etag, "bytes": size, "run_id": "made-up"}
+    key, etag, size = made_up(IMAGES, images, number)
+    row = {"uri": f"s3://{IMAGES}/{key}", "etag": etag, "bytes": size, "run_id": "made-up"}
     row |= {"shard": shard, "model": "m", "settings": "s", "status": "ok", "mask": b"\x89" * 200}
     classes = [_class(class_id, draw) for class_id in draw.sample(range(21), CLASSES_EACH)]
     return {**row, "height": 480, "width": 640, "confidence": 0.9, "classes": classes}
@@ -69,8 +69,8 @@ def _class(class_id: int, draw: random.Random) -> Row:
 
 
 def step(name: str, results: str, images: int) -> Row:
-    """Does the step in this process; what it took, and the process's peak."""
-    from pipeline.bulk.driver import run  # noqa: F401 - as much as a driver imports
+    """Run the step in this process, and return its time and peak memory."""
+    from pipeline.bulk.driver import run  # noqa: F401 - all that a driver imports
     from pipeline.bulk.driver.finalize import Outcome, RunFinalizer
     from pipeline.bulk.planning.plan import Plan, PlanCounts
     from pipeline.data.labels import VOC
@@ -97,7 +97,7 @@ def step(name: str, results: str, images: int) -> Row:
 
 
 def written(results: str, folder: str) -> tuple[int, int]:
-    """Rows and bytes of the Parquet files below the folder."""
+    """Return the numbers of rows and bytes in the Parquet files below the folder."""
     paths = list(Path(results, folder).rglob("*.parquet"))
     return (
         sum(pq.ParquetFile(path).metadata.num_rows for path in paths),
@@ -106,7 +106,7 @@ def written(results: str, folder: str) -> tuple[int, int]:
 
 
 def all_steps(images: int, steps: Sequence[str] = STEPS) -> Iterator[Row]:
-    """A row a step: what it took at that many images."""
+    """Yield a row per step with its time and memory at this number of images."""
     rows = {"classes": CLASSES_EACH * images, "done": images, "runs": 1}
     with tempfile.TemporaryDirectory() as results:
         fill(results, images)
@@ -123,10 +123,10 @@ def all_steps(images: int, steps: Sequence[str] = STEPS) -> Iterator[Row]:
 
 
 def main() -> None:
-    """Measures and prints a table."""
+    """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("images", type=int, nargs="*", default=SIZES)
-    parser.add_argument("--step", choices=STEPS, help="that step alone, in this process")
+    parser.add_argument("--step", choices=STEPS, help="run only this step, in this process")
     parser.add_argument("--results")
     arguments = parser.parse_args()
     if arguments.step:

@@ -1,8 +1,8 @@
-"""A bucket of any number of images that never were: the i-th is a function of i.
+"""A made-up bucket of any number of images; image i is a function of i.
 
-The stub server lists from it, and the tests know from it what a plan must hold. Below the prefix
-`<n>/` lie exactly n objects, in the order of their names, which is that of their numbers. Names
-and ETags are as long, and compress as badly, as real ones.
+The stub server lists it, and the tests derive from it what a plan must hold. The prefix `<n>/` has
+exactly n objects, whose names sort in the order of their numbers. Names and ETags are as long, and
+compress as badly, as real ones.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 from typing import NamedTuple
 
-PHOTOS, LABELS = "images", "labels"
-"""The buckets: n images below `<n>/`, and a label for each of them."""
+IMAGES, LABELS = "images", "labels"
+"""The buckets of images and of their labels, n of each below `<n>/`."""
 
 
 class MadeUp(NamedTuple):
@@ -23,8 +23,8 @@ class MadeUp(NamedTuple):
 
 
 def made_up(bucket: str, count: int, number: int) -> MadeUp:
-    """The object `number`, from 0, of those below `<count>/`."""
-    ending = "jpg" if bucket == PHOTOS else "png"
+    """Return object `number` (from 0) of the `<count>/` prefix."""
+    ending = "jpg" if bucket == IMAGES else "png"
     key = f"{count}/camera-{number // 10_000:06d}/2026-11/IMG_{number:010d}.{ending}"
     etag = hashlib.md5(key.encode(), usedforsecurity=False).hexdigest()
     return MadeUp(key, etag, 100_000 + number * 7919 % 800_000)

@@ -1,4 +1,4 @@
-"""Measures a step of a driver in a process of its own, and prints tables of such measurements."""
+"""Measurements of a driver's steps, each in its own process, and tables of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def taken(step: Callable[[], object]) -> Row:
-    """Does the step in this process: minutes, CPU minutes, and the process's peak in MiB."""
+    """Run the step in this process; return minutes, CPU minutes and peak memory in MiB."""
     started, cpu = time.monotonic(), time.process_time()
     step()
     return {
@@ -29,9 +29,9 @@ def taken(step: Callable[[], object]) -> Row:
 
 
 def kib_of(name: str, process: int | str = "self") -> int:
-    """VmHWM (the peak) or VmRSS of a process, in KiB.
+    """Return VmHWM (the peak) or VmRSS of a process, in KiB.
 
-    getrusage's figure will not do: it holds that of the process before exec too.
+    The peak of getrusage does not work: it includes the time before exec.
     """
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
@@ -58,12 +58,12 @@ def _sizes(folder: Path) -> Iterator[int]:
     for file in folder.rglob("*"):
         try:
             yield file.stat().st_size
-        except FileNotFoundError:  # gone in between
+        except FileNotFoundError:  # deleted in the meantime
             continue
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Row]) -> None:
-    """Prints the rows as they come, as Markdown; cells that a row lacks are empty."""
+    """Print the rows as a Markdown table as they arrive; missing cells are empty."""
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for row in rows:
         cells = (row.get(column, "") for column in columns)

@@ -1,16 +1,16 @@
-"""What a driver's planning costs: minutes and peak memory at 100 thousand to 10 million images.
+"""Benchmark of planning: minutes and peak memory for 100 thousand to 10 million images.
 
-    python -m tests.scale.planning [PHOTOS ...]
+    python -m tests.scale.planning [IMAGES ...]
 
-Each step is a fresh process with all that a driver imports, over the real storage code and a stub
-S3 server (`stub_s3.py`) of made-up images:
+Each step is a new process with all the imports of a driver; it uses the real storage code and a
+stub S3 server (`stub_s3.py`) of made-up images:
 
-    nothing    imports alone
-    plan       list, sort, cut, write the plan
+    nothing    imports only
+    plan       list, sort, cut into shards, write the plan
     labelled   the same with a label for each image
-    only_new   the same where an earlier run has done all but every hundredth image
-    resume     take up the plan with half of its shards done, wave by wave to the end; nothing is
-               segmented: a wave's shards appear at once
+    only_new   the same after an earlier run that processed all but every hundredth image
+    resume     resume a run with half of its shards done, batch by batch to the end; nothing is
+               segmented: the shard files of a batch appear at once
 
 Afterwards the plans are read without the planner's code and compared with the bucket.
 """
@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from tests.scale.made_up_bucket import LABELS, PHOTOS, made_up
+from tests.scale.made_up_bucket import IMAGES, LABELS, made_up
 from tests.scale.measure import Row, in_a_process, print_table, taken
 from tests.scale.stub_s3 import FILL, stub_s3
 
@@ -40,23 +40,23 @@ SIZES = (100_000, 1_000_000, 10_000_000)
 STEPS = ("nothing", "plan", "labelled", "only_new", "resume")
 SHARD_IMAGES = 64
 NEW_EVERY = 100
-"""An earlier run has done all images but those whose number divides by this."""
+"""An earlier run processed all images but those whose number is a multiple of this."""
 
 
 def results_of(images: int) -> str:
-    """Where the runs over that many images are."""
+    """Return the results prefix of the runs over this number of images."""
     return f"s3://results/{images}"
 
 
 def step(name: str, images: int) -> Row:
-    """Does the step in this process; what it took, and the process's peak."""
-    from pipeline.bulk.driver import run  # noqa: F401 - as much as a driver imports
+    """Run the step in this process, and return its time and peak memory."""
+    from pipeline.bulk.driver import run  # noqa: F401 - all that a driver imports
     from pipeline.bulk.planning import plan
     from pipeline.bulk.settings import BulkSettings
     from pipeline.results.layout import RunLayout
 
     settings = BulkSettings(
-        images=f"s3://{PHOTOS}/{images}",
+        images=f"s3://{IMAGES}/{images}",
         labels=f"s3://{LABELS}/{images}" if name == "labelled" else None,
         results=results_of(images),
         checkpoint="/none",
@@ -73,7 +73,7 @@ def step(name: str, images: int) -> Row:
 
 
 def _resume(layout: Any) -> None:
-    """What a driver does with the plan of an interrupted run, Ray and the network left out."""
+    """Resume the plan of an interrupted run as a driver does, without Ray or the network."""
     from unittest.mock import Mock
 
     from pipeline.bulk.driver import actor_pool, preflight, reconcile
@@ -97,13 +97,13 @@ def _resume(layout: Any) -> None:
 
 
 def fill_shards(images: str, first: int, stop: int) -> None:
-    """Shard files of these numbers appear below the prefix, empty."""
+    """Create empty shard files with the numbers `first` to `stop` - 1 below the prefix."""
     url = os.environ["AWS_ENDPOINT_URL"] + "/" + images.removeprefix("s3://")
     urlopen(Request(url, method="PUT", headers={FILL: f"{first} {stop}"})).close()
 
 
 def put_done(images: int, *, model: str, settings: str, new_every: int = NEW_EVERY) -> None:
-    """The `done/` file of an earlier run over all images but every so many; 0 is over all."""
+    """Write the `done/` file of an earlier run: all images but every `new_every`-th (0: all)."""
     from pipeline.results import tables
 
     constants = {"model": model, "settings": settings, "status": "ok", "run_id": "earlier"}
@@ -113,8 +113,8 @@ def put_done(images: int, *, model: str, settings: str, new_every: int = NEW_EVE
                 rows = []
                 for i in range(first, min(images, first + 100_000)):
                     if not new_every or i % new_every:
-                        key, etag, _ = made_up(PHOTOS, images, i)
-                        rows.append({"uri": f"s3://{PHOTOS}/{key}", "etag": etag, **constants})
+                        key, etag, _ = made_up(IMAGES, images, i)
+                        rows.append({"uri": f"s3://{IMAGES}/{key}", "etag": etag, **constants})
                 writer.write_table(pa.Table.from_pylist(rows, schema=tables.DONE))
         _put(f"{results_of(images)}/done/run=earlier.parquet", Path(file.name))
 
@@ -127,7 +127,7 @@ def _put(uri: str, file: Path) -> None:
 
 
 def plan_bytes_and_check(images: int, run: str) -> int:
-    """Bytes of the plan, after a look that it holds each image once, in order, and no other."""
+    """Check that the plan holds each image once, in order; return the plan's size in bytes."""
     stub = pafs.S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"])
     folder = f"{results_of(images).removeprefix('s3://')}/plans/run={run}"
     with stub.open_input_stream(f"{folder}/plan.json") as file:
@@ -146,16 +146,16 @@ def plan_bytes_and_check(images: int, run: str) -> int:
 
 
 def _check_image(image: Row, images: int, number: int, *, labelled: bool) -> None:
-    key, etag, size = made_up(PHOTOS, images, number)
+    key, etag, size = made_up(IMAGES, images, number)
     found = (image["uri"], image["etag"], image["bytes"])
-    assert found == (f"s3://{PHOTOS}/{key}", etag, size)
+    assert found == (f"s3://{IMAGES}/{key}", etag, size)
     label_key, *of_label = made_up(LABELS, images, number)
     label = (f"s3://{LABELS}/{label_key}", *of_label) if labelled else (None, None, None)
     assert (image["label_uri"], image["label_etag"], image["label_bytes"]) == label
 
 
 def shard_files(images: int) -> int:
-    """How many files the run that was resumed has."""
+    """Return the number of files of the resumed run."""
     stub = pafs.S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"])
     folder = f"{results_of(images).removeprefix('s3://')}/images/run=plan"
     return sum(
@@ -165,7 +165,7 @@ def shard_files(images: int) -> int:
 
 @contextmanager
 def stub_environment() -> Iterator[None]:
-    """A stub server, and the variables that lead to it in this process's environment."""
+    """Start a stub server, and set this process's environment variables to use it."""
     with stub_s3() as variables:
         os.environ.update(variables)
         os.environ.pop("AWS_PROFILE", None)
@@ -173,7 +173,7 @@ def stub_environment() -> Iterator[None]:
 
 
 def all_steps(images: int, steps: tuple[str, ...] = STEPS) -> Iterator[Row]:
-    """A row a step: what it took at that many images. `plan` comes before `resume`."""
+    """Yield a row per step with its time and memory; `resume` needs `plan` before it."""
     from dataclasses import asdict
 
     from pipeline.bulk.settings import Inference, fingerprint
@@ -194,10 +194,10 @@ def all_steps(images: int, steps: tuple[str, ...] = STEPS) -> Iterator[Row]:
 
 
 def main() -> None:
-    """Measures and prints a table."""
+    """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("images", type=int, nargs="*", default=SIZES)
-    parser.add_argument("--step", choices=STEPS, help="that step alone, in this process")
+    parser.add_argument("--step", choices=STEPS, help="run only this step, in this process")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     arguments = parser.parse_args()
     if arguments.step:

@@ -1,12 +1,12 @@
-"""A long run watched: memory of driver, actor and decoder as it goes, files and rows at its end.
+"""Soak test: memory of driver, actor and decoder over a long run, and its files and rows.
 
-    python -m tests.scale.soak shards [COUNT]    one tiny image each: what a shard costs for good
-    python -m tests.scale.soak images [COUNT]    64 a shard: what an image costs for good
+    python -m tests.scale.soak shards [COUNT]    one tiny image per shard: memory leaked per shard
+    python -m tests.scale.soak images [COUNT]    64 images per shard: memory leaked per image
 
-The whole product runs, Ray too, with one actor on one CPU over images of 9 x 7 pixels, so that the
-network takes little of the time. A row is printed at every twentieth of the way. Memory must be
-flat after the first tenth: `actor` and `decoder` within GROWTH_MIB; `driver` within that and
-DRIVER_KIB_A_SHARD, which Ray keeps of each shard of a wave until the wave ends.
+The whole pipeline runs, on Ray, with one actor on one CPU and images of 9 x 7 pixels, so that the
+network takes little of the time. A row is printed for every 5 % of the images. Memory must be flat
+after the first 10 %: `actor` and `decoder` may grow by GROWTH_MIB, `driver` by DRIVER_KIB_A_SHARD
+more per shard, which Ray holds until the batch of shards ends.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COLUMNS = ("done", "minutes", "driver_mib", "actor_mib", "decoder_mib")
 
 
 def fill(folder: Path, count: int) -> None:
-    """`count` images, each of another colour."""
+    """Write `count` images, each of a different color."""
     for number in range(count):
         path = folder / f"{number // 1000:03d}" / f"{number:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def fill(folder: Path, count: int) -> None:
 
 
 class Memory:
-    """Looks at the memory of this process and of its descendants, a row every so many images."""
+    """Samples the memory of this process and its descendants, a row every `every` images."""
 
     def __init__(self, every: int) -> None:
         self._every = every
@@ -49,7 +49,7 @@ class Memory:
         self.rows: list[Row] = []
 
     def look(self, done: int) -> Row | None:
-        """A row, if it is time for one."""
+        """Return a row, or None if none is due."""
         if done < self._next:
             return None
         self._next = (done // self._every + 1) * self._every
@@ -62,13 +62,13 @@ class Memory:
 
 
 def descendants_kib(name: str) -> Iterator[int]:
-    """VmRSS of the processes below this one whose command line holds `name`."""
+    """Yield VmRSS of the descendant processes whose command line contains `name`."""
     parents, commands = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             stat = (folder / "stat").read_text()
             commands[int(folder.name)] = (folder / "cmdline").read_text(errors="replace")
-        except OSError:  # it ended in between
+        except OSError:  # it has exited
             continue
         parents[int(folder.name)] = int(stat.rpartition(")")[2].split()[1])
     for pid, command in commands.items():
@@ -85,7 +85,7 @@ def descendants_kib(name: str) -> Iterator[int]:
 
 
 def soak(folder: Path, kind: str, count: int, tell: Callable[[Row], None]) -> list[Row]:
-    """Runs it, telling of each row; the rows."""
+    """Run the pipeline, and pass each row to `tell`; return the rows."""
     from pipeline.bulk.driver import run
     from pipeline.bulk.driver.progress import Progress
     from pipeline.bulk.planning import plan
@@ -112,7 +112,7 @@ def soak(folder: Path, kind: str, count: int, tell: Callable[[Row], None]) -> li
 
 
 def check_rows(folder: Path, kind: str, count: int) -> tuple[int, int]:
-    """Files and rows of the run, read without the product, each image once."""
+    """Check that the run has each image once, without the pipeline's code; return its counts."""
     files = list((folder / "results/images/run=soak").glob("*"))
     tables = (pq.read_table(file, columns=["uri"]) for file in files)
     uris = [uri for table in tables for uri in table["uri"].to_pylist()]
@@ -122,7 +122,7 @@ def check_rows(folder: Path, kind: str, count: int) -> tuple[int, int]:
 
 
 def check_flat(rows: list[Row], kind: str, count: int) -> dict[str, float]:
-    """MiB by which each process grew after the first tenth; raises AssertionError beyond limits."""
+    """Return the growth of each process after the first 10 %, in MiB, and check its limits."""
     later = [row for row in rows if row["done"] >= count / 10]
     shards = (later[-1]["done"] - later[0]["done"]) / SHARD_IMAGES[kind]
     allowed = {name: float(GROWTH_MIB) for name in COLUMNS[2:]}
@@ -133,7 +133,7 @@ def check_flat(rows: list[Row], kind: str, count: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Soaks, prints the table, and what was counted."""
+    """Run the soak test, and print the table and the counts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=SHARD_IMAGES)
     parser.add_argument("count", type=int, nargs="?", default=COUNT)
@@ -146,11 +146,11 @@ def main() -> None:
         rows = soak(folder, kind, count, print_row)
         files, found = check_rows(folder, kind, count)
     print(f"{files} files, {found} rows, no image twice")
-    print("grew after the first tenth, MiB:", check_flat(rows, kind, count))
+    print("growth after the first 10 %, MiB:", check_flat(rows, kind, count))
 
 
 def print_row(row: Row) -> None:
-    """The row as Markdown, at once."""
+    """Print the row as Markdown, unbuffered."""
     print("| " + " | ".join(f"{row[name]:.1f}" for name in COLUMNS) + " |", flush=True)
 
 

@@ -1,10 +1,10 @@
-"""An S3 server without bytes: made-up images to be listed, and a memory for what a run writes.
+"""A stub S3 server: it lists made-up images, and keeps in memory what a run writes.
 
     python tests/scale/stub_s3.py
 
-prints its address and serves until its standard input closes. It is a process of its own so that
-its memory and CPU seconds are not the driver's. Buckets `images` and `labels` are made up
-(`made_up_bucket.py`); any other bucket keeps what is put there. Signatures are not looked at.
+prints its address and serves until its standard input closes. It runs in its own process, so that
+its memory and CPU time are not the driver's. Buckets `images` and `labels` are made up
+(`made_up_bucket.py`); any other bucket keeps what is put there. Signatures are not checked.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from xml.sax.saxutils import escape
 
 from aiohttp import web
 
-from tests.scale.made_up_bucket import LABELS, PHOTOS, MadeUp, made_up
+from tests.scale.made_up_bucket import IMAGES, LABELS, MadeUp, made_up
 
 PAGE_KEYS = 1000
 FILL = "x-fill-shards"
-"""A PUT with this header, "FIRST STOP", makes those empty shard files below its path at once."""
+"""A PUT with this header, "FIRST STOP", creates empty shard files of that range below its path."""
 
 _ITEM = (
     "<Contents><Key>{}</Key><LastModified>2026-11-01T12:00:00.000Z</LastModified>"
@@ -40,7 +40,7 @@ _LISTING = (
 
 
 class Stub:
-    """What lies in the buckets. Keys of those that keep things are sorted when they are listed."""
+    """The contents of the buckets; keys that were put are sorted when they are listed."""
 
     def __init__(self) -> None:
         self._kept: dict[str, dict[str, bytes]] = {}
@@ -48,7 +48,7 @@ class Stub:
         self.requests = 0
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
-        """The one handler."""
+        """Handle any request."""
         self.requests += 1
         bucket, _, key = request.path.lstrip("/").partition("/")
         if request.method == "GET" and "list-type" in request.query:
@@ -80,7 +80,7 @@ class Stub:
 
     def _list(self, bucket: str, query: dict[str, str]) -> web.Response:
         after = query.get("continuation-token") or query.get("start-after", "")
-        if bucket in (PHOTOS, LABELS):
+        if bucket in (IMAGES, LABELS):
             found, last = _page_of_made_up(bucket, query.get("prefix", ""), after)
         else:
             found, last = self._page_of_kept(bucket, query.get("prefix", ""), after)
@@ -141,7 +141,7 @@ async def _serve() -> None:
 
 @contextmanager
 def stub_s3() -> Iterator[dict[str, str]]:
-    """A stub in a process of its own; the variables that lead to it."""
+    """Run the stub in its own process; yield the environment variables of its clients."""
     process = subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
