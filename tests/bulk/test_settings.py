@@ -195,7 +195,7 @@ def test_the_fingerprint_of_inference_settings_is_pinned(known: str) -> None:
 @pytest.mark.parametrize("known", IDENTITIES)
 def test_the_identity_of_a_run_is_pinned(known: str) -> None:
     lease, values = IDENTITIES[known]
-    common = {"images": "s3://b/images", "labels": "s3://b/labels", "results": "s3://b/results"}
+    common = {"images": "s3://b/photos", "labels": "s3://b/labels", "results": "s3://b/results"}
     settings = BulkSettings(**{**common, "checkpoint": "s3://b/model.safetensors", **values})
     assert fingerprint(settings.identity(model="m")) == known
     assert settings.work_fingerprint(model="m") == lease

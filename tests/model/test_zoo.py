@@ -73,6 +73,7 @@ def test_a_network_is_loaded_by_name_and_downloaded_once(host, published):
     assert [entry.name for entry in zoo.cache_folder().iterdir()] == [path.name]
 
 
+@pytest.mark.slow
 def test_a_backbone_is_loaded_by_name(host):
     model = DeepLabV3(ModelConfig(backbone="resnet18", style="torchvision", multi_grid=(1, 1)))
     weights.load_backbone(model, "zoo:tiny")

@@ -97,6 +97,7 @@ def test_the_record_is_deleted_first_and_the_plan_before_its_parts(prefix: str) 
     assert order.index("plans/run=a/plan.json") < order.index("plans/run=a/part-00000-aa.parquet")
 
 
+@pytest.mark.slow
 def test_an_interrupted_deletion_can_be_repeated_and_shows_no_finished_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

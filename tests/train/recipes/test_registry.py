@@ -157,6 +157,7 @@ def test_an_experiment_survives_a_round_trip_through_json(name):
     assert hash(Experiment.from_json(experiment.to_json())) == hash(experiment)
 
 
+@pytest.mark.slow
 def test_every_network_can_be_built_and_evaluated_at_the_strides_of_its_scores():
     for recipe in RECIPES.values():
         model = shell(recipe)
@@ -210,6 +211,7 @@ def test_multi_grid_multiplies_the_rate_of_a_block_as_in_the_paper():
     ]
 
 
+@pytest.mark.slow
 def test_torchvision_style_differs_only_in_the_first_unit_of_a_block():
     # torchvision's files have the stride there: that unit was trained on the previous block's grid
     for recipe in PAPER:

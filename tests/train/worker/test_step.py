@@ -149,6 +149,7 @@ def plain_pytorch(case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
     return losses, {key: value.detach() for key, value in parameters.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("class_weights", [None, (0.5, 2.0, 1.0, 7.0)])
 def test_four_steps_equal_plain_pytorch(class_weights: tuple[float, ...] | None) -> None:
     case = Case(class_weights=class_weights)
@@ -203,6 +204,7 @@ def test_several_workers_equal_one_with_the_same_global_batch(name: str, tmp_pat
             assert torch.equal(found[key], workers[0][1][key])
 
 
+@pytest.mark.slow
 def test_micro_batches_equal_the_whole_batch() -> None:
     whole = Case()
     expected_losses, expected = run_steps(ProcessGroup(), whole)
