@@ -47,7 +47,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """What one worker loads.
+    """The data that one worker loads.
 
     `indices` is the training list, `fill` the RGB color outside of an image, `batch_size` that of
     all workers together.

@@ -261,6 +261,6 @@ def _any_failed(result: object, group: ProcessGroup, listener: Listener) -> bool
     """Return whether any worker's `result` is an error; this worker's is sent to `listener`."""
     failed = isinstance(result, SampleError)
     if failed:
-        replaced = "; a run with other images or labels is another run: give it a new --out"
+        replaced = "; after changing images or labels, start a new run with another --out"
         listener.fail(f"{result}{replaced if isinstance(result, BrokenFileError) else ''}")
     return bool(group.sum(torch.tensor(float(failed))) > 0)

@@ -32,7 +32,7 @@ class PixelLoss(torch.nn.Module):
         weights = torch.ones(num_classes) if class_weights is None else class_weights.float()
         if weights.shape != (num_classes,):
             raise ValueError(
-                f"class_weights has the shape {tuple(weights.shape)}; num_classes is "
+                f"class_weights has shape {tuple(weights.shape)}; num_classes is "
                 f"{num_classes}, so it must be ({num_classes},)"
             )
         self.ignore_index = ignore_index

@@ -1,6 +1,6 @@
 """Plots of a training run (curves, sample predictions) and its TensorBoard event file.
 
-Equal input gives equal bytes, so a resumed run repeats or changes nothing. Figures are drawn
+The output depends only on the input, so a resumed run writes the same bytes. Figures are drawn
 without a display and without matplotlib's global state, so any thread may draw them.
 """
 
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
-# it ships no types
+# has no type hints
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
@@ -140,7 +140,7 @@ def _values(entry: Step | Score, class_names: Sequence[str]) -> Iterable[tuple[s
 def _draw_loss(axes: Axes, steps: Sequence[Step]) -> None:
     axes.set_ylabel("loss")
     if not steps:
-        _write_centered(axes, "no step yet")
+        _write_centered(axes, "no steps yet")
         return
     x, loss = [row.step for row in steps], np.array([row.loss for row in steps])
     median = _running_median(loss)
@@ -164,7 +164,7 @@ def _draw_loss(axes: Axes, steps: Sequence[Step]) -> None:
 def _draw_rate(axes: Axes, steps: Sequence[Step]) -> None:
     axes.set_ylabel("learning rate")
     if not steps:
-        _write_centered(axes, "no step yet")
+        _write_centered(axes, "no steps yet")
         return
     axes.plot(
         [row.step for row in steps],
@@ -180,7 +180,7 @@ def _draw_scores(axes: Axes, history: History) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     best = history.best
     if best is None:
-        _write_centered(axes, "no evaluation yet")
+        _write_centered(axes, "no evaluations yet")
         return
     x, y = [score.step for score in history.scores], [score.miou for score in history.scores]
     axes.plot(x, y, color=_GREEN, marker="o", markersize=3.5)

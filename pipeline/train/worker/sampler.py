@@ -46,7 +46,9 @@ def draw_batch(
     `step` is negative, or `batch_size` is less than 1.
     """
     if len(indices) == 0:
-        raise ValueError("indices is empty; a training list needs an image: is the split right?")
+        raise ValueError(
+            "indices is empty; a training list needs at least one image: is the split right?"
+        )
     check_at_least("seed", seed, 0)
     check_at_least("step", step, 0)
     check_at_least("batch_size", batch_size, 1)

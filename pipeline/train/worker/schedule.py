@@ -18,8 +18,8 @@ def poly(step: int, *, base_lr: float, max_steps: int, power: float) -> float:
     check_at_least("max_steps", max_steps, 1)
     if not 0 <= step <= max_steps:
         raise ValueError(
-            f"step {step}: must be from 0 to max_steps, {max_steps}; a run with another max_steps "
-            "is another run"
+            f"step {step}: must be from 0 to max_steps, {max_steps}; to change max_steps, "
+            "start a new run"
         )
     rate: float = base_lr * ((max_steps - step) / max_steps) ** power
     return rate

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSpec:
-    """What the workers of a run need to know; the same for all of them.
+    """The specification of a run for its workers, the same for all of them.
 
     `initial` is the URI of the network to start from, `indices` the training list with its
     repeats, and `class_weights` (k,) or None.
@@ -47,7 +47,7 @@ class WorkerSpec:
 
 
 def build_loader_config(spec: WorkerSpec, *, rank: int, world_size: int) -> LoaderConfig:
-    """Return what worker `rank` of `world_size` loads."""
+    """Return the loader configuration of worker `rank` of `world_size`."""
     experiment = spec.experiment
     red, green, blue = (round(255 * value) for value in experiment.model.mean)
     return LoaderConfig(
@@ -77,7 +77,7 @@ def build_state(spec: WorkerSpec, model: DeepLabV3, group: ProcessGroup) -> Trai
 
 
 def provenance(spec: WorkerSpec, group: ProcessGroup) -> dict[str, int]:
-    """Return what rounding depends on, as it is stored in checkpoints."""
+    """Return the values that rounding depends on, as they are stored in checkpoints."""
     return {"world": group.world_size, "threads": spec.threads}
 
 
@@ -98,7 +98,7 @@ def restore_state(spec: WorkerSpec, group: ProcessGroup) -> TrainingState:
     if before != now and group.is_main:
         logger.warning(
             "the checkpoint at step %d was written with %s, and training resumes with %s: the "
-            "result will be as good, but not bit-identical",
+            "result will be equivalent, but not bit-identical",
             newest.step, before, now,
         )  # fmt: skip
     return fresh

@@ -76,7 +76,7 @@ def test_a_file_that_one_worker_cannot_read_stops_all_of_them(name: str, tmp_pat
     messages = [message for listener in listeners for message in listener.failures]
     assert len(messages) == 1
     assert messages[0].startswith(f"{path}: ")
-    assert "a run with other images or labels is another run: give it a new --out" in messages[0]
+    assert "after changing images or labels, start a new run with another --out" in messages[0]
     assert not (out / "model.safetensors").exists()
 
 

@@ -118,5 +118,5 @@ def test_half_precision_logits_are_summed_in_fp32() -> None:
 
 
 def test_class_weights_of_another_number_of_classes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"class_weights has the shape \(3,\); num_classes is 4"):
+    with pytest.raises(ValueError, match=r"class_weights has shape \(3,\); num_classes is 4"):
         PixelLoss(K, ignore_index=IGNORE, class_weights=torch.ones(3))
