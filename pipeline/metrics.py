@@ -33,7 +33,7 @@ def confusion_matrix(
     if 0 <= ignore_index < num_classes:
         raise ValueError(f"ignore_index {ignore_index} is one of the {num_classes} classes")
     if label.shape != mask.shape:
-        raise ValueError(f"the label is {label.shape}, but the mask is {mask.shape}")
+        raise ValueError(f"the label has shape {label.shape}, but the mask has shape {mask.shape}")
     counts = np.zeros(num_classes * num_classes, dtype=np.int64)
     rows, columns = label.ravel(), mask.ravel()
     for start in range(0, rows.size, _CHUNK):
@@ -84,7 +84,7 @@ class ClassCounts:
     def from_confusion(cls, confusion: Int64Array) -> ClassCounts:
         """Return the counts of a confusion matrix (k, k), rows = label. Raises ValueError."""
         if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
-            raise ValueError(f"the confusion matrix is {confusion.shape}; it must be square")
+            raise ValueError(f"the confusion matrix has shape {confusion.shape}; it must be square")
         tp = confusion.diagonal()
         return cls(tp=tp.copy(), fp=confusion.sum(axis=0) - tp, fn=confusion.sum(axis=1) - tp)
 

@@ -129,7 +129,7 @@ def test_a_custom_ignore_index_is_not_counted_and_255_is_then_an_error():
         ([[0, 255]], [[0, 4]], {}, "mask holds class 4"),
         ([[0, -1]], [[0, 0]], {}, "label holds class -1"),
         ([[0, 0]], [[0, -1]], {}, "mask holds class -1"),
-        ([[0, 0]], [[0], [0]], {}, r"label is \(1, 2\), but the mask is \(2, 1\)"),
+        ([[0, 0]], [[0], [0]], {}, r"label has shape \(1, 2\), but the mask has shape \(2, 1\)"),
         ([[0.0]], [[0]], {}, "label is float64"),
         ([[0]], [[0.5]], {}, "mask is float64"),
         ([[0]], [[0]], {"ignore_index": 3}, "ignore_index 3 is one of the 4 classes"),
