@@ -43,7 +43,7 @@ class Inventory:
     """The inventory at `uri`, of objects below `prefix`.
 
     `outside` counts its objects that are elsewhere or not the current version. `etag` is that of
-    the inventory itself. Raises ValueError if it is not an inventory, StorageError.
+    the inventory itself. Raises ValueError if it is not an inventory, and StorageError.
     """
 
     def __init__(self, uri: str, prefix: str) -> None:
@@ -64,7 +64,7 @@ class Inventory:
                 uri = self._normalized(name, data.decode)
                 if uri is None or not current:
                     self.outside += 1
-                elif size or not uri.endswith("/"):  # the "folders" that some tools make
+                elif size or not uri.endswith("/"):  # skips the "folders" that some tools create
                     yield self._checked(uri, etag, size)
 
     def _rows(self, con: duckdb.DuckDBPyConnection) -> Iterator[tuple[Any, ...]]:
@@ -110,7 +110,7 @@ class Inventory:
     def _normalized(self, name: str | None, decode: Callable[[str], str]) -> str | None:
         """Return the URI of the object, or None if it is not below the prefix."""
         try:
-            # every character of an S3 key counts: it is kept as it is
+            # every character of an S3 key is significant, so it is not normalized
             uri = decode(name or "")
             uri = uri if uri.startswith("s3://") else storage.normalize(uri)
         except ValueError:
@@ -127,7 +127,7 @@ class Inventory:
 
 
 def _column_name(name: str) -> str:
-    """Return our name for a column, from Parquet's `is_latest` and a manifest's `IsLatest`."""
+    """Return our name for a column named as in Parquet, `is_latest`, or a manifest, `IsLatest`."""
     lower = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip()).lower()
     return _NAMES.get(lower, lower)
 
@@ -145,7 +145,9 @@ def _data_of(found: storage.Object) -> _Data:
             raise ValueError(
                 f"--inventory {found.uri} is not a manifest of S3 Inventory: {error!r:.200}"
             ) from None
-    raise ValueError(f"--inventory {found.uri}: take .parquet, .csv, .csv.gz, or a manifest.json")
+    raise ValueError(
+        f"--inventory {found.uri}: must be a .parquet, .csv or .csv.gz file, or a manifest.json"
+    )
 
 
 def _data_of_manifest(manifest: dict[str, Any]) -> _Data:
@@ -157,12 +159,12 @@ def _data_of_manifest(manifest: dict[str, Any]) -> _Data:
         for each in manifest["files"]
     ]
     if not objects:
-        raise ValueError("the inventory's manifest names no files")
+        raise ValueError("the manifest of the inventory lists no files")
     kind = manifest["fileFormat"].lower()
     if kind == "parquet":
         return _Data(objects=objects, reader="read_parquet({}, hive_partitioning = false)")
     if kind != "csv":
-        raise ValueError(f"the inventory is {manifest['fileFormat']}; take Parquet or CSV")
+        raise ValueError(f"the inventory is {manifest['fileFormat']}; it must be Parquet or CSV")
     names = [name.strip() for name in manifest["fileSchema"].split(",")]
     columns = ", ".join(f"{files.quote(name)}: 'VARCHAR'" for name in names)
     options = f"{_CSV}, header = false, auto_detect = false, columns = {{{{{columns}}}}}"

@@ -1,4 +1,4 @@
-"""List the images of a bucket with their labels, in order, without those done by earlier runs.
+"""List the images of a bucket with their labels, in order, except those of earlier runs.
 
 Listings are spooled to local disk page by page; DuckDB joins and sorts them there, so memory is
 bounded by its limit, not by the size of the bucket.
@@ -74,8 +74,8 @@ class Listing:
 
     `left_out` counts the objects that --include does not match, `outside` those of an inventory
     that are not below --images or not the current version. With --only-new, `done_before` counts
-    the images done by earlier runs, which are left out, and `done_otherwise` those done only with
-    another model or other settings, which --on-model-change new-only leaves out.
+    the images that earlier runs processed, which are left out, and `done_otherwise` those processed
+    only with another model or other settings, which --on-model-change new-only leaves out.
     Raises ValueError if there are no images, labels are ambiguous, or the inventory is invalid.
     """
 
@@ -144,7 +144,7 @@ class Listing:
 
     @property
     def inventory_etag(self) -> str | None:
-        """The ETag of the inventory, None without one."""
+        """The ETag of the inventory, or None without an inventory."""
         return self._inventory.etag if self._inventory else None
 
     @property
@@ -154,10 +154,10 @@ class Listing:
     def _why_empty(self) -> str:
         if self._inventory is None:
             return "it is empty"
-        return f"all {self.outside} objects of {self._settings.inventory} are elsewhere"
+        return f"all {self.outside} objects of {self._settings.inventory} are in other places"
 
     def _is_excluded(self, uri: str) -> bool:
-        """Return whether a run wrote the object, or labels or results nested below the images."""
+        """Return whether the object is a run's, or a label or result nested below the images."""
         images, results = storage.join(self._settings.images, ""), self._settings.results
         places = (storage.join(place, "") for place in (results, self._settings.labels) if place)
         inside = tuple(place for place in places if place != images and place.startswith(images))
@@ -211,7 +211,7 @@ class Listing:
                 )
 
     def _wanted(self) -> str:
-        """Return the query of the listed images; with --only-new, of those not done yet."""
+        """Return the query for the images to plan: all listed ones, or those not done yet."""
         if not self._settings.only_new:
             return "from listed"
         files.load_table(

@@ -66,16 +66,16 @@ class PlanPart:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanCounts:
-    """Counts of what the plan holds, and of what it leaves out."""
+    """Counts of the plan's images and shards, and of the objects it leaves out."""
 
     images: int = 0
     bytes: int = 0
     shards: int = 0
     labels: int = 0  # images that have a label
-    left_out: int = 0  # objects that --include does not take
-    outside: int = 0  # objects of the inventory that are not below the images, or not current
-    done_before: int = 0  # images that earlier runs have done
-    done_otherwise: int = 0  # images that only another model or other settings have done
+    left_out: int = 0  # objects that --include does not match
+    outside: int = 0  # objects of the inventory not below --images, or not the current version
+    done_before: int = 0  # images that earlier runs processed
+    done_otherwise: int = 0  # images processed only with another model or other settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +167,7 @@ def check_same(plan: Plan, identity: dict[str, Any]) -> None:
         if before != now:
             raise ValueError(
                 f"run id {plan.run_id} belongs to a run with another {_flag_of(name)} "
-                f"({before}, now {now}); take another --run-id"
+                f"({before}, now {now}); pass another --run-id"
             )
 
 
@@ -184,7 +184,7 @@ def make(
     write: bool = True,
     observe: Callable[[Iterator[ImageRef]], Iterator[ImageRef]] = iter,
 ) -> Plan:
-    """List the images, cut them into shards and, if `write`, store the plan.
+    """List the images, cut them into shards and, if `write` is true, store the plan.
 
     If another driver stored its plan first, that one is returned. `observe` wraps the images on
     their way into the plan.
@@ -226,7 +226,7 @@ def _model_changed_message(listing: Listing) -> str:
     everything = "" if listing.done_before else ", so every image would be new"
     return (
         f"{listing.done_otherwise} of these images were processed with another model or other "
-        f"settings{everything}: --on-model-change reprocess segments them again, "
+        f"settings{everything}: --on-model-change reprocess segments them again; "
         "--on-model-change new-only skips them"
     )
 

@@ -82,7 +82,7 @@ class DecoderPool:
             child.end()
 
     def _ask(self, request: dict[str, Any], data: bytes) -> Pixels:
-        """Ask a child, and again after a crash: the first may have had another reason."""
+        """Send the request to a child, and once more after a crash, whose cause may be another."""
         child = self._idle.get()
         try:
             try:
@@ -125,7 +125,7 @@ class _Child:
         self.process.wait()
 
     def ask(self, request: dict[str, Any], data: bytes, deadline_s: float) -> Pixels:
-        if self.process.poll() is not None:  # it crashed while idle: not the object's fault
+        if self.process.poll() is not None:  # it crashed while idle: the object is not the cause
             self.end()
             self._start()
         try:
@@ -204,7 +204,7 @@ def _mapped(descriptor: int, shape: tuple[int, ...]) -> Pixels:
             return np.frombuffer(os.pread(descriptor, size, 0), np.uint8).reshape(shape)
         memory = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
     except OSError as error:
-        raise DecodeError("out_of_memory", f"no address space for {size} bytes") from error
+        raise DecodeError("out_of_memory", f"cannot map {size} bytes of pixels") from error
     finally:
         os.close(descriptor)
     return np.frombuffer(memory, np.uint8).reshape(shape)

@@ -41,7 +41,7 @@ def main(descriptor: int) -> None:
                 _answer(connection, request, data, classes, options["max_pixels"])
             except MemoryError:
                 limit = options["memory_bytes"] // 2**20
-                message = f"decoding takes more than {limit} MiB of memory"
+                message = f"decoding needs more than {limit} MiB of memory"
                 send(connection, {"kind": "out_of_memory", "error": message})
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)

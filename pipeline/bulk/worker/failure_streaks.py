@@ -1,8 +1,8 @@
 """Detect systemic failures: too many images, or labels, in a row that fail in the same way.
 
 An image that was deleted, or that storage refuses, becomes an error row. If storage refuses
-everything, or a whole prefix or mount has disappeared, the run aborts before it writes an error
-row for each image. Labels are treated alike; they may be stored elsewhere.
+everything, or a whole prefix or mount has disappeared, the run aborts instead of writing an error
+row for each image. The same applies to labels, which may be stored elsewhere.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ FAILURES_IN_A_ROW = 50
 
 
 class SystemicError(RuntimeError):
-    """Continuing is pointless: the run aborts; it can be resumed."""
+    """Continuing is pointless: the run aborts, and can be resumed."""
 
 
 class CutOffError(SystemicError):
-    """Storage delivers nothing to this process; the driver checks whether it is alone in that."""
+    """Storage delivers nothing to this process; the driver checks whether others can read it."""
 
 
 class FailureStreak:
@@ -41,7 +41,7 @@ class FailureStreak:
         """
         if kind != self._kind or len(self) >= FAILURES_IN_A_ROW:
             self._kind, self.uris = kind, []
-        # `changed` is about the object too: a healthy storage reports it of a replaced one
+        # `changed` is about the object too: healthy storage reports it for a replaced object
         if kind is not None and kind != "changed" and kind not in tables.PERMANENT_ERRORS:
             self.uris.append(uri)
         return len(self) >= FAILURES_IN_A_ROW
@@ -75,4 +75,4 @@ class LocationMonitor:
         """Raise CutOffError if storage refuses everything, not only these objects."""
         refusal = self.probe.check_access(refused)
         if refusal is not None:
-            raise CutOffError(f"storage delivers no {self._what}s any more: {refusal}")
+            raise CutOffError(f"storage no longer delivers {self._what}s: {refusal}")

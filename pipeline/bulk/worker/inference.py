@@ -1,4 +1,4 @@
-"""The network as the segmenter uses it: images of one size in, masks out, memory permitting."""
+"""Inference on batches of images of one size; a batch that does not fit into memory is split."""
 
 from __future__ import annotations
 

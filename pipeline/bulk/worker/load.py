@@ -1,6 +1,6 @@
-"""Load a shard's images and labels: many threads fetch them, decoders work ahead of the consumer.
+"""Load a shard's images and labels: threads fetch them, and decoders work ahead of the consumer.
 
-Images come out in the order of the plan. Bytes in flight are bounded by the size of the shard,
+Images are returned in the order of the plan. Bytes in flight are bounded by the size of the shard,
 decoded pixels by a budget, whatever the sizes of the images.
 """
 
@@ -28,12 +28,12 @@ _TRANSIENT = ("access", "timeout")
 """Storage errors that may not occur on the next attempt."""
 
 _FETCHERS = 16
-_FIRST_GUESS_BYTES = 3_000_000  # of an image's pixels, until some are known
+_FIRST_GUESS_BYTES = 3_000_000  # of an image's pixels, before any is decoded
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedImage:
-    """An image of the plan with its pixels, or with the error that left it without."""
+    """An image of the plan with its pixels, or with the error that prevented decoding."""
 
     listed: ImageRef
     image: Pixels | None = None  # (h, w, 3)
@@ -132,8 +132,8 @@ class Loader:
 class PrefetchQueue:
     """The images of one shard: those being decoded, within the budget, and those waiting.
 
-    Whenever one is decoded or consumed, as many follow as the budget allows; the size of an
-    image that is being decoded is estimated as the largest one seen.
+    When one is decoded or consumed, as many more are submitted as the budget allows; the size of
+    an image that is being decoded is estimated as the largest one seen.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class PrefetchQueue:
         in_work = len(self._decoding) - len(done)
         if len(self._decoding) < self._fewest:
             return True
-        # more than twice the decoders would only wait, their sizes unknown
+        # more than two per decoder would only wait, at unknown sizes
         held = sum(done) + (in_work + 1) * self._guess
         return in_work < 2 * self._fewest and held <= AHEAD_BYTES
 

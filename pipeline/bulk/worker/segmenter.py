@@ -34,7 +34,7 @@ from pipeline.results.layout import RunLayout
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerContext:
-    """What every shard of a run shares; small, so that it is sent to each actor as it is."""
+    """What all shards of a run share; small, since it is sent to every actor."""
 
     layout: RunLayout
     images: str  # URI prefix of the images
@@ -124,7 +124,7 @@ class Segmenter:
         report: Callable[[int], None] | None,
     ) -> None:
         """Add the rows of the images to `rows`, by URI."""
-        # one shard at a time is in the network, so that it is committed early
+        # the network processes one shard at a time, so that each is committed early
         with self._turn:
             for batch in self._batches(_timed(stream, summary), summary):
                 of_batch = self._rows_of_batch(shard, batch, summary)
@@ -180,7 +180,7 @@ class Segmenter:
     def _batches(
         self, stream: Iterator[DecodedImage], summary: ShardSummary
     ) -> Iterator[list[DecodedImage]]:
-        """Group images of one size, failed ones alone; depends on the order of the plan only."""
+        """Group images of one size, failed ones alone; depends only on the order of the plan."""
         by_size: dict[tuple[int, ...], list[DecodedImage]] = {}
         held = 0
         for loaded in stream:

@@ -1,8 +1,8 @@
-"""Tell a failing object from a failing storage, by probing other objects.
+"""Distinguish failing objects from failing storage by probing other objects.
 
 When storage refuses an object, one that it delivered before is read again: if that is refused
-too, storage is at fault. When objects are not found, a listing tells whether they were deleted or
-the whole prefix or mount is gone. The same holds for labels and their location.
+too, storage is at fault. When objects are not found, a listing shows whether they were deleted or
+the whole prefix or mount has disappeared. The same applies to labels and their location.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class StorageProbe:
                 try:
                     storage.read(item.uri, item.etag)
                 except StorageError as error:
-                    if error.kind in ("vanished", "changed"):  # a healthy storage answers so too
+                    if error.kind in ("vanished", "changed"):  # healthy storage reports these too
                         return None
                     last = error
                 else:
@@ -78,10 +78,10 @@ class StorageProbe:
         return run_id_of(self._results, uri) is not None or is_only_new_lease(self._results, uri)
 
     def _nothing_left(self) -> StorageError:
-        return StorageError("vanished", f"{self._location} holds no other objects any more")
+        return StorageError("vanished", f"{self._location} no longer holds any other objects")
 
     def _probes(self, refused: Collection[str]) -> list[Object]:
-        """Return the object delivered last, or else the smallest ones of a page."""
+        """Return the object delivered last or, if there is none, the smallest ones of a page."""
         if self._delivered is not None:
             return [self._delivered]
         page = list(itertools.islice(self._listed(), storage.PAGE_OBJECTS))
@@ -92,7 +92,7 @@ class StorageProbe:
 
 
 def check_access_here(layout: RunLayout, *locations: str | None) -> StorageError | None:
-    """Return storage's error if this process cannot write results or read a location either.
+    """Return storage's error if this process too cannot write results or read a location.
 
     Locations that are None are skipped.
     """

@@ -15,8 +15,8 @@ class ShardSummary:
     errors: Counter[str] = field(default_factory=Counter)  # images by kind
     label_errors: int = 0
     bytes_read: int = 0
-    wait_s: float = 0.0  # the network waited for decoded pixels
-    infer_s: float = 0.0  # the network ran
+    wait_s: float = 0.0  # waiting for decoded pixels
+    infer_s: float = 0.0  # running the network
     committed: bool = False  # False: another writer committed the file first
-    actor: str = ""  # name of the actor that did it
+    actor: str = ""  # name of the actor that processed it
     actor_s: float = 0.0  # age of that actor at the end of the shard

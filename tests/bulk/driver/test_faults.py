@@ -65,9 +65,7 @@ def test_storage_that_refuses_everything_aborts_at_the_first_shard(
     with closing(Segmenter(work)) as segmenter:
         segmenter.segment(0, images[:5])
         _refuse(monkeypatch, lambda _: True)
-        with pytest.raises(
-            SystemicError, match=r"delivers no images any more: .*004\.jpg: .*denied"
-        ):
+        with pytest.raises(SystemicError, match=r"no longer delivers images: .*004\.jpg: .*denied"):
             segmenter.segment(1, images[5:10])
     assert len(_shards(work)) == 1
     with closing(Segmenter(work)) as restarted, pytest.raises(SystemicError, match="denied"):
@@ -227,7 +225,7 @@ def test_images_that_disappear_with_their_prefix_abort_the_run(
     for ours in ("images/run=other/shard-000000.parquet", "leases/only-new-0123.json"):
         storage.write(f"{settings.images}/results/{ours}", b"ours")
     work = replace(work, layout=replace(work.layout, results=f"{settings.images}/results"))
-    nothing = rf"{FAILURES_IN_A_ROW if shard_images > 50 else 10} images .*holds no other objects"
+    nothing = rf"{FAILURES_IN_A_ROW if shard_images > 50 else 10} images .*no longer holds any other objects"
     with closing(Segmenter(work)) as segmenter, pytest.raises(CutOffError, match=nothing):
         segmenter.segment(0, images[:shard_images])
     assert _shards(work) == []
@@ -259,7 +257,7 @@ def test_an_image_missing_from_a_listing_of_others_was_deleted(prefix: str) -> N
             probe.check_exists(gone)
         )
     storage.delete(names[1:3])
-    assert "holds no other objects" in str(probe.check_exists(names[:1]))
+    assert "no longer holds any other objects" in str(probe.check_exists(names[:1]))
 
 
 def test_consecutive_deleted_images_are_rows_if_others_are_listed(

@@ -89,9 +89,7 @@ def test_refusing_all_labels_aborts_before_images_are_committed(
         if given_before:
             segmenter.rows_of(0, images[:3])
         refuse(lambda *_: True)
-        with pytest.raises(
-            CutOffError, match=r"delivers no labels any more: .*\.png: access denied"
-        ):
+        with pytest.raises(CutOffError, match=r"no longer delivers labels: .*\.png: access denied"):
             segmenter.segment(1, images[3:10])
         with pytest.raises(SystemicError, match=r"50 labels in a row failed \(access\): .*denied"):
             segmenter.segment(2, images[3:])
@@ -151,6 +149,6 @@ def test_labels_that_disappear_with_their_prefix_abort_the_run(
         assert segmenter.rows_of(0, images)[1].label_errors == 55
         storage.delete([str(image.label_uri) for image in images[55:]])
         with pytest.raises(
-            CutOffError, match=r"50 labels in a row vanished: .* holds no other objects"
+            CutOffError, match=r"50 labels in a row vanished: .* no longer holds any other objects"
         ):
             segmenter.rows_of(0, images)

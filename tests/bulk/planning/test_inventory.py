@@ -1,4 +1,4 @@
-"""An inventory gives the same images as a listing; what it should not say is refused by name."""
+"""An inventory gives the same images as a listing; invalid rows are refused by name."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _csv(rows: Rows, uri: str) -> str:
 
 
 def _manifest(prefix: str, rows: Rows, kind: str) -> str:
-    """Two data files and their manifest, as S3 Inventory writes them."""
+    """Write two data files and their manifest as S3 Inventory does; return the manifest's URI."""
     bucket, _, key = f"{prefix}/inventory".removeprefix("s3://").partition("/")
     data = []
     for number, part in enumerate((rows[:3], rows[3:])):
@@ -105,7 +105,7 @@ def test_an_inventory_gives_the_same_images_as_a_listing(
     prefix: str, settings_for: SettingsFor, ending: str
 ) -> None:
     rows = _plain(_put(prefix))
-    rows += rows[:2]  # said twice
+    rows += rows[:2]  # duplicates
     rows.append({"uri": f"{prefix}/elsewhere/x.jpg", "etag": "e", "size": 1})
     write = _parquet if ending == "parquet" else _csv
     uri = write(rows, f"{prefix}/o'inventory [1] é.{ending}")
@@ -156,7 +156,7 @@ def test_objects_outside_the_images_prefix_are_never_read(
     uri = None if name is None else name.format(tmp_path)
     inventory = _parquet([{"uri": uri, "etag": "e", "size": 1}], f"{tmp_path}/i.parquet")
     settings = settings_for(str(tmp_path), labels=None, inventory=inventory)
-    with pytest.raises(ValueError, match=r"all 1 objects of .*i\.parquet are elsewhere"):
+    with pytest.raises(ValueError, match=r"all 1 objects of .*i\.parquet are in other places"):
         _listed(settings)
 
 
@@ -194,7 +194,7 @@ def test_an_invalid_inventory_is_refused_in_one_line(
     [
         ("i.parquet", b"no Parquet", "cannot be read"),
         ("i.csv.gz", b"no gzip", "cannot be read"),
-        ("i.orc", b"ORC", r"take \.parquet, \.csv, \.csv\.gz, or a manifest\.json"),
+        ("i.orc", b"ORC", r"must be a \.parquet, \.csv or \.csv\.gz file, or a manifest\.json"),
         ("manifest.json", b"{}", "not a manifest of S3 Inventory"),
         ("manifest.json", b"[", "not a manifest of S3 Inventory"),
         ("none.csv", None, "does not exist"),

@@ -1,4 +1,4 @@
-"""The plan cuts a listing into shards, is written once, and stays what it is."""
+"""The plan cuts a listing into shards, is written once, and never changes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _layout(settings: BulkSettings) -> RunLayout:
 
 
 def _shards(settings: BulkSettings, made: Plan) -> list[list[ImageRef]]:
-    """The shards as the plan's parts hold them, after a look at their numbers."""
+    """Return the shards in the plan's parts, after checking their numbers."""
     rows = [
         row for part in made.parts for row in plan.read_part(_layout(settings), part).to_pylist()
     ]
@@ -89,7 +89,7 @@ def test_label_bytes_count_toward_the_size_of_a_shard(settings_for: SettingsFor)
     settings = settings_for("/x", shard_bytes=100, inference=Inference(max_object_bytes=80))
     sizes = [(10, 40), (10, 40), (10, None), (60, 30), (10, 0), (81, 80), (10, 81)]
     images = [_image(i, size)._replace(label_bytes=label) for i, (size, label) in enumerate(sizes)]
-    # 81 are not fetched, and an image of 81 is one whose label is not either
+    # objects of 81 bytes are not fetched, nor is the label of an image of 81 bytes
     expected = [sizes[:2], sizes[2:4], sizes[4:]]
     shards = plan.cut(iter(images), settings)
     assert [[(each.bytes, each.label_bytes) for each in shard] for shard in shards] == expected
@@ -136,7 +136,7 @@ def test_a_part_equals_the_listing_column_by_column(
     names = [f"{i:02d} é'%2e.jpg" for i in range(11)]
     for i, name in enumerate(names):
         storage.write(f"{prefix}/images/{name}", b"x" * (i % 4))
-        if i % 3:  # null in the same columns as labels of others
+        if i % 3:  # null in the columns that hold the labels of others
             storage.write(f"{prefix}/labels/{name[:-4]}.png", b"y" * i)
     settings = settings_for(prefix, shard_images=2)
     made = _make(settings)
@@ -205,7 +205,7 @@ def test_other_settings_or_another_checkpoint_are_refused_by_name(
         lambda: plan.check_same(made, other.identity(model=model)),
         lambda: _make(other, model=model),
     ):
-        with pytest.raises(ValueError, match=f"another {names} .*take another --run-id") as error:
+        with pytest.raises(ValueError, match=f"another {names} .*pass another --run-id") as error:
             refuse()
         assert "\n" not in str(error.value)
 
@@ -276,7 +276,7 @@ def test_drivers_that_plan_at_once_agree_on_one_complete_plan(
 
     def driver(number: int) -> Plan:
         start.wait()
-        storage.write(f"{prefix}/images/new-{number}.jpg", b"new")  # each lists something else
+        storage.write(f"{prefix}/images/new-{number}.jpg", b"new")  # each lists different images
         return _make(settings)
 
     with ThreadPoolExecutor(4) as pool:
@@ -314,7 +314,7 @@ def test_only_new_gives_each_run_of_a_day_its_own_id(
     for _ in range(3):
         layout = RunLayout(results=settings.results, run_id=plan.run_id_of(settings, identity))
         plan.make(settings, layout, identity)
-        assert plan.run_id_of(settings, identity) == layout.run_id  # continued until it is done
+        assert plan.run_id_of(settings, identity) == layout.run_id  # resumed until it is finished
         storage.write(layout.record, b"done")
         names.append(layout.run_id)
     assert names[1:] == [f"{names[0]}-2", f"{names[0]}-3"]
