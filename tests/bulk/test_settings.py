@@ -1,4 +1,4 @@
-"""What a person says is checked where it enters, and what decides a mask is in the fingerprint."""
+"""Settings are validated, and all that affect a mask are in the fingerprint."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ FINGERPRINTS: dict[str, dict[str, Any]] = {
     "eda2cfb72cab727a": {"max_object_bytes": 1000},
     "3adbaa193c2d04e7": {"scales": (0.75, 1), "flip": True, "window": 513, "window_overlap": 0},
 }
-"""As the first version hashed them: with others, stored results would be of other settings."""
+"""Fingerprints of the first version: a change would invalidate stored results."""
 
 IDENTITIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bec45ef777e3819f": ("c9366e926495234e", {}),
@@ -184,7 +184,7 @@ IDENTITIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""Fingerprint of a plan's identity -> that in the name of the lease for what is new, settings."""
+"""Fingerprint of a plan's identity -> fingerprint in the name of its --only-new lease, settings."""
 
 
 @pytest.mark.parametrize("known", FINGERPRINTS)
@@ -213,7 +213,7 @@ def test_a_setting_added_later_is_hashed_if_not_at_its_first_default(
     @dataclass(frozen=True, kw_only=True)
     class Newer(Inference):
         sharpness: int = 2
-        """Added with 1, and then raised."""
+        """Added with the default 1, which was raised later."""
 
     monkeypatch.setattr(settings_module, "ADDED_LATER", {"sharpness": 1})
     assert Newer(sharpness=1).identity() == Inference().identity()

@@ -1,4 +1,4 @@
-"""A bucket is listed as it is: every image once, its label, and without what is done."""
+"""Listings: every image once, with its label, without results and other objects."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_odd_names_are_listed_once_in_byte_order(
     assert [image.label_uri for image in found] == [
         f"{prefix}/labels/{name[:-4]}.png" for name in names
     ]
-    for image in found:  # what was listed is what can be read
+    for image in found:  # every listed object can be read
         assert storage.read(image.uri, image.etag) == b"x"
         assert storage.read(str(image.label_uri), image.label_etag) == b"x"
 
@@ -187,7 +187,7 @@ def test_only_regular_files_are_listed(
     tmp_path: Path, settings_for: SettingsFor, listed: ListedBy
 ) -> None:
     _put(f"{tmp_path}/images", "1.jpg")
-    os.mkfifo(tmp_path / "images" / "2.jpg")  # who reads it waits for ever
+    os.mkfifo(tmp_path / "images" / "2.jpg")  # reading it would block forever
     (tmp_path / "images" / "3.jpg").symlink_to(tmp_path / "images" / "1.jpg")
     found: list[Any] = [Path(image.uri).name for image in listed(settings_for(str(tmp_path)))]
     assert found == ["1.jpg", "3.jpg"]

@@ -1,4 +1,4 @@
-"""What child processes decode is what decoding in this process gives, errors included."""
+"""Child processes decode to the same pixels and errors as this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoder processes may die, hang or want too much: the image is named, the next one decodes."""
+"""Decoder processes that crash, hang or run out of memory: an error for the image, no other."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMALL = _png(5, 7)
 
 @pytest.fixture(scope="module")
 def slow() -> bytes:
-    """An image of 144 MB of pixels, which takes about half a second."""
+    """An image of 144 MB of pixels, which takes about half a second to decode."""
     return _png(6000, 8000)
 
 
@@ -44,7 +44,7 @@ def decoders() -> Iterator[DecoderPool]:
 
 
 def _made(**limits: float) -> DecoderPool:
-    """One warm child within these limits."""
+    """Return a pool of one warm child with these limits."""
     made = DecoderPool(1, DecodeLimits(**{"max_pixels": 50_000_000, **limits}), VOC)  # type: ignore[arg-type]
     try:
         made.image(SMALL)
@@ -59,7 +59,7 @@ def _descriptors() -> int:
 
 
 def _cpu(pid: int) -> int:
-    """The CPU time that the process has used, in ticks of 10 ms."""
+    """Return the CPU time that the process has used, in ticks of 10 ms."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[11]) + int(fields[12])
 
@@ -70,7 +70,7 @@ def _wait_until_busy(pid: int, before: int) -> None:
 
 
 def _during(pid: int, act: Callable[[], object]) -> threading.Thread:
-    """Acts as soon as the process is busy: some 30 ms of CPU after now."""
+    """Call `act` once the process is busy: after 30 ms more of CPU time."""
     before = _cpu(pid)
 
     def watch() -> None:
@@ -85,10 +85,7 @@ def _during(pid: int, act: Callable[[], object]) -> threading.Thread:
 def _is_alive(pid: int) -> bool:
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except (
-        FileNotFoundError,
-        ProcessLookupError,
-    ):  # the latter: it ended after the file was opened
+    except (FileNotFoundError, ProcessLookupError):  # the latter if it exits while being read
         return False
 
 
@@ -147,7 +144,7 @@ def test_a_hung_child_times_out_at_the_deadline_and_is_replaced() -> None:
         started = time.monotonic()
         with pytest.raises(DecodeError, match="not decoded within 4 s") as late:
             made.image(SMALL)
-        assert 3.9 < time.monotonic() - started < 30  # a replacement has started within it
+        assert 3.9 < time.monotonic() - started < 30  # includes the start of a replacement
         assert late.value.kind == "timeout"
         assert not _is_alive(pid)
         assert made.image(SMALL).shape == (5, 7, 3)
@@ -200,7 +197,7 @@ def test_replaced_children_leave_no_descriptors_or_processes() -> None:
 
 def test_many_small_images_in_memory_hold_few_descriptors(decoders: DecoderPool) -> None:
     before = _descriptors()
-    held = [decoders.image(SMALL) for _ in range(300)]  # a soft limit of 1024 is usual
+    held = [decoders.image(SMALL) for _ in range(300)]  # 1024 is a common soft limit
     assert _descriptors() < before + 100
     assert len({pixels.shape for pixels in held}) == 1
 
@@ -258,7 +255,8 @@ def test_children_end_when_their_parent_is_killed(state: str, tmp_path: Path) ->
         assert left == []
     finally:
         parent.kill()
-        print(f"The parent ended with {parent.wait()}.", log.read_text())  # where the test fails
+        # shown if the test fails
+        print(f"The parent exited with {parent.wait()}.", log.read_text())
 
 
 def test_the_child_imports_neither_torch_nor_ray_nor_s3() -> None:

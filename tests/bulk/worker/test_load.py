@@ -1,4 +1,4 @@
-"""A shard's images become pixels in order, each as it was listed, within a budget of memory."""
+"""A shard's images are loaded in order, as they were listed, within a memory budget."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SettingsFor = Callable[..., BulkSettings]
 
 
 class FakeDecoders:
-    """Takes "<width>" as an image of that many bytes, and counts what was decoded."""
+    """Decodes "<n>" to an image of n bytes, and records the sizes decoded."""
 
     def __init__(self) -> None:
         self.decoded: list[int] = []
@@ -29,10 +29,10 @@ class FakeDecoders:
 
     def image(self, data: bytes) -> Pixels:
         if not data.isdigit():
-            raise DecodeError("not_an_image", "it is no number")
+            raise DecodeError("not_an_image", "it is not a number")
         with self._lock:
             self.decoded.append(int(data))
-        time.sleep(0.001 * (int(data) % 7))  # they end in another order
+        time.sleep(0.001 * (int(data) % 7))  # so that they finish in another order
         return np.zeros((1, int(data) // 3, 3), np.uint8)  # costs no memory until it is touched
 
     def label(self, data: bytes, size: tuple[int, int]) -> Pixels:
@@ -154,7 +154,7 @@ def test_waiting_decoded_pixels_are_bounded_whatever_the_sizes(
     tmp_path: object, sizes: list[int]
 ) -> None:
     decoders, count = FakeDecoders(), 2
-    # each of the threads (two a decoder) may hold one that was begun before its size was known
+    # each thread (two per decoder) may hold one image started before its size was known
     allowed = AHEAD_BYTES + 2 * count * max(sizes)
     with _loader(decoders, count=count) as loader:
         stream = loader.stream(_images(f"{tmp_path}/p", sizes))
@@ -163,7 +163,7 @@ def test_waiting_decoded_pixels_are_bounded_whatever_the_sizes(
             assert loaded.image is not None
             consumed += loaded.image.nbytes
             if loaded.listed.uri.endswith(("000", "031", "032", "040", "060")):
-                decoders.wait_until_idle()  # a network that is slower than all decoders
+                decoders.wait_until_idle()  # like a network slower than the decoders
             assert sum(decoders.decoded) - consumed <= allowed
     assert sorted(decoders.decoded) == sorted(sizes)
 

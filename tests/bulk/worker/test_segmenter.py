@@ -1,4 +1,4 @@
-"""A shard's file holds what looking at each image by itself gives, and nothing else."""
+"""A shard's file has exactly the rows of segmenting each image alone."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _pixels(uri: str) -> np.ndarray:
 
 
 def _counted(mask: np.ndarray, confidence: np.ndarray, label: np.ndarray | None) -> Rows:
-    """The nested rows of an image, pixel by pixel."""
+    """Return the nested class rows of an image, counted pixel by pixel."""
     pairs: Counter[tuple[int, int]] = Counter()
     pixels: Counter[int] = Counter()
     summed: Counter[int] = Counter()
@@ -92,7 +92,7 @@ def _counted(mask: np.ndarray, confidence: np.ndarray, label: np.ndarray | None)
 
 
 def _close(found: Rows, expected: Rows) -> None:
-    """Equal, but for the last digits of float32."""
+    """Return whether the values are equal up to float32 rounding."""
     assert [list(row) for row in found] == [list(row) for row in expected]
     for row, wanted in zip(found, expected, strict=True):
         for name, value in wanted.items():
@@ -209,7 +209,7 @@ def test_masks_do_not_depend_on_the_batch(
     listed: ListedBy,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # in fp32 on every CPU: bf16 rounds so much that another order of sums moves borders
+    # in fp32 on every CPU: with bf16, the order of sums would change masks
     monkeypatch.setattr(optimize, "has_bf16", lambda _: False)
     fill(str(tmp_path), 16)
     settings = settings_for(str(tmp_path))
