@@ -225,7 +225,8 @@ def test_images_that_disappear_with_their_prefix_abort_the_run(
     for ours in ("images/run=other/shard-000000.parquet", "leases/only-new-0123.json"):
         storage.write(f"{settings.images}/results/{ours}", b"ours")
     work = replace(work, layout=replace(work.layout, results=f"{settings.images}/results"))
-    nothing = rf"{FAILURES_IN_A_ROW if shard_images > 50 else 10} images .*no longer holds any other objects"
+    count = FAILURES_IN_A_ROW if shard_images > 50 else 10
+    nothing = rf"{count} images .*no longer holds any other objects"
     with closing(Segmenter(work)) as segmenter, pytest.raises(CutOffError, match=nothing):
         segmenter.segment(0, images[:shard_images])
     assert _shards(work) == []
