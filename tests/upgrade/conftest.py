@@ -41,35 +41,38 @@ def inputs(s3_environment: dict[str, str]) -> Iterator[None]:
     storage.delete([each.uri for each in storage.list_objects(PREFIX)])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def upload(inputs: None) -> Upload:
-    """`upload("killed")` puts the files of a run where they were. Returns their URI.
+    """`upload("killed")` restores the files of a run, if any changed, and returns their URI.
 
-    Its leases are then those of a process of this machine that has ended.
+    Its leases are rewritten to those of a process of this machine that has ended.
     """
+    uploaded: dict[str, dict[str, str]] = {}
 
-    def put(place: str) -> str:
+    def restore(place: str) -> str:
         uri = f"{PREFIX}/{place}"
+        if uploaded.get(place) == _etags(uri):
+            return uri
         storage.delete([each.uri for each in storage.list_objects(uri)])
         _upload(FOLDER / place)
         for each in list(storage.list_objects(uri)):
             if each.uri.endswith(".json") and "lease" in each.uri:
                 lease = {**json.loads(storage.read(each.uri)), **_ended_process()}
                 storage.write(each.uri, json.dumps(lease).encode())
+        uploaded[place] = _etags(uri)
         return uri
 
-    return put
+    return restore
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def stored() -> Callable[[str], dict[str, str]]:
-    """`stored(uri)`: name and ETag of every object below `uri`."""
+    """`stored(uri)`: the name and ETag of every object below `uri`."""
+    return _etags
 
-    def keys(uri: str) -> dict[str, str]:
-        found = storage.list_objects(uri)
-        return {storage.relative(uri, each.uri): each.etag for each in found}
 
-    return keys
+def _etags(uri: str) -> dict[str, str]:
+    return {storage.relative(uri, each.uri): each.etag for each in storage.list_objects(uri)}
 
 
 def _upload(path: Path) -> None:

@@ -12,9 +12,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from jobs import clean, query, report, segment
 from pipeline.data import image_formats, masks, storage
+from pipeline.model import devices
 
 pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("inputs")]
 
@@ -23,8 +25,9 @@ Upload = Callable[[str], str]
 Stored = Callable[[str], dict[str, str]]
 
 IMAGES = 20
-LIKE_MASKS = 0.99
-"""The share of pixels in which masks of different CPUs agree: some compute in bf16."""
+SAME_PIXELS = 0.85 if devices.has_bf16(torch.device("cpu")) else 0.999
+"""The least share of a mask's pixels that is the same on another CPU. The stored masks are of fp32,
+which gave the same pixels with AVX2 and with SSE4.1; bf16 gave 0.92 of them in the worst mask."""
 
 
 def run_of(results: str) -> str:
@@ -74,8 +77,8 @@ def assert_same_rows(found: list[dict[str, Any]], expected: list[dict[str, Any]]
         assert (mine["mask"] is None) == (theirs["mask"] is None)
         if mine["mask"] is not None:
             pixels = masks.decode(mine["mask"]) == masks.decode(theirs["mask"])
-            assert pixels.mean() >= LIKE_MASKS, (mine["uri"], pixels.mean())
-            assert mine["confidence"] == pytest.approx(theirs["confidence"], abs=0.02)
+            assert pixels.mean() >= SAME_PIXELS, (mine["uri"], pixels.mean())
+            assert mine["confidence"] == pytest.approx(theirs["confidence"], abs=0.05)
 
 
 @pytest.mark.ray
@@ -178,7 +181,7 @@ def test_only_new_with_another_setting_sees_that_others_have_done_all(
     given = [*flags["bulk"], *changed, "--results", results, "--only-new"]
     assert segment.main(given) == 2
     [line] = capsys.readouterr().out.splitlines()
-    assert f"have done {IMAGES} of these" in line
+    assert f"{IMAGES} of these" in line
 
 
 def test_only_new_after_a_format_changed_sees_only_its_images(
