@@ -123,8 +123,10 @@ CHANGED: dict[str, tuple[list[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("place", ["trained-killed", "trained"])
-@pytest.mark.parametrize("what", CHANGED)
+@pytest.mark.parametrize(
+    ("what", "place"),
+    [*((what, "trained-killed") for what in CHANGED), ("another rate", "trained")],
+)
 def test_a_run_is_refused_with_one_value_changed_or_added(
     upload: Upload,
     stored: Stored,
