@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,10 @@ import hypothesis
 import pytest
 
 from jobs.demo.server import s3_server
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a shell ignores Ctrl-C for background jobs, and the tests that send it would hang
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # on a busy machine the duration of an example says nothing about the code
 hypothesis.settings.register_profile("patient", deadline=None)
