@@ -17,6 +17,9 @@ from pipeline.text import one_line
 
 T = TypeVar("T")
 
+_MAX_REASON = 2000
+"""Characters: messages end with the way out, which long URIs must not push off the line."""
+
 
 def run_job(
     job: str,
@@ -124,7 +127,7 @@ def last_line(words: str, facts: Mapping[str, object]) -> str:
 
 def failed(job: str, code: int, error: object) -> int:
     """Print the last line of a job that failed, and return its exit code."""
-    reason = one_line(error)
+    reason = one_line(error, _MAX_REASON)
     print_line(last_line(f"{job} failed", {"exit": code, "reason": reason}))
     return code
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pipeline.cli.exit import run_interactive
+from pipeline.cli.exit import failed, run_interactive
 
 CRASHES = """
 import atexit, ctypes, sys, tempfile
@@ -86,3 +86,10 @@ def test_the_exit_code_does_not_depend_on_whether_stdout_can_be_written(code: in
         done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, check=False)
         os.close(stdout)
         assert (done.returncode, done.stderr) == (code, b"")
+
+
+def test_the_last_line_keeps_the_way_out_at_the_end_of_a_long_message(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert failed("segment", 1, f"s3://b/{'k' * 1000}.parquet is corrupt; delete it") == 1
+    assert capsys.readouterr().out.endswith('.parquet is corrupt; delete it"\n')

@@ -56,7 +56,7 @@ def failed(prefix: str, capsys: Capture) -> str:
     out, err = capsys.readouterr()
     last = out.splitlines()[-1]
     assert code == 1
-    assert "this should not happen" not in err
+    assert "unexpected error" not in err
     assert last.startswith("segment failed exit=1 reason=")
     return last
 
