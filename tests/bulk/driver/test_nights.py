@@ -147,7 +147,8 @@ def test_a_nightly_run_with_another_model_needs_on_model_change(
     _printed(capsys)
     assert main(_night(s3_prefix, "--run-id", "2", checkpoint=NEW)) == 2
     [line] = _printed(capsys)
-    assert "have done 3 of these images, and these have not, so everything is new" in line
+    assert "3 of these images were processed with another model or other settings" in line
+    assert "so every image would be new" in line
     assert "--on-model-change reprocess" in line
     assert "--on-model-change new-only" in line
     assert main(_night(s3_prefix, "--dry-run", checkpoint=NEW)) == 0
