@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "segment",
         lambda: _segment(parse(BulkSettings, argv, description=__doc__)),
         expected=(StorageError, RunStoppedError, lease.HeldError),
-        interrupted="interrupted; the same command continues the run",
+        interrupted="interrupted; the same command resumes the run",
         on_signal=files.interrupt_queries,
     )
 

@@ -45,7 +45,7 @@ def test_a_stopped_job_is_resumed(world: World) -> None:
         until(lambda: files_of("stopped"), job)
         assert world.ray_job("stop", "stopped").wait() == 0
         job.wait()
-        assert "interrupted; the same command continues the run" in job.said
+        assert "interrupted; the same command resumes the run" in job.said
         before = files_of("stopped")
         assert 0 < len(before) < IMAGE_COUNT // SHARD_IMAGES
         job = world.segment("stopped", "--actors", "3", "3", job_id="stopped-2")

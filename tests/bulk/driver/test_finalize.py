@@ -172,7 +172,7 @@ def test_ctrl_c_during_a_query_releases_the_lease_and_says_how_to_resume(
             con.execute("select count(*) from (from range(600000000) order by hash(range))")
         return "not reached"
 
-    resume = "interrupted; the same command continues the run"
+    resume = "interrupted; the same command resumes the run"
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     started = time.monotonic()
     try:
