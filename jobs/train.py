@@ -83,13 +83,13 @@ def _settings(recipe: Recipe, argv: Sequence[str]) -> TrainingSettings:
     """Return the settings given on the command line; the recipe has the defaults."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Given(TrainingSettings):
+    class RecipeSettings(TrainingSettings):
         experiment: Experiment = field(default_factory=lambda: recipe.experiment)
 
     about = (
         f"--recipe {recipe.name}: {recipe.about} ({recipe.source}). Its values are the defaults."
     )
-    settings = parse(Given, argv, description=f"{__doc__}\n{about}")
+    settings = parse(RecipeSettings, argv, description=f"{__doc__}\n{about}")
     if recipe.after and settings.experiment.init is None and "--init" not in argv:
         raise ArgumentsError(
             f"recipe {recipe.name} starts from the network of {recipe.after}: give --init, for "

@@ -22,7 +22,7 @@ _TORCHVISION = {"resnet50": "deeplabv3_resnet50", "resnet101": "deeplabv3_resnet
 
 
 @dataclass(frozen=True, kw_only=True)
-class Built:
+class BenchmarkModel:
     """A network in one form, ready for `predict`."""
 
     model: DeepLabV3
@@ -40,12 +40,12 @@ def build(backbone: Backbone, output_stride: int) -> DeepLabV3:
 
 def form_of(
     model: DeepLabV3, form: Form, device: torch.device, size: Size, *, multi: bool
-) -> tuple[Built | None, str | None]:
+) -> tuple[BenchmarkModel | None, str | None]:
     """Return the model in that form, or None and the reason."""
     if form == "fast":
         fast = optimize.optimize_for_inference(model, device, size=size)
         dtype = next(fast.parameters()).dtype
-        return Built(model=fast, dtype=dtype, channels_last=True), None
+        return BenchmarkModel(model=fast, dtype=dtype, channels_last=True), None
     if form == "torchvision":
         return _torchvision(model, device)
     if form == "bf16" and device.type == "cpu" and not devices.has_bf16(device):
@@ -60,10 +60,14 @@ def form_of(
     if form == "compiled":
         plain.logits = torch.compile(plain.logits, dynamic=False)  # type: ignore[method-assign]
     dtype = next(plain.parameters()).dtype
-    return Built(model=plain, dtype=dtype, channels_last=form in ("channels_last", "bf16")), None
+    return BenchmarkModel(
+        model=plain, dtype=dtype, channels_last=form in ("channels_last", "bf16")
+    ), None
 
 
-def _torchvision(model: DeepLabV3, device: torch.device) -> tuple[Built | None, str | None]:
+def _torchvision(
+    model: DeepLabV3, device: torch.device
+) -> tuple[BenchmarkModel | None, str | None]:
     """Return torchvision's network with the weights of the model, wrapped for our `predict`."""
     name = _TORCHVISION.get(model.config.backbone)
     if name is None or model.config.output_stride != 8:
@@ -81,4 +85,4 @@ def _torchvision(model: DeepLabV3, device: torch.device) -> tuple[Built | None, 
         return found
 
     ours.logits = logits  # type: ignore[method-assign]
-    return Built(model=ours, dtype=torch.float32, channels_last=False), None
+    return BenchmarkModel(model=ours, dtype=torch.float32, channels_last=False), None
