@@ -41,7 +41,7 @@ def end_if_stuck() -> Iterator[None]:
     """End the process shortly after Ctrl-C if the main thread does not get out of the block.
 
     Python raises KeyboardInterrupt between two of its own instructions only, so not while DuckDB
-    works; and cleaning up after it may block on a pipe that nobody reads.
+    works; and cleaning up after it may block on a pipe without a reader.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)

@@ -158,7 +158,7 @@ def test_a_finished_run_reports_it_and_changes_nothing(
     trained: Trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = list_etags(f"{trained.prefix}/out")
-    gone = ("--data", f"{trained.prefix}/gone")  # nobody needs them any more
+    gone = ("--data", f"{trained.prefix}/gone")  # no longer needed
     assert main(arguments(trained.prefix, *STEPS, "--resume", *gone)) == 0
     out, err = capsys.readouterr()
     assert f"{trained.prefix}/out is already finished; nothing to do" in out

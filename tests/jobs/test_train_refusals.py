@@ -46,7 +46,10 @@ def letter(root: Path) -> None:
 
 BAD_DATA = {
     "a label of a class that is not there": (label_37, "train/labels/03.png: label holds"),
-    "such a label in val": (label_37_of_val, "val/labels/11.png: label holds"),
+    "a label in val of a class that is not there": (
+        label_37_of_val,
+        "val/labels/11.png: label holds",
+    ),
     "a label in unknown colors": (label_in_colors, "train/labels/03.png"),
     "a label of another size": (label_of_another_size, "train/labels/03.png"),
     "a label that is missing": (label_missing, "train/images/03.jpg"),
@@ -78,8 +81,8 @@ BAD_USE = {
     "fewer images than workers": (["--batch-size", "1", "--workers", "2"], "--batch-size 1"),
     "no workers": (["--workers", "0"], "--workers 0: give a number"),
     "other classes than the network's": (["--num-classes", "3"], "give --num-classes 4"),
-    "a class to repeat that is none": (["--repeat-classes", "gold"], "--repeat-classes 'gold'"),
-    "a public file that is none": (["--init", "zoo:mobilenet"], "'mobilenet'; known are"),
+    "an unknown class to repeat": (["--repeat-classes", "gold"], "--repeat-classes 'gold'"),
+    "an unknown public file": (["--init", "zoo:mobilenet"], "'mobilenet'; known are"),
     "a start from a letter": (["--init", "{root}/letter.pth"], "{root}/letter.pth"),
     "a start from nothing": (["--init", "{root}/none.pth"], "{root}/none.pth does not exist"),
     "a whole bucket for out": (["--out", "s3://tests"], "must be a prefix below the bucket"),

@@ -133,8 +133,8 @@ def encoded(pixels: Any, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def put_photos(count: int = 18) -> None:
-    """Photos of five formats, most with a label; two broken ones, one broken label, one note."""
+def put_images(count: int = 18) -> None:
+    """Images in five formats, most with a label; two broken ones, one broken label, one note."""
     found = old("jobs.demo.photos").photos()
     originals = [
         (Image.open(io.BytesIO(found[name])).convert("RGB"), Path(f"jobs/demo/labels/{label}.png"))
@@ -145,12 +145,12 @@ def put_photos(count: int = 18) -> None:
     ]
     first = b""
     for number in range(count):
-        photo, label = originals[number % 3]
+        original, label = originals[number % 3]
         height, width = SIZES[number % len(SIZES)]
         kind = KINDS[number % len(KINDS)]
-        box = (11 * number, 7 * number, photo.width - 3 * number, photo.height - 5 * number)
+        box = (11 * number, 7 * number, original.width - 3 * number, original.height - 5 * number)
         size = (width, height)
-        data = encoded(photo.resize(size, Image.Resampling.BICUBIC, box=box), kind)
+        data = encoded(original.resize(size, Image.Resampling.BICUBIC, box=box), kind)
         first = first or data
         name = f"{number % 2}/{number:02d}"
         storage.write(f"{PREFIX}/photos/{name}.{ENDINGS[kind]}", data)
@@ -167,7 +167,7 @@ def put_photos(count: int = 18) -> None:
 
 
 def put_set() -> None:
-    """Six photos to train on and three of val: colored regions."""
+    """Six training images and three of val: colored regions."""
     for split, numbers in (("train", range(6)), ("val", range(10, 13))):
         for number in numbers:
             generator = np.random.default_rng(number)
@@ -176,10 +176,10 @@ def put_set() -> None:
             label[12:, 26:] = 2
             label = np.roll(label, 7 * number, axis=1)
             noise = generator.integers(-30, 30, (*label.shape, 3))
-            photo = np.clip(COLORS[label].astype(int) + noise, 0, 255).astype(np.uint8)
+            image = np.clip(COLORS[label].astype(int) + noise, 0, 255).astype(np.uint8)
             label[:2] = 255
             below = f"{PREFIX}/set/{split}"
-            storage.write(f"{below}/images/{number:02d}.jpg", encoded(photo, "JPEG"))
+            storage.write(f"{below}/images/{number:02d}.jpg", encoded(image, "JPEG"))
             storage.write(f"{below}/labels/{number:02d}.png", encoded(label, "PNG"))
 
 
@@ -298,7 +298,7 @@ def main() -> None:
     ):
         os.environ.update(variables)
         storage.write(f"{PREFIX}/checkpoint.safetensors", Path(CHECKPOINT).read_bytes())
-        put_photos()
+        put_images()
         put_set()
         put_init()
         segment()

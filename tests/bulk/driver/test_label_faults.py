@@ -63,7 +63,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Refuse:
 
 @pytest.fixture
 def networked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Photos that went through the network, by the batch."""
+    """Images that went through the network, by the batch."""
     segment, seen = predict.segment, []
 
     def noted(model: Any, images: Any, **how: Any) -> Any:

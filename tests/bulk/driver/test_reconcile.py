@@ -182,6 +182,6 @@ def test_storage_that_the_driver_cannot_reach_either_stops_the_run(
         (tmp_path / gone).write_bytes(b"a file in place of the folder")
     else:
         (tmp_path / gone).rename(tmp_path / "elsewhere")
-        (tmp_path / gone).symlink_to(tmp_path / gone)  # ELOOP for whoever opens it
+        (tmp_path / gone).symlink_to(tmp_path / gone)  # opening it fails with ELOOP
     with pytest.raises(RunStoppedError, match=r"^no route$"):
         unpack(pack(ShardSummary(shard=0), fatal="no route", cut_off=True), work)

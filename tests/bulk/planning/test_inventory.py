@@ -164,7 +164,7 @@ GOOD = {"uri": "{0}/images/a.jpg", "etag": "e", "size": 1}
 REFUSED: dict[str, tuple[Rows, str]] = {
     "no etag": ([{**GOOD, "etag": None}], r"a\.jpg has etag None and size 1"),
     "no size": ([{**GOOD, "size": None}], r"a\.jpg has etag 'e' and size None"),
-    "a size that is none": ([{**GOOD, "size": "big"}], r"size None"),
+    "a size that is not a number": ([{**GOOD, "size": "big"}], r"size None"),
     "a negative size": ([{**GOOD, "size": -1}], r"size -1"),
     "no column of sizes": ([{"uri": "x", "etag": "e"}], "has no column size"),
     "other columns": ([{"name": "x", "size": 1}], "has the columns name, size, but needs uri"),
