@@ -38,10 +38,10 @@ UNKNOWN: dict[str, Any] = {"name": "unknown", "skip_reason": "not found"}
 def test_the_audit_reports_findings_and_exceptions(
     tmp_path: Path, dependencies: Any, exceptions: dict[str, str], code: int, says: str
 ) -> None:
-    said = "no answer" if dependencies is None else json.dumps({"dependencies": dependencies})
+    response = "no answer" if dependencies is None else json.dumps({"dependencies": dependencies})
     program = tmp_path / "pip-audit"
     # exits 1 with findings, as the real one does
-    program.write_text(f"#!{sys.executable}\nimport sys\nprint({said!r})\nsys.exit(1)\n")
+    program.write_text(f"#!{sys.executable}\nimport sys\nprint({response!r})\nsys.exit(1)\n")
     program.chmod(0o755)
     (tmp_path / "audit.py").write_bytes((ROOT / ".ci" / "audit.py").read_bytes())
     dated = {name: {"until": until, "why": "not used"} for name, until in exceptions.items()}

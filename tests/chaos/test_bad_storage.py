@@ -61,7 +61,7 @@ def test_a_run_survives_a_restart_of_the_s3_server(world: World) -> None:
             line.injected += 1
             time.sleep(2)
             world.start_server()
-        assert run.wait() == 0, run.said
+        assert run.wait() == 0, run.log
     check(world, "server", line)
 
 

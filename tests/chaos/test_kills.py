@@ -18,7 +18,7 @@ def test_actors_killed_at_any_stage_lose_no_image(world: World, seed: int) -> No
         run = world.run("actors", "--actors", "2 2")
         for stage in ("infer", "fetch", "create", "decode", "infer", "create", "create", "fetch"):
             killer.kill(stage, alive=run.alive)
-        assert run.wait() == 0, run.said
+        assert run.wait() == 0, run.log
         line.injected = len(killer.hits)
     assert all("Worker" in hit.victim for hit in killer.hits), killer.hits
     check(world, "actors", line)
@@ -30,7 +30,7 @@ def test_decoders_killed_while_decoding_lose_no_image(world: World, seed: int) -
         run = world.run("decoders")
         for _ in range(6):
             killer.kill("decoder", place="begin", alive=run.alive)
-        assert run.wait() == 0, run.said
+        assert run.wait() == 0, run.log
         line.injected = len(killer.hits)
     assert all("decoder_process" in hit.victim for hit in killer.hits), killer.hits
     check(world, "decoders", line)

@@ -41,7 +41,7 @@ def test_nodes_that_are_lost_while_working_lose_no_image(
                 killer.kill(stage, victim=_parent, alive=run.alive)
             for _ in stages:
                 nodes.add(cpus=2)
-        assert run.wait() == 0, run.said
+        assert run.wait() == 0, run.log
         line.injected = len(killer.hits)
     assert all("raylet" in hit.victim for hit in killer.hits), killer.hits
     check(world, "nodes", line)

@@ -116,7 +116,7 @@ def test_an_image_whose_actor_is_killed_for_memory_is_an_error(
     images = ("--images", BUCKET, "--include", "night/0/000* greedy/*", "--shard-images", "4")
     with watched("an actor killed for using too much memory", results_of("greedy")) as line:
         run = world.run("greedy", *images, nodes=small_node)
-        assert run.wait() == 0, run.said
+        assert run.wait() == 0, run.log
         line.injected = len(_noted(killer.folder / "poisoned"))
     check(world, "greedy", line, kinds={uri: ["out_of_memory"]}, rows=few)
     assert line.injected >= 2  # alone; with others, Ray may kill another worker

@@ -43,7 +43,7 @@ def test_a_second_driver_on_a_run_is_refused(world: World) -> None:
             second = world.run("two")
             assert second.wait() == 1
             assert "run two is being worked on by" in second.last_line
-        assert first.wait() == 0, first.said
+        assert first.wait() == 0, first.log
         line.injected = 1
     check(world, "two", line)
 
@@ -57,9 +57,9 @@ def test_a_frozen_driver_whose_run_was_taken_over_does_no_harm(world: World) -> 
         second = world.run("frozen")
         wait_for_shards(second, results, "frozen", 12)
         os.kill(frozen.process.pid, signal.SIGCONT)
-        assert second.wait() == 0, second.said
+        assert second.wait() == 0, second.log
         code = frozen.wait()  # it finds the run finished or taken over
-        assert code == 0 or "another driver" in frozen.last_line, frozen.said
+        assert code == 0 or "another driver" in frozen.last_line, frozen.log
         line.injected = 1
     check(world, "frozen", line)
 
@@ -70,7 +70,7 @@ def test_four_runs_at_once_share_one_results_prefix(world: World) -> None:
     with watched("four runs at once with the same results prefix", results, names) as line:
         runs = {name: world.run(name, "--results", results) for name in sorted(names)}
         for run in runs.values():
-            assert run.wait() == 0, run.said
+            assert run.wait() == 0, run.log
         line.injected = len(runs)
     for name in names:
         check(world, name, line, results=results)
@@ -95,7 +95,7 @@ def test_puts_that_arrive_after_the_run_has_ended_change_nothing(world: World) -
         assert sorted(storage.list_objects(f"{results}/images")) == before
     check(world, "zombie", line)
     again = world.done("zombie")
-    assert "nothing to do" in again.said
+    assert "nothing to do" in again.log
 
 
 def test_images_deleted_replaced_or_added_during_a_run(world: World) -> None:
@@ -114,7 +114,7 @@ def test_images_deleted_replaced_or_added_during_a_run(world: World) -> None:
             _change(gone[::2], replaced[::2], [f"{moving}/added-0.jpg"])
         wait_for_shards(run, results, "moving", 1)
         _change(gone[1::2], replaced[1::2], [f"{moving}/added-1.jpg"])
-        assert run.wait() == 0, run.said
+        assert run.wait() == 0, run.log
         line.injected = len(gone) + len(replaced) + 2
     kinds = {uri: ["vanished", None] for uri in gone} | {u: ["changed", None] for u in replaced}
     check(world, "moving", line, kinds=kinds, rows=world.rows | {uri: old[uri] for uri in kept})
@@ -123,7 +123,7 @@ def test_images_deleted_replaced_or_added_during_a_run(world: World) -> None:
 
 def _wait_for(uri: str, run: Any) -> None:
     while not storage.exists(uri):
-        assert run.alive(), run.said
+        assert run.alive(), run.log
         time.sleep(0.05)
 
 

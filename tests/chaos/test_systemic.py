@@ -23,9 +23,9 @@ EVERYTHING = "GET PUT HEAD POST DELETE"
 def _stops(world: World, run: Run, reason: str) -> None:
     """Check that the run aborts in time, with the reason on its last line."""
     since = time.monotonic()
-    assert run.wait() == 1, run.said
+    assert run.wait() == 1, run.log
     assert time.monotonic() - since < WITHIN_S * world.crowd
-    assert reason in run.last_line, run.said
+    assert reason in run.last_line, run.log
 
 
 @pytest.mark.parametrize(

@@ -68,13 +68,13 @@ class Run:
             self.process.wait()
 
     @property
-    def said(self) -> str:
+    def log(self) -> str:
         """The output so far, stdout and stderr."""
         return self.output.read_text()
 
     @property
     def last_line(self) -> str:
-        return self.said.strip().splitlines()[-1]
+        return self.log.strip().splitlines()[-1]
 
 
 class World:
@@ -160,7 +160,7 @@ class World:
         """Start a run, wait until it has succeeded, and return it."""
         run = self.run(name, *flags)
         code = run.wait(within_s)
-        assert code == 0, f"exit code {code}: {run.said}"
+        assert code == 0, f"exit code {code}: {run.log}"
         return run
 
 
@@ -177,7 +177,7 @@ def shards_of(results: str, run_id: str) -> list[storage.Object]:
 def wait_for_shards(run: Run, results: str, run_id: str, count: int = 3) -> None:
     """Wait until the run has committed `count` shards; fail if it ends before."""
     while len(shards_of(results, run_id)) < count:
-        assert run.alive(), run.said
+        assert run.alive(), run.log
         time.sleep(0.1)
 
 

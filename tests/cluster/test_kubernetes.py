@@ -67,9 +67,9 @@ def test_kustomize_itself_renders_the_same(overlay: str) -> None:
     if kubectl is None:
         pytest.skip("kubectl, which has kustomize in it, is not installed")
     command = [kubectl, "kustomize", str(FOLDER / overlay)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    [hashed] = set(re.findall(r"deeplab-nightly-[a-z0-9]{10}", said))
-    theirs = yaml.safe_load_all(said.replace(hashed, "deeplab-nightly"))
+    rendered = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    [hashed] = set(re.findall(r"deeplab-nightly-[a-z0-9]{10}", rendered))
+    theirs = yaml.safe_load_all(rendered.replace(hashed, "deeplab-nightly"))
     ours = {_key(each): each for each in render(FOLDER / overlay)}
     assert {_key(each): each for each in theirs} == ours
 

@@ -29,13 +29,13 @@ def test_three_nodes_give_the_rows_of_one_machine(world: World) -> None:
     with timed("segment", "3") as scenario:
         job = world.segment("three", "--actors", "3", "3")
         until(lambda: len(world.at_work(STAGE)) == 3, job)
-        assert job.wait() == 0, job.said
+        assert job.wait() == 0, job.log
     world.check("three", scenario)
-    assert f"segment finished run=three images={IMAGE_COUNT} ok={IMAGE_COUNT} errors=0 " in job.said
-    assert re.search(rf"\d+ of {IMAGE_COUNT} images \(\d+%\) after", job.said)  # progress, as lines
+    assert f"segment finished run=three images={IMAGE_COUNT} ok={IMAGE_COUNT} errors=0 " in job.log
+    assert re.search(rf"\d+ of {IMAGE_COUNT} images \(\d+%\) after", job.log)  # progress, as lines
     again = world.segment("three", "--actors", "3", "3", job_id="three")
     assert again.wait() != 0
-    assert "three already exists" in again.said
+    assert "three already exists" in again.log
 
 
 def test_a_stopped_job_is_resumed(world: World) -> None:
@@ -45,11 +45,11 @@ def test_a_stopped_job_is_resumed(world: World) -> None:
         until(lambda: files_of("stopped"), job)
         assert world.ray_job("stop", "stopped").wait() == 0
         job.wait()
-        assert "interrupted; the same command resumes the run" in job.said
+        assert "interrupted; the same command resumes the run" in job.log
         before = files_of("stopped")
         assert 0 < len(before) < IMAGE_COUNT // SHARD_IMAGES
         job = world.segment("stopped", "--actors", "3", "3", job_id="stopped-2")
-        assert job.wait() == 0, job.said
+        assert job.wait() == 0, job.log
     assert before.items() <= files_of("stopped").items()
     world.check("stopped", scenario)
 
@@ -63,7 +63,7 @@ def test_a_link_cut_and_restored_loses_nothing(world: World) -> None:
         world.cluster.cut(number)
         time.sleep(CUT_S)
         world.cluster.restore(number)
-        assert job.wait() == 0, job.said
+        assert job.wait() == 0, job.log
     world.check("cut", scenario)
 
 
@@ -72,7 +72,7 @@ def test_a_dropped_node_loses_nothing(world: World) -> None:
     with timed("node dropped for good in mid-run", "3, then 2") as scenario:
         job = world.segment("dropped", "--actors", "2", "3")
         world.cluster.drop(_at_work(world, "dropped", job))
-        assert job.wait() == 0, job.said
+        assert job.wait() == 0, job.log
     world.check("dropped", scenario)
 
 
@@ -83,7 +83,7 @@ def test_an_added_node_is_used(world: World) -> None:
         until(lambda: files_of("added"), job)
         added = world.cluster.add()
         until(lambda: added in world.at_work(STAGE), job)
-        assert job.wait() == 0, job.said
+        assert job.wait() == 0, job.log
     world.check("added", scenario)
 
 
@@ -94,7 +94,7 @@ def test_a_preempted_node_loses_nothing(world: World) -> None:
         going = _at_work(world, "preempted", job)
         preemption = threading.Thread(target=world.cluster.preempt, args=(going,))
         preemption.start()
-        assert job.wait() == 0, job.said
+        assert job.wait() == 0, job.log
         preemption.join()
     world.check("preempted", scenario)
 

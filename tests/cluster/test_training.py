@@ -47,9 +47,9 @@ def test_two_nodes_train_the_weights_of_one_machine(world: World, single_machine
     with timed("train (gloo)", "2", "steps") as scenario:
         job = world.submit("train", "jobs/train.py", *_arguments("two"))
         until(lambda: len(world.at_work(WORKER)) == 2, job)
-        assert job.wait() == 0, job.said
+        assert job.wait() == 0, job.log
     scenario.expected, scenario.found = STEPS, _steps("two")
-    assert f"train finished steps={STEPS} " in job.said
+    assert f"train finished steps={STEPS} " in job.log
     assert storage.read(f"{PREFIX}/two/model.safetensors") == single_machine
 
 
@@ -63,7 +63,7 @@ def test_a_preempted_node_costs_a_few_steps_and_changes_no_weight(
         job = world.submit("train-preempted", "jobs/train.py", *_arguments("preempted"))
         until(lambda: _steps("preempted") >= 5 and len(world.at_work(WORKER)) == 2, job)
         world.cluster.preempt(max(world.at_work(WORKER)))
-        assert job.wait() == 0, job.said
+        assert job.wait() == 0, job.log
     scenario.expected, scenario.found = STEPS, _steps("preempted")
     assert storage.read(f"{PREFIX}/preempted/model.safetensors") == single_machine
 
@@ -85,9 +85,9 @@ def test_an_elastic_run_uses_an_added_node_and_continues_without_it(
         until(lambda: _steps("elastic") > shared, job)
 
         world.cluster.drop(added)
-        assert job.wait() == 0, job.said
+        assert job.wait() == 0, job.log
     scenario.expected, scenario.found = ELASTIC_STEPS, _steps("elastic")
-    assert f"train finished steps={ELASTIC_STEPS} " in job.said
+    assert f"train finished steps={ELASTIC_STEPS} " in job.log
 
 
 def _steps(run: str) -> int:

@@ -67,10 +67,10 @@ def test_a_missing_or_active_run_is_one_line_and_exit_code_1(
         before = names(results)
         assert main([results, "--run-id", "a"]) == 1
         assert names(results) == before
-    said = capsys.readouterr().err
-    assert said.startswith(f"run a is being worked on by {socket.gethostname()}:{os.getpid()}")
-    assert said.endswith("; stop it before you delete the run\n")
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"run a is being worked on by {socket.gethostname()}:{os.getpid()}")
+    assert printed.endswith("; stop it before you delete the run\n")
+    assert printed.count("\n") == 1
 
 
 @pytest.mark.process

@@ -45,9 +45,9 @@ def names(split: Split) -> list[str]:
 def test_the_recipe_opens_what_the_job_wrote(prefix: str, capsys: Capture) -> None:
     put_all(f"{prefix}/coco", coco_files(train2017=TRAIN, val2017=VAL))
     assert convert(prefix, "--min-pixels", "10") == 0
-    said = capsys.readouterr()
-    assert "coco finished train=2 val=2 left_out=1\n" in said.out
-    assert said.err.splitlines()[-1].startswith("5 of 5 images (100%)")
+    captured = capsys.readouterr()
+    assert "coco finished train=2 val=2 left_out=1\n" in captured.out
+    assert captured.err.splitlines()[-1].startswith("5 of 5 images (100%)")
 
     train = opened(prefix, "train")
     assert names(train) == ["000000000000.jpg", "000000000001.jpg"]
@@ -100,7 +100,7 @@ def test_ignored_pixels_do_not_count(prefix: str) -> None:
 def test_missing_or_invalid_inputs_are_one_line_and_exit_code_2(
     prefix: str, capsys: Capture
 ) -> None:
-    def said() -> str:
+    def error_line() -> str:
         (line,) = (line for line in capsys.readouterr().out.splitlines() if "failed" in line)
         return line
 
@@ -108,17 +108,17 @@ def test_missing_or_invalid_inputs_are_one_line_and_exit_code_2(
     image = files.pop("train2017/000000000002.jpg")
     put_all(f"{prefix}/coco", files)
     assert convert(prefix) == 2
-    assert "1 of 3 images" in (line := said())
+    assert "1 of 3 images" in (line := error_line())
     assert "the first is 000000000002.jpg" in line
 
     uri = "annotations/instances_val2017.json"
     put_all(f"{prefix}/coco", {"train2017/000000000002.jpg": image, uri: json.dumps([])})
     assert convert(prefix) == 2
-    assert f"{uri}: not a COCO instances_*.json file" in said()
+    assert f"{uri}: not a COCO instances_*.json file" in error_line()
 
     storage.delete([f"{prefix}/coco/{uri}"])
     assert convert(prefix) == 2
-    assert f"{uri} does not exist" in said()
+    assert f"{uri} does not exist" in error_line()
     assert convert(prefix, "--min-pixels", "-1") == 2
     assert not list(storage.list_objects(f"{prefix}/ours"))
 
@@ -127,6 +127,6 @@ def test_a_storage_failure_is_one_line_and_exit_code_1(tmp_path: Path, capsys: C
     put_all(str(tmp_path / "coco"), coco_files(train2017=TRAIN, val2017=VAL))
     (tmp_path / "ours").write_text("a file, where a folder should be")
     assert convert(str(tmp_path), "--min-pixels", "0") == 1
-    said = capsys.readouterr()
-    assert said.out.splitlines()[-1].startswith("coco failed exit=1 reason=")
-    assert "Traceback" not in said.err
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[-1].startswith("coco failed exit=1 reason=")
+    assert "Traceback" not in captured.err

@@ -69,13 +69,13 @@ def test_the_last_line_and_the_table_equal_counted_pixels(
         right += int((mask == truth).sum())
         labeled += int((truth != 255).sum())
     ious = [b / e for b, e in zip(both, either, strict=True) if e]
-    said = facts(out)
-    assert said["images"] == "2"
-    assert float(said["miou"]) == pytest.approx(np.mean(ious), abs=1e-4)
-    assert float(said["pixel_accuracy"]) == pytest.approx(right / labeled, abs=1e-4)
+    printed = facts(out)
+    assert printed["images"] == "2"
+    assert float(printed["miou"]) == pytest.approx(np.mean(ious), abs=1e-4)
+    assert float(printed["pixel_accuracy"]) == pytest.approx(right / labeled, abs=1e-4)
     over = (both[0] / either[0] + both[8] / either[8]) / 2
-    assert float(said["over"]) == pytest.approx(over, abs=1e-4)
-    assert float(said["over_low"]) <= float(said["over"]) <= float(said["over_high"])
+    assert float(printed["over"]) == pytest.approx(over, abs=1e-4)
+    assert float(printed["over_low"]) <= float(printed["over"]) <= float(printed["over_high"])
     found = re.search(r"^cat +([\d.]+)$", out, re.MULTILINE)
     assert found is not None
     assert float(found[1]) == pytest.approx(100 * both[8] / either[8], abs=0.02)
@@ -92,10 +92,10 @@ def test_the_table_has_a_row_per_configuration_of_the_paper(
     names = [re.split(r"  +", line)[0] for line in lines[1:5]]
     assert names == ["OS 16", "OS 8", "OS 8 + MS", "OS 8 + MS + flip"]
     assert "1 images (of 2) of val" in out
-    said = facts(out)
+    printed = facts(out)
     assert main(arguments(str(tmp_path), "--limit", "1", "--scales", "0.5", "1", "--flip")) == 0
     alone = facts(capsys.readouterr().out)
-    assert said["miou_os_8_ms_flip"] == alone["miou"]
+    assert printed["miou_os_8_ms_flip"] == alone["miou"]
 
 
 @pytest.mark.ray

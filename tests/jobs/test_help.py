@@ -45,5 +45,7 @@ def test_each_flag_is_explained(
     assert ended.value.code == 0
     assert len(explained) > 2
     assert {name for name, text in explained.items() if not text} == set()
-    said = Counter(text for name, text in explained.items() if name not in ONE_SENTENCE_FOR_TWO)
-    assert {text for text, times in said.items() if times > 1} == set()
+    times_used = Counter(
+        text for name, text in explained.items() if name not in ONE_SENTENCE_FOR_TWO
+    )
+    assert {text for text, times in times_used.items() if times > 1} == set()

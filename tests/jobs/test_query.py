@@ -46,9 +46,9 @@ def results(tmp_path: Path) -> str:
 
 def answer(capsysbinary: Capture, results: str, sql: str, *more: str) -> bytes:
     assert main([results, sql, *more]) == 0
-    said = capsysbinary.readouterr()
-    assert said.err == b""
-    return said.out
+    captured = capsysbinary.readouterr()
+    assert captured.err == b""
+    return captured.out
 
 
 def test_json_is_one_array_that_holds_every_value(results: str, capsysbinary: Capture) -> None:
@@ -184,7 +184,7 @@ def test_a_reader_that_leaves_early_is_no_error(results: str, how: list[str]) ->
 
 
 @pytest.mark.parametrize(
-    ("sql", "said"),
+    ("sql", "message"),
     [
         ("SELEC 1", "syntax error"),
         ("SELECT * FROM runz", 'Did you mean "runs"?'),
@@ -193,11 +193,11 @@ def test_a_reader_that_leaves_early_is_no_error(results: str, how: list[str]) ->
     ],
 )
 def test_an_invalid_query_is_one_line_and_exit_code_1(
-    results: str, capsys: pytest.CaptureFixture[str], sql: str, said: str
+    results: str, capsys: pytest.CaptureFixture[str], sql: str, message: str
 ) -> None:
     assert main([results, sql]) == 1
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert error.count("\n") == 1
     assert "\x1b" not in error
 

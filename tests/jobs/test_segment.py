@@ -144,9 +144,9 @@ def test_images_that_share_a_label_are_refused_by_name(
     put_images(str(tmp_path), 2)
     (tmp_path / "images" / "001.png").write_bytes((tmp_path / "images" / "001.jpg").read_bytes())
     assert main(arguments(str(tmp_path))) == 2
-    said = capsys.readouterr().out
-    assert f"{tmp_path}/images/001.jpg" in said
-    assert f"{tmp_path}/images/001.png" in said
+    printed = capsys.readouterr().out
+    assert f"{tmp_path}/images/001.jpg" in printed
+    assert f"{tmp_path}/images/001.png" in printed
     assert not (tmp_path / "results").exists() or not list((tmp_path / "results").rglob("*.*"))
 
 
@@ -203,9 +203,11 @@ def test_a_driver_that_gets_sigterm_prints_how_to_resume_and_releases_its_lease(
         assert driver.poll() is None
         time.sleep(0.2)
     driver.send_signal(signal.SIGTERM)
-    said, _ = driver.communicate(timeout=60)
+    printed, _ = driver.communicate(timeout=60)
     assert driver.returncode == 1
-    assert said.splitlines()[-1].startswith('segment failed exit=1 reason="interrupted; the same')
+    assert printed.splitlines()[-1].startswith(
+        'segment failed exit=1 reason="interrupted; the same'
+    )
     assert not list(storage.list_objects(f"{tmp_path}/results/leases"))
 
 

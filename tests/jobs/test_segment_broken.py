@@ -1,4 +1,4 @@
-"""`jobs/segment.py` with unreadable files of its own run: one line, exit code 1, a way out."""
+"""`jobs/segment.py` with unreadable files of its own run: one line, exit code 1, a hint."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def failed(prefix: str, capsys: Capture) -> str:
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("name", "way_out"),
+    ("name", "hint"),
     [
         ("plans/run=a/plan.json", "pass another --run-id to start over"),
         ("plans/run=a/part-*.parquet", "pass another --run-id to start over"),
@@ -72,7 +72,7 @@ def failed(prefix: str, capsys: Capture) -> str:
     ],
 )
 def test_a_truncated_file_of_the_run_is_named_with_a_way_out(
-    name: str, way_out: str, tmp_path: Path, capsys: Capture
+    name: str, hint: str, tmp_path: Path, capsys: Capture
 ) -> None:
     layout = segmented(str(tmp_path))
     storage.write(f"{layout.usage}/0123.json", b'{"actor_seconds": 1.0, "gpu_')
@@ -82,9 +82,9 @@ def test_a_truncated_file_of_the_run_is_named_with_a_way_out(
         storage.delete([layout.shard(0)])  # only then it is read
     [path] = (tmp_path / "results").glob(name)
     path.write_bytes(path.read_bytes()[:20])
-    said = failed(str(tmp_path), capsys)
-    assert f"{path} is corrupt" in said
-    assert way_out in said
+    printed = failed(str(tmp_path), capsys)
+    assert f"{path} is corrupt" in printed
+    assert hint in printed
     if "usage" in name or "runs" in name:
         path.unlink()
         storage.delete([f"{layout.usage}/0123.json"])
@@ -95,9 +95,9 @@ def test_a_truncated_file_of_the_run_is_named_with_a_way_out(
 def test_a_truncated_shard_is_named(tmp_path: Path, capsys: Capture) -> None:
     layout = segmented(str(tmp_path))
     storage.write(layout.shard(0), storage.read(layout.shard(0))[:100])
-    said = failed(str(tmp_path), capsys)
-    assert f"cannot read results under {layout.results}: " in said
-    assert layout.shard(0) in said
+    printed = failed(str(tmp_path), capsys)
+    assert f"cannot read results under {layout.results}: " in printed
+    assert layout.shard(0) in printed
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_storage_that_fails_at_the_end_of_a_run_is_one_line_and_the_run_resumes(
 ) -> None:
     layout = segmented(s3_prefix)
     with proxy.ruled(Rule(fault="denied", path=r"/images/.*parquet$", in_a_row=1000)):
-        said = failed(s3_prefix, capsys)
-    assert f"cannot read results under {layout.results}: PermissionError: " in said
-    assert "; rerun the same command once they are readable" in said
+        printed = failed(s3_prefix, capsys)
+    assert f"cannot read results under {layout.results}: PermissionError: " in printed
+    assert "; rerun the same command once they are readable" in printed
     assert main(arguments(s3_prefix)) == 0

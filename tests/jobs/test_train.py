@@ -98,10 +98,10 @@ def test_a_run_logs_its_progress_and_ends_with_its_score(trained: Trained) -> No
     ious = r"  (red|green|blue) [\d.]+%(, (green|blue) [\d.]+%)*"
     warning = "WARNING on CPUs each worker normalizes by its own images only, so .*"
     known = "|".join((progress, score, ious, warning))
-    said = trained.err.splitlines()
-    assert [line for line in said if not re.fullmatch(known, line)] == []
-    assert sum(line.startswith("WARNING") for line in said) == 1
-    assert sum(line.startswith("val after") for line in said) == 2
+    lines = trained.err.splitlines()
+    assert [line for line in lines if not re.fullmatch(known, line)] == []
+    assert sum(line.startswith("WARNING") for line in lines) == 1
+    assert sum(line.startswith("val after") for line in lines) == 2
 
 
 @pytest.mark.ray
@@ -204,9 +204,9 @@ def test_segment_uses_the_network_as_it_is_with_the_iou_of_evaluate(
     out = capsys.readouterr().out
     assert float(facts(out)["miou"]) == pytest.approx(np.mean(list(rows.values())), abs=1e-6)
     for name, iou in zip(("red", "green", "blue"), rows.values(), strict=True):
-        said = re.search(rf"^{name} +([\d.]+)$", out, re.MULTILINE)
-        assert said is not None
-        assert float(said[1]) == pytest.approx(100 * iou, abs=0.0051)
+        match = re.search(rf"^{name} +([\d.]+)$", out, re.MULTILINE)
+        assert match is not None
+        assert float(match[1]) == pytest.approx(100 * iou, abs=0.0051)
 
 
 def ious_of(table: bytes) -> dict[int, float]:
@@ -230,12 +230,12 @@ def test_a_dry_run_describes_the_run_and_writes_nothing(
     assert list_etags(str(tmp_path)) == before
     assert not (tmp_path / "out").exists()
     assert "recipe camvid-mobilenetv2" in out
-    said = dict(re.findall(r"^  ([a-z ]+?)  +(\S.*)$", out, re.MULTILINE))
-    assert said["train"] == "train, 6 images (18 with those of blue repeated)"
-    assert said["val"] == "val, 3 images"
-    assert said["steps"] == "6 of 4 images (1.3 epochs)"
-    assert said["lr"].startswith("0.003,")
-    assert said["crop"].startswith("33 x 35,")
+    values = dict(re.findall(r"^  ([a-z ]+?)  +(\S.*)$", out, re.MULTILINE))
+    assert values["train"] == "train, 6 images (18 with those of blue repeated)"
+    assert values["val"] == "val, 3 images"
+    assert values["steps"] == "6 of 4 images (1.3 epochs)"
+    assert values["lr"].startswith("0.003,")
+    assert values["crop"].startswith("33 x 35,")
     assert not re.search(r"[{}\[\]]|None|True|False", out.split("as flags:")[0])
     assert max(map(len, out.splitlines())) <= 120
     labels = np.concatenate([draw_sample(number)[1].ravel() for number in range(6)])
@@ -254,10 +254,12 @@ def test_the_flags_of_a_dry_run_reproduce_the_experiment_in_a_shell(
     named = ("--classes", '{"names": ["a b", "it\'s", "c", "d"]}')
     given = train._settings(by_name("camvid-resnet50"), [*arguments(str(tmp_path), *named)[2:]])
     command = "\n".join(["printf '%s\\0' \\", *training_tables._command(flags(given.experiment))])
-    said = subprocess.run(["sh", "-c", command], capture_output=True, check=True, text=True).stdout
+    printed = subprocess.run(
+        ["sh", "-c", command], capture_output=True, check=True, text=True
+    ).stdout
     where = ["--data", f"{tmp_path}/set", "--out", f"{tmp_path}/out"]
     for other in ("table8-small-labels", "table7-test"):
-        again = train._settings(by_name(other), [*where, *said.split("\0")[:-1]])
+        again = train._settings(by_name(other), [*where, *printed.split("\0")[:-1]])
         assert again.experiment == given.experiment
     assert len(flags(given.experiment)) == len(_leaves(json.loads(given.experiment.to_json())))
 

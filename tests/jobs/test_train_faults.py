@@ -155,9 +155,9 @@ def test_a_killed_and_resumed_run_ends_with_the_weights_of_an_undisturbed_one(
     torn = f"{out}/checkpoints/step-00000039/state.safetensors"
     storage.write(torn, storage.read(newest_state(out))[:-1000])  # a server that lost the end
     assert main(given) == 0
-    said = capsys.readouterr()
-    assert "resuming after step" in said.out
-    assert "Traceback" not in said.err
+    captured = capsys.readouterr()
+    assert "resuming after step" in captured.out
+    assert "Traceback" not in captured.err
     assert_the_same(out, f"{undisturbed.root}/out", exact=undisturbed.workers == 1)
     assert "lease.json" not in list_etags(out)
 
@@ -199,9 +199,9 @@ def test_an_interrupted_driver_prints_how_to_resume_and_releases_its_lease(tmp_p
         started = descendants(process.pid)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 1, log.read_text()
-    said = log.read_text()
-    assert said.splitlines()[-1].startswith('train failed exit=1 reason="interrupted; the same')
-    assert "Traceback" not in said
+    printed = log.read_text()
+    assert printed.splitlines()[-1].startswith('train failed exit=1 reason="interrupted; the same')
+    assert "Traceback" not in printed
     assert "lease.json" not in list_etags(f"{tmp_path}/out")
     deadline = time.monotonic() + 30
     while alive(started) and time.monotonic() < deadline:

@@ -125,10 +125,10 @@ def test_an_unknown_class_to_repeat_is_refused_before_labels_are_read(
 ) -> None:
     write_dataset(f"{tmp_path}/set", train=2, val=1)
     assert main([*arguments(str(tmp_path)), "--repeat-classes", "gold"]) == 2
-    said = capsys.readouterr().out
-    assert "--repeat-classes 'gold'" in said
-    assert "or leave it empty" in said
-    assert "checking the labels" not in said
+    printed = capsys.readouterr().out
+    assert "--repeat-classes 'gold'" in printed
+    assert "or leave it empty" in printed
+    assert "checking the labels" not in printed
 
 
 def test_missing_required_flags_are_named(

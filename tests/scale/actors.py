@@ -57,8 +57,8 @@ class StubStage:
             file.write(b"rows")
         facts = {"ready": self._ready, "began": began, "ended": ended, "pid": os.getpid()}
         summary = {"shard": row["shard"], "images": len(row["images"]), "committed": True}
-        said = {"errors": "{}", "fatal": "", "cut_off": False}
-        return pa.Table.from_pylist([{**summary, **said, "facts": facts}])
+        constants = {"errors": "{}", "fatal": "", "cut_off": False}
+        return pa.Table.from_pylist([{**summary, **constants, "facts": facts}])
 
 
 class Measured(ShardSummary):

@@ -38,10 +38,10 @@ def history(uri: str) -> dict[str, Any]:
     """What a training state says of the steps so far."""
     data = storage.read(uri)
     (size,) = struct.unpack("<Q", data[:8])
-    said: dict[str, Any] = json.loads(
+    printed: dict[str, Any] = json.loads(
         json.loads(data[8 : 8 + size])["__metadata__"]["deeplab-training"]
     )
-    found: dict[str, Any] = said["history"]
+    found: dict[str, Any] = printed["history"]
     return found
 
 
@@ -104,9 +104,9 @@ def test_a_finished_run_is_left_as_it_is(
     out = upload("trained")
     before = stored(out)
     assert train.main([*flags["training"], "--out", out]) == 0
-    said = capsys.readouterr().out
-    assert "nothing to do" in said
-    assert " steps=12 " in said.splitlines()[-1]
+    printed = capsys.readouterr().out
+    assert "nothing to do" in printed
+    assert " steps=12 " in printed.splitlines()[-1]
     assert stored(out) == before
 
 
