@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from xml.sax.saxutils import escape
 
 from aiohttp import web
@@ -143,7 +144,11 @@ async def _serve() -> None:
 def stub_s3() -> Iterator[dict[str, str]]:
     """Run the stub in its own process; yield the environment variables of its clients."""
     process = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "tests.scale.stub_s3"],
+        cwd=Path(__file__).parents[2],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdin is not None
     assert process.stdout is not None
