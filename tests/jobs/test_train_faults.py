@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load
 
 from cluster.local import with_descendants
 from jobs.train import main
@@ -25,14 +24,11 @@ from tests.tiny_training import arguments, list_etags, write_dataset
 ROOT = Path(__file__).parents[2]
 
 STEPS = ("--max-steps", "40", "--checkpoint-every", "5", "--eval-every", "0", "--loaders", "1")
-"""On one thread the results of a worker are bit-identical."""
-
-TOLERANCE = 1e-3
-"""Share of the largest change of a weight that the order of sums may account for."""
+"""On one thread the results of a worker are bit-identical, and so is the sum of two."""
 
 WAIT_S = 120.0
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @contextlib.contextmanager
@@ -158,31 +154,23 @@ def test_a_killed_and_resumed_run_ends_with_the_weights_of_an_undisturbed_one(
     captured = capsys.readouterr()
     assert "resuming after step" in captured.out
     assert "Traceback" not in captured.err
-    assert_the_same(out, f"{undisturbed.root}/out", exact=undisturbed.workers == 1)
+    assert_the_same(out, f"{undisturbed.root}/out")
     assert "lease.json" not in list_etags(out)
 
 
-def assert_the_same(out: str, other: str, *, exact: bool) -> None:
-    """Check that both runs end with (nearly) the same networks, optimizers and losses."""
-    for name in ("model.safetensors", "best.safetensors") if exact else ():
+def assert_the_same(out: str, other: str) -> None:
+    """Assert that both runs ended with the same networks, optimizers and losses, bit for bit."""
+    for name in ("model.safetensors", "best.safetensors"):
         assert storage.read(f"{out}/{name}") == storage.read(f"{other}/{name}"), name
+    initial = storage.read(f"{other}/initial.safetensors")
+    assert initial != storage.read(f"{other}/model.safetensors")
     mine, theirs = checkpoints.latest(out), checkpoints.latest(other)
     assert mine is not None
     assert theirs is not None
     assert mine.tensors.keys() == theirs.tensors.keys()
-    if exact:
-        assert all(torch.equal(mine.tensors[name], theirs.tensors[name]) for name in mine.tensors)
-    begun, ended, again = (
-        load(storage.read(uri))
-        for uri in (
-            f"{other}/initial.safetensors", f"{other}/model.safetensors", f"{out}/model.safetensors"
-        )
-    )  # fmt: skip
-    change = max(float((ended[name] - begun[name]).abs().max()) for name in ended)
-    apart = max(float((ended[name] - again[name]).abs().max()) for name in ended)
-    assert apart <= TOLERANCE * change
+    assert all(torch.equal(mine.tensors[name], theirs.tensors[name]) for name in mine.tensors)
     losses = [[each.loss for each in run.history.steps[-2:]] for run in (mine, theirs)]
-    assert losses[0] == pytest.approx(losses[1], rel=0 if exact else TOLERANCE)
+    assert losses[0] == losses[1]
 
 
 def newest_state(out: str) -> str:
