@@ -37,7 +37,7 @@ class NodeCache:
     """
 
     def __init__(self, folder: str | Path, objects: Iterable[Object], *, max_bytes: int) -> None:
-        """Raises ValueError if `max_bytes` is negative; 0 caches nothing."""
+        """Raise ValueError if `max_bytes` is negative; 0 caches nothing."""
         check_at_least("max_bytes", max_bytes, 0, "0 caches nothing")
         self._folder = Path(folder)
         self._objects = {item.uri: item for item in objects if item.uri.startswith("s3://")}

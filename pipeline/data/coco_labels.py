@@ -1,4 +1,4 @@
-"""Converts COCO to a training set: a label PNG per image, and a table of image/label pairs.
+"""Convert COCO to a training set: a label PNG per image, and a table of image/label pairs.
 
 The input is a folder with train2017/, val2017/ and annotations/. The output is labels/SPLIT/*.png
 and pairs.parquet under another URI. The images stay where they are and are not read. The table is

@@ -1,4 +1,4 @@
-"""Opens a split of a data set: pairs every image with its label and checks that all files exist.
+"""Open a split of a data set: pair every image with its label and check that all files exist.
 
 A `Split` holds plain values and can be pickled. The labels' contents are checked by `survey`.
 """

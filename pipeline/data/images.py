@@ -1,4 +1,4 @@
-"""Decodes untrusted bytes to an RGB array, or raises one typed error.
+"""Decode untrusted bytes to an RGB array, or raise one typed error.
 
 Whatever the bytes contain, `decode` returns the image as a viewer would show it, raises
 `ImageError`, or runs out of memory; Pillow's exceptions and warnings stay inside this module. C

@@ -1,4 +1,4 @@
-"""Reads the TensorFlow DeepLab zoo's MobileNetV2 from an npz of its frozen graph.
+"""Read the TensorFlow DeepLab zoo's MobileNetV2 from an npz of its frozen graph.
 
 Its convolutions are HWIO with batch normalization folded in; they are renamed and transposed. The
 graph states neither its output stride nor that pixels are scaled to -1..1.

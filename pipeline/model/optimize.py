@@ -1,4 +1,4 @@
-"""Optimizes a trained network for inference on its device.
+"""Optimize a trained network for inference on its device.
 
 Batch normalization is folded into the convolutions, weights become channels last and bf16 where
 the device has it, activations are fused, and the network is compiled where that pays off. In

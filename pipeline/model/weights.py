@@ -1,4 +1,4 @@
-"""Reads our and published weight files, and writes ours.
+"""Read our and published weight files, and write ours.
 
 Our checkpoint is one safetensors file whose metadata has everything that inference needs: model
 config with mean and std, class names, palette, ignore_index. `load` detects other formats by names

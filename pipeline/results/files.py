@@ -1,4 +1,4 @@
-"""Lets DuckDB read exactly the Parquet files of a listing, local or remote, by literal names."""
+"""Let DuckDB read exactly the Parquet files of a listing, local or remote, by literal names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Renders a run's report as one self-contained HTML file.
+"""Render a run's report as one self-contained HTML file.
 
 Jinja escapes every value, as URIs and class names come from buckets and checkpoints; in addition,
 the page's Content-Security-Policy forbids scripts and other hosts.

@@ -1,4 +1,4 @@
-"""Collects the contents of a run's report: statistics per class, errors by kind, and images.
+"""Collect the contents of a run's report: statistics per class, errors by kind, and images.
 
 The run may be unfinished. `page` renders the `Report`. DuckDB spills to disk beyond its memory
 limit; besides that, one shard and one image are in memory at a time.

@@ -1,4 +1,4 @@
-"""Reads back files of a run and reports corruption."""
+"""Read back files of a run and report corruption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds and deletes a whole run, or what crashed runs left behind, under a results URI.
+"""Find and delete a whole run, or what crashed runs left behind, under a results URI.
 
 Finding and deleting are separate, so that the objects can be shown first. The order of deletion
 keeps a run from ever looking finished while rows are missing: its record goes first, its plan last.

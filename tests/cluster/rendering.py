@@ -1,4 +1,4 @@
-"""Renders a folder like `kubectl kustomize`, for the features that cluster/ uses.
+"""Render a folder like `kubectl kustomize`, for the features that cluster/ uses.
 
 Resources, namespace, ConfigMaps from literals and files, JSON patches, images, replacements; any
 other key of a kustomization is refused, so that nothing is left out in silence. ConfigMaps get no

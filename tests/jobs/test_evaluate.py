@@ -26,7 +26,7 @@ CHECKPOINT = str(DEMO / "tfzoo-voc-mobilenetv2.safetensors")
 
 
 def put_voc(prefix: str, count: int) -> None:
-    """Writes crops of the cat and its label in VOC's layout, and a split `val` of them."""
+    """Write crops of the cat and its label in VOC's layout, and a split `val` of them."""
     cat = Image.open(io.BytesIO(demo_images()["chelsea.png"])).convert("RGB")
     label = Image.open(DEMO / "labels" / "chelsea.png")
     for i in range(count):

@@ -27,7 +27,7 @@ CHECKPOINT = str(DEMO / "tfzoo-voc-mobilenetv2.safetensors")
 
 
 def put_images(prefix: str, count: int) -> None:
-    """Writes `count` crops of the cat, with the same crops of its label."""
+    """Write `count` crops of the cat, with the same crops of its label."""
     cat = Image.open(io.BytesIO(demo_images()["chelsea.png"])).convert("RGB")
     label = Image.open(DEMO / "labels" / "chelsea.png")
     for i in range(count):

@@ -213,7 +213,7 @@ def put_init() -> None:
 
 
 def run(code: str, *flags: str, stop: str = "") -> str:
-    """Runs the code with the flags on a Ray of its own. Returns the last line that it prints."""
+    """Run the code with the flags on a Ray of its own; return the last line that it prints."""
     environment = {**os.environ, "STOP": stop, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
     done = subprocess.run(
         [sys.executable, "-c", code, *flags],

@@ -1,4 +1,4 @@
-"""Runs a batch of shards through a pool of actors: one Ray data set per batch.
+"""Run a batch of shards through a pool of actors: one Ray data set per batch.
 
 One row is one shard, and a block holds one row, so that nothing splits or merges shards. A row
 becomes a small summary. Expected failures are part of the summary. A process that crashes loses

@@ -1,4 +1,4 @@
-"""Estimates the time and size of a run by segmenting a few of its images on this machine."""
+"""Estimate the time and size of a run by segmenting a few of its images on this machine."""
 
 from __future__ import annotations
 

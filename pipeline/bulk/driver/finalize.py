@@ -1,4 +1,4 @@
-"""Finalizes a run: writes `classes`, `done` and the record from the committed `images` files.
+"""Finalize a run: write `classes`, `done` and the record from the committed `images` files.
 
 Each output is a deterministic function of those files (except the record's times), so a driver that
 takes over here writes the same bytes. A driver with other library versions may write other bytes;

@@ -1,4 +1,4 @@
-"""Isolates images whose worker crashed.
+"""Isolate images whose worker crashed.
 
 An image that crashes its worker `MAX_CRASHES` times while running alone is recorded as an error.
 It is the only work of its actor, so a crash identifies it; a crash together with the node does not

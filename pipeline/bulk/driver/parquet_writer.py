@@ -1,4 +1,4 @@
-"""Writes a sorted stream of rows as Parquet files whose bytes depend on the rows alone.
+"""Write a sorted stream of rows as Parquet files whose bytes depend on the rows alone.
 
 DuckDB's batch boundaries depend on its threads, so row groups of `ROW_GROUP` rows are made here; a
 file ends with the row group that takes it to `PART_BYTES`. The same rows in the same order give the

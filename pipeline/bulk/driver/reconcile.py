@@ -1,4 +1,4 @@
-"""Retries the shards of one plan part until all of them are committed, even if workers crash.
+"""Retry the shards of one plan part until all of them are committed, even if workers crash.
 
 First all missing shards run as one batch. Shards that were lost with a process run again, one at a
 time per actor; those that then still crash their worker are processed image by image. An abandoned

@@ -31,7 +31,7 @@ from pipeline.model.config import ModelConfig
 from pipeline.model.deeplab import DeepLabV3
 from pipeline.model.optimize import optimize_for_inference
 from pipeline.results.layout import RunLayout
-from tests.gpu.device_check.common import (
+from tests.gpu.device_check.measurement import (
     OUT,
     PAPER_SCALES,
     add_row,

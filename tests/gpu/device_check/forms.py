@@ -21,7 +21,7 @@ from pipeline.model import flops, fused, predict
 from pipeline.model.config import ModelConfig
 from pipeline.model.deeplab import DeepLabV3
 from pipeline.model.optimize import optimize_for_inference
-from tests.gpu.device_check.common import (
+from tests.gpu.device_check.measurement import (
     PAPER_SCALES,
     add_row,
     calibrate,
@@ -76,32 +76,18 @@ def fused_cudnn() -> Iterator[None]:
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        *,
-        stride: int,
-        padding: tuple[int, int],
-        rate: int,
-        groups: int,
-        activation: Any,
-        residual: torch.Tensor | None,
+        **how: Any,
     ) -> torch.Tensor:
         x = x.to(weight.dtype)
-        geometry = ([stride] * 2, list(padding), [rate] * 2, groups)
-        if groups == 1 and bias is not None and activation == "relu" and x.is_cuda:
-            if residual is not None:
-                return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
-            return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
-        return before(
-            self,
-            x,
-            weight,
-            bias,
-            stride=stride,
-            padding=padding,
-            rate=rate,
-            groups=groups,
-            activation=activation,
-            residual=residual,
-        )
+        fusible = how["groups"] == 1 and how["activation"] == "relu"
+        if not (fusible and bias is not None and x.is_cuda):
+            return before(self, x, weight, bias, **how)
+        geometry = ([how["stride"]] * 2, list(how["padding"]), [how["rate"]] * 2, 1)
+        if how["residual"] is not None:
+            return torch.cudnn_convolution_add_relu(
+                x, weight, how["residual"], 1.0, bias, *geometry
+            )
+        return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
 
     fused.FusedKernel.__call__ = call
     try:

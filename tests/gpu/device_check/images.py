@@ -1,4 +1,4 @@
-"""Writes a data set in VOC's layout: random scenes in VOC's sizes, with labels.
+"""Write a data set in VOC's layout: random scenes in VOC's sizes, with labels.
 
 python -m tests.gpu.device_check.images FOLDER COUNT
 """

@@ -25,7 +25,7 @@ from pipeline.train.worker.loader import Batch, LoaderConfig, load_batches
 from pipeline.train.worker.loss import PixelLoss
 from pipeline.train.worker.state import TrainingState
 from pipeline.train.worker.step import Trainer, build_average, build_optimizer
-from tests.gpu.device_check.common import (
+from tests.gpu.device_check.measurement import (
     add_row,
     busy_seconds,
     median_seconds,

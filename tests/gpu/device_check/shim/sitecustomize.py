@@ -1,4 +1,4 @@
-"""Lets the project run on torch 2.11, whose DistributedDataParallel lacks `forward_sync_buffers`.
+"""Let the project run on torch 2.11, whose DistributedDataParallel lacks `forward_sync_buffers`.
 
 torch 2.13 renamed `broadcast_buffers` to that. Python imports this module when it starts, if its
 folder is on PYTHONPATH; it patches the class as soon as its module is imported.
