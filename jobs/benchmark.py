@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Benchmark:
-    """Measures networks and forms until the time is over."""
+    """A benchmark of networks and forms, until the time is over."""
 
     def __init__(
         self, settings: BenchmarkSettings, device: torch.device, rates: dict[str, float]

@@ -37,7 +37,7 @@ class Throughput:
 
 
 class _Clock:
-    """Records how many images were done at which time."""
+    """A record of how many images were done at which time."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()

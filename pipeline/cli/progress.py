@@ -16,7 +16,7 @@ _LINE_EVERY_S = 5.0
 
 
 class Display:
-    """Displays progress on stderr while the context is open; call it with every update.
+    """A progress display on stderr while the context is open; call it with every update.
 
     `count_errors` shows the number of errors, for jobs that an error does not end.
     """

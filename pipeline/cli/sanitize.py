@@ -35,7 +35,7 @@ def json_text(value: Any, *, allow_nan: bool = True) -> str:
 
 
 class Formatter(logging.Formatter):
-    """Formats the message of a record as one sanitized line, and a traceback line by line."""
+    """A formatter that writes a message as one sanitized line, and a traceback line by line."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         return visible(super().formatMessage(record))

@@ -18,7 +18,7 @@ LINE_EVERY_S = 5.0
 
 
 class TrainingDisplay:
-    """Prints the status of a run on stderr; call it with every status."""
+    """A display of a run's status on stderr; call it with every status."""
 
     def __init__(self, settings: TrainingSettings) -> None:
         self._augment = settings.experiment.augment

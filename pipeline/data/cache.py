@@ -29,7 +29,7 @@ _DIGEST_BYTES = 16
 
 
 class NodeCache:
-    """Returns an object's bytes when called with its URI, from `folder` if they are cached there.
+    """A callable that returns an object's bytes by URI, from `folder` if they are cached there.
 
     `objects` are the splits' objects as listed; `max_bytes` limits the whole folder, including
     files of other data sets and older versions. Local paths and URIs that were not listed bypass

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class StallTimer:
-    """Stops a run that waits too long for processes, or whose processes make no progress.
+    """A timer that stops a run if it waits too long for processes, or if they make no progress.
 
     The processes need `cpus` and `gpus` each. `missing` says what did not happen during a stall,
     and `details()` what is known about it. `clock` returns seconds.

@@ -95,7 +95,7 @@ def _parse_record(data: bytes) -> Outcome:
 
 
 class RunFinalizer:
-    """Writes what follows from a run's committed files; a context manager that loads their rows."""
+    """The end of a run, made from its committed files; a context manager that loads their rows."""
 
     def __init__(self, layout: RunLayout, plan: Plan, classes: Classes) -> None:
         self._layout = layout

@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 class ImageIsolator:
-    """Segments shards one image at a time, and creates their files."""
+    """Segmentation of shards one image at a time, including the creation of their files."""
 
     def __init__(self, context: WorkerContext, pool: Pool, rows: RowBuilder) -> None:
         self._context = context

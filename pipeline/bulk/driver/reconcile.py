@@ -41,7 +41,7 @@ def shards_done(layout: RunLayout, part: PlanPart) -> set[int]:
 
 
 class Reconciler:
-    """Completes the parts of one plan.
+    """The loop that retries the parts of a plan until they are complete.
 
     `count` is called with the summary of every shard that is done; what it raises stops the run.
     """

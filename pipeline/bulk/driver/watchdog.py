@@ -18,7 +18,7 @@ _MAX_SHARDS_NAMED = 10
 
 
 class StallWatchdog:
-    """Checks between the steps of an execution that actors run and make progress.
+    """A check, between the steps of an execution, that actors run and make progress.
 
     `stall_timer` makes the timer from a function that describes a stall.
     """
@@ -66,7 +66,7 @@ class StallWatchdog:
 
 
 class WatchdogCallback(ExecutionCallback):
-    """Passes the steps of an execution to the `StallWatchdog` that started it.
+    """The callback that passes the steps of an execution to the `StallWatchdog` that started it.
 
     Ray Data makes an instance per execution, in the driver, and pickles the class by name.
     """

@@ -52,7 +52,7 @@ class DecodedImage:
 
 
 class Loader:
-    """Loads images; several threads may load a shard each."""
+    """A loader of images; several threads may load a shard each."""
 
     def __init__(self, decoders: DecoderPool, decoder_count: int, *, max_object_bytes: int) -> None:
         self._decoders = decoders

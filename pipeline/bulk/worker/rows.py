@@ -20,7 +20,7 @@ _MESSAGE_CHARACTERS = 500
 
 @dataclass(frozen=True, kw_only=True)
 class RowBuilder:
-    """Builds the rows of one run; `model` and `settings` are fingerprints."""
+    """A builder of the rows of one run; `model` and `settings` are fingerprints."""
 
     run_id: str
     model: str

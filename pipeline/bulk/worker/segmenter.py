@@ -49,7 +49,7 @@ class WorkerContext:
 
 
 class Segmenter:
-    """Segments shards with one model, its decoder processes and its threads."""
+    """A segmenter of shards: one model, its decoder processes and its threads."""
 
     def __init__(self, context: WorkerContext) -> None:
         self._context = context

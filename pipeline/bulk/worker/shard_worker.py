@@ -28,7 +28,7 @@ def images_of(images: list[dict[str, Any]]) -> list[ImageRef]:
 
 
 class ProgressReporter:
-    """Reports the progress of one shard, at most every `_REPORT_EVERY_S`."""
+    """Progress reports of one shard, at most every `_REPORT_EVERY_S`."""
 
     def __init__(self, progress_actor: Any, shard: int) -> None:
         self._progress_actor = progress_actor

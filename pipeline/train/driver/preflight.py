@@ -245,7 +245,7 @@ def _check_writable(out: str) -> None:
 
 
 class _SurveyProgress:
-    """Logs every `LOG_EVERY_S` how many labels of a split have been checked."""
+    """A log line every `LOG_EVERY_S` of how many labels of a split have been checked."""
 
     def __init__(self, split: Split, log: Log) -> None:
         self._split, self._log = split, log

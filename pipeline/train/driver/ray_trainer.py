@@ -48,7 +48,7 @@ def build_ray_trainer(run: PreparedRun, status: Any) -> TorchTrainer:
 
 
 class _CrashCallback(UserCallback):
-    """Reports the crash of a worker, after which Ray Train stops the whole group."""
+    """The callback that reports a crashed worker, after which Ray Train stops the whole group."""
 
     def __init__(self, status: Any) -> None:
         self._status = status

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunMonitor:
-    """Polls the status actor in a thread, within a `with` block.
+    """A thread that polls the status actor within a `with` block.
 
     Interrupts the main thread, with the reason in `stopped`, if `lost` is set, because another
     driver has taken over the run, or if `stall_timer` expires: Ray notices workers that crash, but

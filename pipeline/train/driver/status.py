@@ -82,7 +82,7 @@ class StatusActor:
 
 
 class StatusReporter(logging.Handler):
-    """Sends one worker's progress to the status actor.
+    """A client of the status actor, for the progress of one worker.
 
     As a logging handler it sends warnings too. Only `fail` waits until the actor has the message.
     """

@@ -72,7 +72,7 @@ _Sample = tuple[torch.Tensor, torch.Tensor, str]
 
 
 class ImageDataset(Dataset[_Sample | SampleError]):
-    """Decodes and augments images; runs in the loader processes."""
+    """A data set of decoded, augmented images; used in the loader processes."""
 
     def __init__(self, config: LoaderConfig) -> None:
         self._config = config
@@ -100,7 +100,7 @@ class ImageDataset(Dataset[_Sample | SampleError]):
 
 
 class StepBatchSampler:
-    """Yields the keys of a worker's samples at each step from `start` to `stop` (exclusive)."""
+    """The keys of a worker's samples at each step from `start` to `stop` (exclusive)."""
 
     def __init__(self, config: LoaderConfig, start: int, stop: int) -> None:
         self._config, self._start, self._stop = config, start, stop

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
-    """Receives the progress of a run from the main worker, and a failure from any worker.
+    """A receiver of the run's progress from the main worker, and of a failure from any worker.
 
     `heartbeat` is called during long evaluations.
     """
@@ -224,7 +224,7 @@ class _TrainingRun:
 
 
 class _ThroughputMeter:
-    """Measures this worker's speed since the last row of the history, or since its start."""
+    """This worker's speed since the last row of the history, or since its start."""
 
     def __init__(self, step: int, batch_size: int) -> None:
         self._first_step, self._batch_size, self._start = step, batch_size, time.monotonic()

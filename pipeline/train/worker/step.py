@@ -30,7 +30,7 @@ DECODER_STRIDE = 4
 
 
 class Objective(nn.Module):
-    """Maps images (n, h, w, 3) uint8 and labels (n, h, w) uint8 to their summed loss.
+    """The summed loss of images (n, h, w, 3) uint8 and labels (n, h, w) uint8.
 
     It contains the network, so that a wrapper for several workers sees a single forward pass.
     """
@@ -90,7 +90,7 @@ class StepResult:
 
 
 class Trainer:
-    """Performs the steps of a run on one worker; each changes `state` in place."""
+    """The training steps of a run on one worker; each changes `state` in place."""
 
     def __init__(
         self,
